@@ -1,0 +1,45 @@
+"""Attention heads that decide, query by query, whether they need the long context.
+
+`patchattn.patch(model)` takes over the attention of a Hugging Face causal language model; `patchattn.unpatch(model)`
+gives it back. Importing the package has no side effects and does not import transformers.
+"""
+
+from patchattn.errors import (
+    BackendError,
+    PatchAttnError,
+    PatchStateError,
+    PolicyError,
+    ShapeError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
+from patchattn.hf.support import Supported, Unsupported, check_support
+from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.report import GateReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ClosedGate",
+    "GateReport",
+    "MomentGate",
+    "OpenGate",
+    "OracleGate",
+    "PatchAttnError",
+    "PatchHandle",
+    "PatchStateError",
+    "Policy",
+    "PolicyError",
+    "ShapeError",
+    "StaticGate",
+    "Supported",
+    "Unsupported",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
+    "check_support",
+    "is_patched",
+    "patch",
+    "unpatch",
+]

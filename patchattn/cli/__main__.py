@@ -1,0 +1,5 @@
+"""Make `python -m patchattn.cli` the same as `patchattn`."""
+
+from patchattn.cli import main
+
+main()

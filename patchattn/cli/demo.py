@@ -1,0 +1,194 @@
+"""`patchattn demo`: load model, text and policy, compare dense with patched, print one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from patchattn import demo
+from patchattn.cli.problems import stop
+from patchattn.evaluation.compare import Comparison, compare
+from patchattn.policy import Policy
+
+_SHIPPED_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked for; the fields are the options of the command."""
+
+    text: Path | None
+    model: str | None
+    policy: Path | None
+    threshold: float | None
+    window: int | None
+    length: int | None
+    questions: int
+    backend: str
+    device: str
+    out: Path
+    json: bool
+
+
+def run(choice: Choice) -> None:
+    """Compare, print and save the picture."""
+    policy = _policy(choice)
+    text = demo.sample_text() if choice.text is None else _read(choice.text)
+    _check_out(choice.out)
+    errors = Console(stderr=True)
+    with _progress(errors) as tell:
+        tell("loading the model", 0.0)
+        model, tokenizer = _load(choice)
+        comparison = compare(
+            model,
+            tokenizer,
+            text,
+            policy,
+            length=choice.length or _default_length(model),
+            questions=choice.questions,
+            backend=choice.backend,
+            progress=tell,
+        )
+    comparison.report.plot(choice.out)
+    if choice.json:
+        found = {"model": choice.model or "shipped", **comparison.to_dict(), "picture": str(choice.out)}
+        Console().print_json(json.dumps(found))
+        return
+    console = Console()
+    console.print(_table(comparison, choice.model or "the shipped model"))
+    for line in _notes(comparison, model):
+        console.print(line, highlight=False)
+    console.print(f"Which heads read far keys: [bold]{choice.out}[/]", soft_wrap=True, highlight=False)
+
+
+def _policy(choice: Choice) -> Policy:
+    """Read the policy file, or take the demo's own; options go on top."""
+    if choice.policy is None:
+        fields: dict[str, Any] = Policy(window_size=128, min_bulk=0).model_dump()
+    else:
+        fields = Policy.model_validate_json(_read(choice.policy)).model_dump()
+    if choice.threshold is not None:
+        fields["gate"]["threshold"] = choice.threshold
+    if choice.window is not None:
+        fields["window_size"] = choice.window
+    return Policy.model_validate(fields)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise stop(f"{path} is not UTF-8 text.", fix="Give a plain text file encoded as UTF-8.") from None
+    except OSError as error:
+        raise stop(f"Can't read {path}: {error.strerror}.", fix="Give the path of a readable file.") from None
+
+
+def _check_out(path: Path) -> None:
+    """Refuse before minutes of work what would fail after them."""
+    if path.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        raise stop(
+            f"Can't save a picture as {path.name!r}.", fix="End the name given to --out with .png, .pdf or .svg."
+        )
+    if not path.resolve().parent.is_dir():
+        raise stop(f"The folder {path.resolve().parent} does not exist.", fix="Make it, or choose another --out.")
+    import matplotlib  # noqa: F401
+
+
+def _load(choice: Choice) -> tuple[Any, Any]:
+    try:
+        device = torch.device(choice.device)
+    except RuntimeError:
+        raise stop(f"Unknown device {choice.device!r}.", fix="Use cpu, cuda, cuda:1 or mps.") from None
+    if choice.model is None:
+        model, tokenizer = demo.load()
+    else:
+        model, tokenizer = _load_by_name(choice.model)
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise stop(
+            f"Can't move the model to {choice.device}: {str(error).splitlines()[0]}",
+            fix="Choose a device that `patchattn doctor` lists.",
+        ) from None
+
+
+def _load_by_name(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise stop(
+            f"Can't load {name!r} as a causal language model: {str(error).strip().splitlines()[0]}",
+            fix="Give a folder made by save_pretrained, or the Hub id of a causal language model.",
+        ) from None
+    return model.eval(), tokenizer
+
+
+def _default_length(model: Any) -> int:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(longest or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    bar = Progress(
+        TextColumn("{task.description:28}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    )
+    with bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda description, done: bar.update(task, description=description, completed=done)
+
+
+def _table(found: Comparison, name: str) -> Table:
+    dense, patched = found.dense, found.patched
+    table = Table(
+        title=f"Dense and patched attention: {name}, {found.length:,} tokens, {found.questions} questions",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("measured")
+    table.add_column("dense", justify="right")
+    table.add_column("patched", justify="right")
+    asked = found.questions
+    table.add_row("answers right", f"{dense.right}/{asked}", f"{patched.right}/{asked}")
+    change = patched.text_loss / dense.text_loss - 1
+    table.add_row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})")
+    for phase, fraction in patched.open_fraction.items():
+        table.add_row(f"open fraction, {phase}", "100.0%", f"{fraction:.1%}")
+    for phase, density in patched.realised_density.items():
+        table.add_row(f"realised density, {phase}", "100.0%", f"{density:.1%}")
+    for phase, density in patched.realised_density.items():
+        table.add_row(f"arithmetic limit of the speed-up, {phase}", "1.0x", f"{1 / density:.1f}x")
+    table.add_row("prefill (seconds)", f"{dense.prefill_seconds:.2f}", f"{patched.prefill_seconds:.2f}")
+    table.add_row(
+        "decode (tokens/s)", f"{dense.decode_tokens_per_second:.1f}", f"{patched.decode_tokens_per_second:.1f}"
+    )
+    return table
+
+
+def _notes(found: Comparison, model: Any) -> list[str]:
+    """Say what the rows of the table mean and how they were measured."""
+    policy = found.policy
+    device = model.device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    gate = ", ".join(f"{key} {value}" for key, value in policy.gate.model_dump().items() if key != "open_heads")
+    return [
+        f"Answers: written greedily, one question after another on one cache; right means every token. All facts lie "
+        f"{found.nearest:,} to {found.prefill_tokens:,} tokens before the first question.",
+        f"Text loss: {found.text_tokens:,} tokens of plain text. Open fraction: pairs of (query head, query) that read "
+        f"the keys beyond the {policy.sink_size} first and {policy.window_size} last tokens. Realised density: keys "
+        "scored of all causal keys.",
+        f"Times: prefill of {found.prefill_tokens:,} tokens, median of three; decode of single tokens after it. "
+        f"{device}{threads}, {str(model.dtype).removeprefix('torch.')}, backend {found.backend}. Gate: {gate}.",
+    ]

@@ -1,0 +1,126 @@
+"""`patchattn doctor`: what is installed, what it runs on, and which backends give the right numbers here."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from patchattn import backends
+from patchattn.backends import Backend
+from patchattn.errors import BackendError
+
+_PACKAGES = ("patchattn", "torch", "transformers", "safetensors", "huggingface-hub", "pydantic")
+_OPTIONAL_PACKAGES = ("typer", "rich", "matplotlib")
+_DTYPES = (torch.float32, torch.bfloat16)
+# What most models of today have.
+_HEAD_DIM, _GROUP_SIZE = 64, 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """The self-check of one backend for one dtype on one device.
+
+    Args:
+        device: The device.
+        backend: The backend.
+        dtype: The dtype, without `torch.`.
+        chosen: Whether `auto` means this backend on this device.
+        error_share: Largest error as a share of the error budget; None if the check failed.
+        problem: Why the check failed; None if it did not.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    chosen: bool
+    error_share: float | None
+    problem: str | None
+
+
+def run(*, as_json: bool) -> bool:
+    """Check this machine and print what was found.
+
+    Args:
+        as_json: Print JSON in place of tables.
+
+    Returns:
+        True if what `auto` chooses works on every device.
+    """
+    console = Console()
+    versions = {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL_PACKAGES)}
+    devices = _devices()
+    with Console(stderr=True).status("checking backends; compiling can take a minute"):
+        checks = [
+            _check(device, backend, dtype) for device in devices for backend in get_args(Backend) for dtype in _DTYPES
+        ]
+    healthy = all(versions[name] for name in _PACKAGES) and not any(c.chosen and c.problem for c in checks)
+    if as_json:
+        found = {"healthy": healthy, "python": platform.python_version(), "versions": versions, "devices": devices}
+        console.print_json(json.dumps({**found, "checks": [asdict(check) for check in checks]}))
+    else:
+        _print(console, versions, devices, checks, healthy=healthy)
+    return healthy
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    """Return each device torch can use and what it is."""
+    threads = torch.get_num_threads()
+    found = {"cpu": f"{threads} {'thread' if threads == 1 else 'threads'}, {torch.backends.cpu.get_cpu_capability()}"}
+    found |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found
+
+
+def _check(device: str, backend: Backend, dtype: torch.dtype) -> Check:
+    share, problem = None, None
+    where = torch.device(device)
+    try:
+        share = backends.self_check(backend, dtype=dtype, head_dim=_HEAD_DIM, group_size=_GROUP_SIZE, device=where)
+    except BackendError as error:
+        problem = error.message
+    chosen = backends.resolve("auto", where) == backend
+    return Check(device, backend, str(dtype).removeprefix("torch."), chosen, share, problem)
+
+
+def _print(
+    console: Console, versions: dict[str, str | None], devices: dict[str, str], checks: list[Check], *, healthy: bool
+) -> None:
+    packages = Table("package", "version", title="Versions", title_justify="left")
+    packages.add_row("python", platform.python_version())
+    for name, version in versions.items():
+        missing = "[red]missing[/]" if name in _PACKAGES else "not installed (optional)"
+        packages.add_row(name, version or missing)
+    hardware = Table("device", "what it is", "auto chooses", title="Devices", title_justify="left")
+    for device, description in devices.items():
+        hardware.add_row(device, description, backends.resolve("auto", torch.device(device)))
+    table = Table("device", "backend", "dtype", "self-check", title="Backends", title_justify="left")
+    for check in checks:
+        name = f"{check.backend} [dim](auto)[/]" if check.chosen else check.backend
+        result = "[red]failed[/]" if check.problem else "[green]ok[/]"
+        if check.error_share:
+            result += f", error {check.error_share:.0%} of the budget"
+        table.add_row(check.device, name, check.dtype, result)
+    for part in (packages, hardware, table):
+        console.print(part)
+    for check in checks:
+        if check.problem:
+            console.print(f"{check.backend} on {check.device}, {check.dtype}: {check.problem}", markup=False)
+    if healthy:
+        console.print("[bold green]Healthy:[/] what auto chooses works on every device.")
+    else:
+        console.print("[bold red]Not healthy:[/] a package is missing, or a backend that auto chooses does not work.")

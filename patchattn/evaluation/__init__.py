@@ -1,0 +1,1 @@
+"""Long-range tasks and the tables made from them."""

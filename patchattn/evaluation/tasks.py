@@ -1,0 +1,332 @@
+"""Documents with planted facts, lists, chains and notes, and questions about them.
+
+A document is real text of an exact number of tokens in which short lines are planted; each
+planted line is asked for later, with the answer written out. A model reads the whole document
+in one forward pass and is right about a question when every token of the answer is its most
+likely next token given the true tokens before it. Any Hugging Face tokenizer will do, and the
+same code makes training text and held-out tests: the keys of the two splits never meet.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+Kind = Literal["fact", "chain", "list", "note"]
+"""What is planted and asked for.
+
+- `fact`: `# key = 48213`, asked for in one of `FACT_PROMPTS`.
+- `chain`: the assignments `# a = 48213`, `# b = a`, `# c = b`, far apart; asked: follow `c`.
+- `list`: `# list key: one, two, three`; asked: repeat it in order.
+- `note`: `# note key: <a line of the text>`; asked: copy that line.
+"""
+
+Split = Literal["train", "test"]
+"""Which keys may occur: a hash of the key decides, so the two sets are disjoint."""
+
+FACT_PROMPTS = ("# {key} =", "# What is {key}? It is", "assert {key} ==", "# get({key}) ->")
+"""Phrasings of a question for a fact; the answer follows after one space."""
+
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "st", "tr")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("", "", "", "n", "r", "s", "l", "x")
+_TEST_KEYS_ONE_IN = 8
+_NOTE_CHARACTERS = range(10, 49)
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Lines of a text with their tokens.
+
+    Args:
+        lines: The lines, each with its line break.
+        tokens: Token ids of each line, without special tokens.
+    """
+
+    lines: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in a document, with its answer.
+
+    Args:
+        kind: What is asked for.
+        prompt: The question's text, which ends right before the answer.
+        answer: The right answer, with its leading space.
+        planted_at: Index of the document's token at which the first line it needs begins.
+        start: Index of the question's first token.
+        answer_start: Index of the answer's first token.
+        answer_end: One past the answer's last token.
+    """
+
+    kind: Kind
+    prompt: str
+    answer: str
+    planted_at: int
+    start: int
+    answer_start: int
+    answer_end: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with planted lines and questions.
+
+    Args:
+        token_ids: All tokens; the first is the tokenizer's BOS where it has one.
+        questions: The questions in the order in which they stand in the text.
+        planted: `(start, end)` of each planted line in tokens, `end` exclusive.
+    """
+
+    token_ids: tuple[int, ...]
+    questions: tuple[Question, ...]
+    planted: tuple[tuple[int, int], ...]
+
+    def prompt(self, index: int) -> tuple[int, ...]:
+        """Return the tokens to generate the answer of one question from.
+
+        For a document with all questions at the end, the other questions are left out.
+
+        Args:
+            index: Which question.
+
+        Returns:
+            The document up to its first question, then this question up to its answer.
+        """
+        question = self.questions[index]
+        body = self.token_ids[: self.questions[0].start]
+        return body + self.token_ids[question.start : question.answer_start]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one question needs: the lines to plant, in order, and how to ask."""
+
+    kind: Kind
+    planted: tuple[str, ...]
+    prompt: str
+    answer: str
+
+
+def tokenize_text(text: str, tokenizer: Any) -> TokenizedText:
+    """Split a text into lines and tokenize each one.
+
+    Args:
+        text: The text to take documents' filling from.
+        tokenizer: Any Hugging Face tokenizer.
+
+    Returns:
+        The lines that have at least one token.
+    """
+    lines = text.splitlines(keepends=True)
+    if not lines:
+        return TokenizedText((), ())
+    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    pairs = [(line, tuple(ids)) for line, ids in zip(lines, encoded, strict=True) if ids]
+    return TokenizedText(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+
+
+def is_test_key(key: str) -> bool:
+    """Say whether a key belongs to the test split, one in eight does."""
+    return zlib.crc32(key.encode()) % _TEST_KEYS_ONE_IN == 0
+
+
+def make_document(
+    text: TokenizedText,
+    tokenizer: Any,
+    *,
+    length: int,
+    kinds: Sequence[Kind] = ("fact",) * 25,
+    seed: int | str = 0,
+    split: Split = "test",
+    ask: Literal["end", "throughout"] = "end",
+    depth: tuple[float, float] = (0.0, 1.0),
+) -> Document:
+    """Make a document of an exact number of tokens with one question per planted task.
+
+    Args:
+        text: Where the filling comes from; a run of consecutive lines is taken.
+        tokenizer: The tokenizer that `text` was tokenized with.
+        length: Tokens in the document, BOS included.
+        kinds: One entry per task to plant and ask for.
+        seed: Everything random follows from it.
+        split: Which keys to use.
+        ask: `"end"` puts all questions after the filling, in random order; `"throughout"`
+            puts each one anywhere after the lines it needs.
+        depth: Where planted lines may stand, as fractions of the filling.
+
+    Returns:
+        The document. The same arguments give the same document.
+
+    Raises:
+        ValueError: The tasks need more tokens than `length`, or the text is too short: ask
+            for fewer tasks, a greater length, or give more text.
+
+    Example:
+        >>> text = tokenize_text(sample, tokenizer)  # doctest: +SKIP
+        >>> document = make_document(text, tokenizer, length=4096)  # doctest: +SKIP
+        >>> len(document.token_ids), len(document.questions)  # doctest: +SKIP
+        (4096, 25)
+    """
+    rng = random.Random(f"{seed}/{split}/{length}")
+    tasks = [_make_task(kind, text, rng, split) for kind in kinds]
+    n_tasks = len(tasks)
+    pieces = [line for task in tasks for line in task.planted]
+    n_planted = len(pieces)
+    pieces += [task.prompt for task in tasks] + [task.prompt + task.answer for task in tasks]
+    encoded = tokenizer([*pieces, "\n"], add_special_tokens=False)["input_ids"]
+    planted, prompts = encoded[:n_planted], encoded[n_planted : n_planted + n_tasks]
+    asked, line_break = encoded[n_planted + n_tasks : -1], encoded[-1]
+
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    n_fixed = len(bos) + sum(map(len, planted + asked)) + n_tasks * len(line_break)
+    if n_fixed > length:
+        raise ValueError(
+            f"{n_tasks} tasks need {n_fixed} tokens and length is {length}: "
+            "plant fewer tasks or make the document longer"
+        )
+    filling = _take_filling(text, length - n_fixed, rng)
+
+    token_ids: list[int] = bos
+    planted_spans: list[tuple[int, int]] = []
+    planted_at: dict[int, int] = {}
+    questions: list[Question] = []
+    events = _order_events(tasks, rng, ask=ask, depth=depth)
+    ends = [end / (length - n_fixed) for end in accumulate(map(len, filling))]
+    n_placed = 0
+    for event in events:
+        while n_placed < len(filling) and ends[n_placed] <= event.depth:
+            token_ids += filling[n_placed]
+            n_placed += 1
+        start = len(token_ids)
+        if event.planted_line is not None:
+            planted_at.setdefault(event.task, start)
+            token_ids += planted[event.planted_line]
+            planted_spans.append((start, len(token_ids)))
+            continue
+        tokens = asked[event.task]
+        token_ids += tokens + line_break
+        questions.append(
+            Question(
+                kind=tasks[event.task].kind,
+                prompt=tasks[event.task].prompt,
+                answer=tasks[event.task].answer,
+                planted_at=planted_at[event.task],
+                start=start,
+                answer_start=start + _n_shared(prompts[event.task], tokens),
+                answer_end=start + len(tokens),
+            )
+        )
+    for line in filling[n_placed:]:
+        token_ids += line
+    return Document(tuple(token_ids), tuple(questions), tuple(planted_spans))
+
+
+@dataclass(frozen=True, order=True)
+class _Event:
+    """A place in the filling where one planted line, or the question of a task, stands."""
+
+    depth: float
+    task: int
+    planted_line: int | None
+
+
+def _order_events(tasks: Sequence[_Task], rng: random.Random, *, ask: str, depth: tuple[float, float]) -> list[_Event]:
+    """Choose a depth for each planted line and question; a question follows all its lines."""
+    events = []
+    n_lines = 0
+    for index, task in enumerate(tasks):
+        depths = sorted(rng.uniform(*depth) for _ in task.planted)
+        events += [_Event(d, index, n_lines + i) for i, d in enumerate(depths)]
+        n_lines += len(task.planted)
+        # Depths above 1 come after all filling.
+        asked_at = 1 + rng.random() if ask == "end" else rng.uniform(depths[-1], 1)
+        events.append(_Event(asked_at, index, None))
+    return sorted(events, key=lambda event: (event.depth, event.planted_line is None))
+
+
+def _make_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split) -> _Task:
+    """Draw one task."""
+    if kind == "fact":
+        key, value = _draw_key(rng, split), _draw_number(rng)
+        prompt = rng.choice(FACT_PROMPTS).format(key=key)
+        return _Task(kind, (f"# {key} = {value}\n",), prompt, f" {value}")
+    if kind == "chain":
+        first, second, third = (_draw_key(rng, split) for _ in range(3))
+        value = _draw_number(rng)
+        planted = (f"# {first} = {value}\n", f"# {second} = {first}\n", f"# {third} = {second}\n")
+        return _Task(kind, planted, f"# follow {third} ->", f" {second} -> {first} -> {value}")
+    if kind == "list":
+        key = _draw_key(rng, split)
+        items = ", ".join(_draw_word(rng) for _ in range(rng.randint(3, 6)))
+        return _Task(kind, (f"# list {key}: {items}\n",), f"# items of {key} in order:", f" {items}")
+    if kind == "note":
+        key = _draw_key(rng, split)
+        line = _draw_line(text, rng)
+        return _Task(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
+    raise ValueError(f"unknown kind of task {kind!r}: use 'fact', 'chain', 'list' or 'note'")
+
+
+def _draw_key(rng: random.Random, split: Split) -> str:
+    """Draw a key such as `trano_vexi` of one split."""
+    while True:
+        key = f"{_draw_word(rng)}_{_draw_word(rng)}"
+        if is_test_key(key) == (split == "test"):
+            return key
+
+
+def _draw_word(rng: random.Random) -> str:
+    """Draw a pseudo-word of two syllables."""
+    syllables = (
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS if last else ("",)) for last in (False, True)
+    )
+    return "".join(syllables)
+
+
+def _draw_number(rng: random.Random) -> str:
+    """Draw a number of five digits."""
+    return str(rng.randint(10_000, 99_999))
+
+
+def _draw_line(text: TokenizedText, rng: random.Random) -> str:
+    """Draw a line of the text that is neither very short nor very long."""
+    for _ in range(1000):
+        line = rng.choice(text.lines).strip()
+        if len(line) in _NOTE_CHARACTERS:
+            return line
+    raise ValueError("the text has no line of 10 to 48 characters to copy: give other text")
+
+
+def _take_filling(text: TokenizedText, n_tokens: int, rng: random.Random) -> list[tuple[int, ...]]:
+    """Take consecutive lines of exactly `n_tokens` tokens; the first one may be cut."""
+    if not text.lines:
+        raise ValueError("the text has no lines: give some text to fill the document with")
+    filling: list[tuple[int, ...]] = []
+    line = rng.randrange(len(text.lines))
+    while n_tokens > 0:
+        filling.append(text.tokens[line % len(text.lines)])
+        n_tokens -= len(filling[-1])
+        line += 1
+    # Too many by less than the last line, which can be longer than the first one.
+    surplus = -n_tokens
+    while surplus > 0:
+        cut = min(surplus, len(filling[0]))
+        filling[0] = filling[0][cut:]
+        surplus -= cut
+        if not filling[0]:
+            filling.pop(0)
+    return filling
+
+
+def _n_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Count the tokens that two sequences share at their start."""
+    for count, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return count
+    return min(len(first), len(second))

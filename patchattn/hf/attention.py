@@ -1,0 +1,328 @@
+"""The attention and mask functions that a patched model calls, and the state each of its layers keeps."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchattn.backends import Backend, load
+from patchattn.errors import PatchStateError, UnsupportedCallError
+from patchattn.gate import bulk_log_mass, forced, margin_threshold
+from patchattn.hf.cache import load_moments, store_moments
+from patchattn.hf.support import ORIGINALS
+from patchattn.inputs import Attended, AttentionInputs
+from patchattn.moments import CHUNK
+from patchattn.policy import MomentGate, OpenGate, Policy
+from patchattn.regions import Regions, first_real_slot
+
+STATE = "patchattn_layer"
+"""Name of the submodule that a patched attention module carries."""
+
+CACHE_ARGUMENT = "patchattn_cache"
+"""Keyword under which the cache reaches the attention function."""
+
+_LAYOUT_ROWS = 3
+_KNOWN_ARGUMENTS = frozenset(
+    {CACHE_ARGUMENT, "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
+    | {"return_dict", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
+    | {"max_length_k", "logits_to_keep", "output_router_logits", "labels"}
+)
+PHASES = ("prefill", "decode")
+DENSE_REASONS = ("layer", "phase", "short", "mask")
+"""Why a call attends densely: the policy leaves out the layer or the phase, no query has enough bulk keys, or the call
+brings a mask that is not plainly causal (packed sequences, a 4-D mask)."""
+
+_COUNTERS = {"open_pairs": (2,), "asked": (2,), "below": (2,), "scored": (2,), "causal": (2,)} | {
+    "gated_calls": (2,),
+    "dense_calls": (len(DENSE_REASONS),),
+}
+
+
+class LayerState(nn.Module):
+    """What one attention module needs while it is patched, and what it has counted.
+
+    The counters are integer buffers: they follow the module's device, are not cast by `model.to(dtype)` and stay out
+    of the state dict.
+
+    Args:
+        policy: The resolved policy.
+        layer: Index of the layer.
+        heads: Number of query heads on this device.
+        backend: The backend.
+        original: The attention implementation to hand other work to.
+        gated: Whether the policy names this layer; others attend densely.
+        record: `None`, `"summary"` or `"timeline"`.
+    """
+
+    def __init__(
+        self, policy: Policy, layer: int, heads: int, backend: Backend, original: str, *, gated: bool, record: str | None
+    ) -> None:
+        super().__init__()
+        self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
+        self.gated, self.record = gated, record
+        self.threshold = margin_threshold(policy.gate)
+        self.timeline: list[tuple[str, Tensor]] = []
+        self.replay: list[Tensor] | None = None
+        # Counters are tensors, not Python integers: a compiled model would be recompiled whenever one changes.
+        for name, shape in _COUNTERS.items():
+            self.register_buffer(name, torch.zeros((*shape, heads) if name == "open_pairs" else shape, dtype=torch.long), persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a model that was patched in another process find its functions."""
+        super().__setstate__(state)
+        register()
+
+    dense_reasons = DENSE_REASONS
+
+    def note_dense_call(self, reason: str) -> None:
+        """Count a call that does not go through the gate."""
+        self.dense_calls[DENSE_REASONS.index(reason)] += 1
+
+    def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
+        """Add one gated call to the counters."""
+        row, regions, heads = PHASES.index(phase), inputs.regions, inputs.query.shape[1]
+        above = regions.asked & (regions.n_bulk >= self.policy.min_bulk)
+        self.open_pairs[row] += (attended.open & above[:, None]).sum((0, 2))
+        self.asked[row] += above.sum()
+        self.below[row] += (regions.asked & ~above).sum()
+        self.scored[row] += attended.scored_keys
+        self.causal[row] += regions.n_causal.sum() * heads
+
+
+def install_cache_hook(module: nn.Module) -> Any:
+    """Let the cache of each call reach the attention function; returns the hook's handle."""
+    return module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
+
+
+def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    state = module._modules[STATE]
+    if module.config._attn_implementation != ORIGINALS[state.original]:
+        raise PatchStateError(
+            f"The model's attention implementation was changed to {module.config._attn_implementation!r} after it was "
+            "patched, which silently switches the patch off.",
+            fix="call patchattn.unpatch(model) before set_attn_implementation, and patch again after it",
+        )
+    if kwargs.get("output_attentions"):
+        raise _no_attention_weights()
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return args, {**kwargs, CACHE_ARGUMENT: cache}
+
+
+def _no_attention_weights() -> UnsupportedCallError:
+    return UnsupportedCallError(
+        "output_attentions=True asks for attention weights, which the patched model never forms.",
+        fix="unpatch the model, or drop output_attentions",
+    )
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    *,
+    config: Any,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Any:
+    """Describe a plain causal call as a small layout; let the original implementation make any other mask.
+
+    Returns:
+        [batch, 1, 3, keys] int32: whether each key is real, the slot of the first query, and the slot of each
+        sequence's first real token, the last two repeated along the keys. For masks that are not plainly causal
+        (sliding, packed, custom), what the original implementation's mask function returns.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, prepare_padding_mask
+
+    if mask_function is not causal_mask_function or not isinstance(kv_offset, int) or kv_offset != 0:
+        original = {name: key for key, name in ORIGINALS.items()}[config._attn_implementation]
+        return ALL_MASK_ATTENTION_FUNCTIONS[original](
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            config=config,
+            device=device,
+            **kwargs,
+        )
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is None:
+        valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
+    first = first_real_slot(valid)[:, None].expand(-1, kv_length)
+    slot = torch.as_tensor(q_offset, device=device).expand(batch_size, kv_length)
+    return torch.stack([valid.int(), slot.int(), first.int()], dim=1)[:, None]
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the layer's policy says; the function transformers calls in place of its own.
+
+    Args:
+        module: The attention module.
+        query: [batch, heads, query, dim].
+        key: [batch, kv_heads, keys, dim].
+        value: [batch, kv_heads, keys, value_dim].
+        attention_mask: What `mask` returned, or a mask of the caller's own.
+        scaling: Factor on the dot products.
+        dropout: Must be zero.
+        softcap: Softcap of the scores.
+        s_aux: [heads] learned sink logits.
+        **kwargs: What the model passes on; anything unknown is refused.
+
+    Returns:
+        [batch, query, heads, value_dim], and None for the weights.
+    """
+    state = module._modules.get(STATE)
+    if state is None:
+        raise PatchStateError(
+            f"{type(module).__name__} runs through patchattn but was never patched.",
+            fix="patch the whole model with patchattn.patch(model)",
+        )
+    cache = kwargs.get(CACHE_ARGUMENT)
+    if not _is_layout(attention_mask):
+        state.note_dense_call("mask")
+        kwargs.pop(CACHE_ARGUMENT, None)
+        kwargs |= {"softcap": softcap, "s_aux": s_aux}
+        kwargs = {name: given for name, given in kwargs.items() if given is not None}
+        forward = original_attention(module, state.original)
+        return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    _refuse_unknown(kwargs, dropout)
+    regions = _regions(attention_mask, state.policy, query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
+    attended = _attend(state, inputs, cache)
+    return attended.output.transpose(1, 2).contiguous(), None
+
+
+def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Attended:
+    policy, attend = state.policy, load(state.backend)
+    phase = "decode" if inputs.query.shape[2] == 1 else "prefill"
+    reason = _dense_reason(state, inputs, phase)
+    if reason is not None:
+        state.note_dense_call(reason)
+        everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
+        return attend(inputs, forced(everything, inputs), 0.0)
+    state.gated_calls[PHASES.index(phase)] += 1
+    if state.replay is not None:
+        mass = forced(state.replay.pop(0), inputs)
+    else:
+        grid = (policy.sink_size, policy.window_size)
+        uses_moments = isinstance(policy.gate, MomentGate)
+        moments = load_moments(cache, state.layer, inputs.key, grid) if uses_moments else None
+        bound = _chunk_bound(inputs, has_state=moments is not None)
+        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound)
+        if moments is not None:
+            store_moments(cache, state.layer, moments, grid)
+    attended = attend(inputs, mass, state.threshold)
+    if state.record is not None:
+        state.count(phase, inputs, attended)
+    if state.record == "timeline":
+        state.timeline.append((phase, attended.open.detach().cpu()))
+    return attended
+
+
+def _dense_reason(state: LayerState, inputs: AttentionInputs, phase: str) -> str | None:
+    """Say why a call does not go through the gate; None if it does."""
+    policy = state.policy
+    if not state.gated:
+        return "layer"
+    if phase not in policy.phases:
+        return "phase"
+    reachable = inputs.key.shape[2] - policy.sink_size - policy.window_size
+    if reachable <= 0 or (reachable < policy.min_bulk and not isinstance(policy.gate, OpenGate)):
+        return "short"
+    return None
+
+
+def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:
+    """Bound the chunks that prompt moments go on by without looking at the tensors; None means that looking is free."""
+    if inputs.query.device.type == "cpu" and not torch.compiler.is_compiling():
+        return None
+    if has_state and inputs.query.shape[2] == 1:
+        return 1
+    return inputs.key.shape[2] // CHUNK + 1
+
+
+def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
+    return Regions(
+        policy.sink_size,
+        policy.window_size,
+        query_length,
+        layout[:, 0, 0].bool(),
+        layout[:, 0, 2, 0].long(),
+        layout[0, 0, 1, 0].long(),
+    )
+
+
+def _is_layout(attention_mask: Any) -> bool:
+    return (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.dtype == torch.int32
+        and attention_mask.dim() == 4
+        and attention_mask.shape[2] == _LAYOUT_ROWS
+    )
+
+
+def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
+    if kwargs.get("output_attentions"):
+        raise _no_attention_weights()
+    if dropout:
+        raise UnsupportedCallError(
+            f"The model asks for attention dropout {dropout}, which the gated path does not have.",
+            fix="call model.eval(), or unpatch the model to train it",
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise UnsupportedCallError(
+            "A layer asks for a sliding window but was given a plain causal mask.", fix="report the model's class"
+        )
+    unknown = [
+        name
+        for name, given in kwargs.items()
+        if name not in _KNOWN_ARGUMENTS and name != "sliding_window" and given is not None and given is not False
+    ]
+    if unknown:
+        raise UnsupportedCallError(
+            f"The model passes arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",
+            fix="unpatch the model for this call; continuous batching and sparse-index models are not supported",
+        )
+
+
+def original_attention(module: Any, original: str) -> Any:
+    """Return the attention function that the module called before it was patched."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if original == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[original]
+
+
+def register() -> None:
+    """Register the attention and mask functions with transformers, once, at the first patch."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    for name in ORIGINALS.values():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)

@@ -1,0 +1,107 @@
+"""Running prompt moments, tied to the cache whose keys they describe.
+
+The moments of a layer live on that layer's entry in the key-value cache. The entry's class is swapped for a subclass
+of the same name's base that carries the moments through everything a cache can be asked to do: beams are reordered,
+rows selected or repeated, tokens cropped, the cache reset, copied and pickled. Appending keys never invalidates them.
+"""
+
+from __future__ import annotations
+
+from functools import cache as memoize
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.moments import PromptMoments
+
+_ATTRIBUTE = "_patchattn_moments"
+_GRID = "_patchattn_grid"
+
+
+def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> PromptMoments | None:
+    """Return the moments kept for a layer, or None where there are none that fit.
+
+    Args:
+        past_key_values: The call's cache, or None.
+        layer: Index of the layer.
+        key: [batch, kv_heads, keys, dim]; the keys of the call.
+        grid: Sink and window size; moments taken for others are of no use.
+    """
+    entry = _entry(past_key_values, layer)
+    moments = getattr(entry, _ATTRIBUTE, None)
+    if moments is None or getattr(entry, _GRID, None) != grid or moments.chunks.shape[0] != key.shape[0]:
+        return None
+    return moments if moments.total.device == key.device else moments.to(key.device)
+
+
+def store_moments(past_key_values: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
+    """Keep the moments of a layer with its cache; a call without one keeps none."""
+    entry = _entry(past_key_values, layer)
+    if entry is None:
+        return
+    if not getattr(type(entry), "tracks_moments", False):
+        entry.__class__ = _tracking(type(entry))
+    setattr(entry, _ATTRIBUTE, moments)
+    setattr(entry, _GRID, grid)
+
+
+def _entry(past_key_values: Any, layer: int) -> Any:
+    layers = getattr(past_key_values, "layers", None)
+    return layers[layer] if layers is not None and layer < len(layers) else None
+
+
+@memoize
+def _tracking(base: type) -> type:
+    """Make the subclass of a cache layer's class that carries moments along."""
+
+    class Tracking(base):
+        tracks_moments = True
+
+        def reset(self) -> None:
+            base.reset(self)
+            setattr(self, _ATTRIBUTE, None)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            base.reorder_cache(self, beam_idx)
+            _select(self, beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            base.batch_select_indices(self, indices)
+            _select(self, indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            base.batch_repeat_interleave(self, repeats)
+            moments = getattr(self, _ATTRIBUTE)
+            if moments is not None:
+                rows = torch.arange(moments.chunks.shape[0], device=moments.chunks.device)
+                setattr(self, _ATTRIBUTE, moments.select(rows.repeat_interleave(repeats)))
+
+        def crop(self, tokens_to_remove: int) -> None:
+            before = self.get_seq_length()
+            base.crop(self, tokens_to_remove)
+            # Covered keys are at least a window away from the newest one, so a shorter crop leaves them in place.
+            if before - self.get_seq_length() > getattr(self, _GRID)[1]:
+                setattr(self, _ATTRIBUTE, None)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _remake, (base,), self.__dict__.copy()
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return self.__reduce__()
+
+    Tracking.__name__, Tracking.__qualname__ = base.__name__, base.__qualname__
+    return Tracking
+
+
+def _select(entry: Any, rows: Tensor) -> None:
+    moments = getattr(entry, _ATTRIBUTE)
+    if moments is not None:
+        rows = torch.as_tensor(rows)
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        setattr(entry, _ATTRIBUTE, moments.select(rows))
+
+
+def _remake(base: type) -> Any:
+    made = _tracking(base)
+    return made.__new__(made)

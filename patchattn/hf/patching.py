@@ -1,0 +1,231 @@
+"""`patch` and `unpatch`: take over a model's attention in place, and give it back exactly."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
+from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
+from patchattn.hf.attention import STATE, LayerState, install_cache_hook, register
+from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support
+from patchattn.policy import Policy, StaticGate
+from patchattn.report import GateReport
+
+Record = Literal["summary", "timeline"] | None
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+
+
+class PatchHandle:
+    """A patched model: undo it, or ask what its gates did. Also a context manager that undoes on exit.
+
+    Args:
+        model: The patched model.
+        policy: The policy in force, with every `"auto"` resolved.
+        backend: The backend in use.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, backend: Backend) -> None:
+        self.model = model
+        self.policy = policy
+        self.backend = backend
+        self._states = _states(model)
+
+    def unpatch(self) -> None:
+        """Give the model back exactly as it was; does nothing the second time."""
+        if _states(self.model) == self._states and self._states:
+            unpatch(self.model)
+
+    def report(self) -> GateReport:
+        """Report what the gates did so far; also after the model was unpatched."""
+        return GateReport.of(self._states, self.policy, self.backend)
+
+    def reset_report(self) -> None:
+        """Set every counter of the report back to zero."""
+        for state in self._states.values():
+            state.timeline.clear()
+            for counter in state.buffers():
+                counter.zero_()
+
+    def __enter__(self) -> PatchHandle:
+        """Return the handle."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Undo the patch, also after an exception."""
+        self.unpatch()
+
+
+def patch(
+    model: Any, policy: Policy | None = None, *, backend: str = "auto", record: Record = "summary"
+) -> PatchHandle:
+    """Make a model's heads decide, query by query, whether they need the long context.
+
+    In place. Everything that can be refused is refused before the model is touched.
+
+    Args:
+        model: A Hugging Face causal language model that goes through transformers' attention interface.
+        policy: What to do; None means `Policy()`.
+        backend: `"auto"` (`"flex"` on CUDA, `"blockwise"` elsewhere), `"flex"`, `"blockwise"` or `"reference"`.
+        record: What the report needs: `"summary"` counts, `"timeline"` keeps every decision too, None keeps nothing.
+
+    Returns:
+        The handle to undo the patch and to read the report.
+
+    Raises:
+        UnsupportedModelError: The model's attention can't be taken over; says why.
+        PolicyError: The policy names layers or heads that the model does not have.
+        PatchStateError: The model is patched already.
+        BackendError: The backend does not run here or disagrees with the reference.
+
+    Example:
+        >>> import patchattn
+        >>> from patchattn.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> with patchattn.patch(model, patchattn.Policy(window_size=64)) as handle:
+        ...     handle.backend
+        'blockwise'
+        >>> patchattn.is_patched(model)
+        False
+    """
+    if record not in ("summary", "timeline", None):
+        raise PolicyError(f"Unknown record {record!r}.", fix='use "summary", "timeline" or None')
+    policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"Expected a patchattn.Policy, got {type(policy).__name__}.", fix="pass patchattn.Policy(...)")
+    if isinstance(model, nn.Module) and is_patched(model):
+        raise PatchStateError("The model is patched already.", fix="call patchattn.unpatch(model) first")
+    support = check_support(model)
+    if not isinstance(support, Supported):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be patched: {' '.join(support.reasons)}",
+            fix="patchattn.check_support(model) lists the reasons; docs/reference/models.md lists what is supported",
+        )
+    modules = attention_modules(model)
+    layers = _layers(policy, support)
+    heads = {index: _query_heads(module) for index, module in modules.items()}
+    _check_heads(policy, layers, heads)
+    chosen = _check_backend(backend, modules, heads, layers)
+    min_bulk = BREAK_EVEN_BULK_KEYS[chosen] if policy.min_bulk == "auto" else policy.min_bulk
+    policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
+    register()
+    _apply(model, modules, heads, policy, chosen, record)
+    return PatchHandle(model, policy, chosen)
+
+
+def unpatch(model: Any) -> None:
+    """Give a model back exactly as it was before `patch`.
+
+    Args:
+        model: A patched model.
+
+    Raises:
+        PatchStateError: The model is not patched.
+    """
+    if not isinstance(model, nn.Module) or not is_patched(model):
+        raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
+    original = next(iter(_states(model).values())).original
+    for module in attention_modules(model).values():
+        state = module._modules.pop(STATE)
+        if module.config._attn_implementation == ORIGINALS[original]:
+            module.config._attn_implementation_internal = original
+        module._forward_pre_hooks.pop(state.hook_id)
+        module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
+    for name in _CONTINUOUS_BATCHING:
+        model.__dict__.pop(name, None)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Say whether a model is patched."""
+    return bool(_states(model))
+
+
+def _states(model: nn.Module) -> dict[int, LayerState]:
+    states = {index: module._modules.get(STATE) for index, module in attention_modules(model).items()}
+    return {index: state for index, state in states.items() if isinstance(state, LayerState)}
+
+
+def _layers(policy: Policy, support: Supported) -> tuple[int, ...]:
+    if policy.layers is None:
+        return support.layers
+    wrong = sorted(set(policy.layers) - set(support.layers))
+    if wrong:
+        local = sorted(set(wrong) & set(support.local_layers))
+        hint = f" Layers {local} are sliding and local already." if local else ""
+        raise PolicyError(
+            f"The policy names layers {wrong}; the layers that can be patched are {list(support.layers)}.{hint}",
+            fix="correct Policy.layers, or leave it None for every layer that can be patched",
+        )
+    return policy.layers
+
+
+def _check_heads(policy: Policy, layers: tuple[int, ...], heads: dict[int, int]) -> None:
+    if not isinstance(policy.gate, StaticGate):
+        return
+    wrong = [pair for pair in policy.gate.open_heads if pair[0] not in layers or pair[1] >= heads[pair[0]]]
+    if wrong:
+        raise PolicyError(
+            f"StaticGate.open_heads names {wrong}; patched layers are {list(layers)}, with query heads 0 to "
+            f"{max(heads.values()) - 1}.",
+            fix="use pairs of (layer, query head), both counted from 0",
+        )
+
+
+def _query_heads(module: Any) -> int:
+    """Count the query heads that live on this device: tensor parallel layers hold a slice of them."""
+    total = module.config.num_attention_heads
+    projection, dim = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
+    if isinstance(projection, nn.Linear) and dim and not hasattr(module, "q_norm"):
+        return projection.weight.shape[0] // dim
+    return total
+
+
+def _check_backend(
+    backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]
+) -> Backend:
+    module = modules[layers[0]] if layers else next(iter(modules.values()))
+    weight = next(module.parameters())
+    chosen = resolve(backend, weight.device)
+    config = module.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    self_check(
+        chosen,
+        dtype=weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype(),
+        head_dim=getattr(module, "head_dim", config.hidden_size // config.num_attention_heads),
+        group_size=config.num_attention_heads // kv_heads,
+        device=weight.device,
+        softcap=getattr(module, "attn_logit_softcapping", None),
+        sink_logits=hasattr(module, "sinks"),
+    )
+    return chosen
+
+
+def _apply(
+    model: Any, modules: dict[int, Any], heads: dict[int, int], policy: Policy, backend: Backend, record: Record
+) -> None:
+    original = model.config._attn_implementation
+    gated = set(policy.layers or ())
+    for index, module in modules.items():
+        state = LayerState(
+            policy, index, heads[index], backend, original, gated=index in gated, record=record
+        ).to(next(module.parameters()).device)
+        state.train(module.training)
+        state.hook_id = install_cache_hook(module).id
+        module._modules[STATE] = state
+        module.config._attn_implementation_internal = ORIGINALS[original]
+    for name in _CONTINUOUS_BATCHING:
+        if hasattr(model, name):
+            model.__dict__[name] = _refuse_continuous_batching
+
+
+def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
+    raise UnsupportedCallError(
+        "Continuous batching keeps keys in pages that the gated path can't read.",
+        fix="call patchattn.unpatch(model) first, or use generate() with a padded batch",
+    )

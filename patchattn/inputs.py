@@ -1,0 +1,92 @@
+"""What goes into one attention call and what comes out: the contract between the method and the backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchattn.errors import ShapeError
+from patchattn.regions import Regions
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One attention call of one layer. Keys and values are not repeated for grouped queries.
+
+    Args:
+        query: [batch, heads, query, dim], after rotary embedding.
+        key: [batch, kv_heads, keys, dim], after rotary embedding; query head `h` reads KV head
+            `h // (heads // kv_heads)`.
+        value: [batch, kv_heads, keys, value_dim].
+        regions: Sink, window, bulk and padding of the call.
+        scale: Factor on the dot products.
+        softcap: Scores become `softcap * tanh(scores / softcap)`; None for none.
+        sink_logits: [heads]; a learned logit per head that joins the softmax but has no value; None for none.
+
+    Raises:
+        ShapeError: Shapes, dtypes or devices that do not fit together.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    regions: Regions
+    scale: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not fit together before anything is computed."""
+        query, key, value = self.query, self.key, self.value
+        if not query.dim() == key.dim() == value.dim() == 4:
+            raise ShapeError(
+                "Expected query, key and value of shape [batch, heads, tokens, dim]; "
+                f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            )
+        kv_heads = key.shape[1]
+        if query.shape[1] % kv_heads or query.shape[3] != key.shape[3]:
+            raise ShapeError(
+                f"Query {tuple(query.shape)} does not fit key {tuple(key.shape)}: the query heads must be a multiple "
+                "of the KV heads and the last dimensions equal."
+            )
+        if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+            raise ShapeError(
+                f"Key {tuple(key.shape)} and value {tuple(value.shape)} must share batch, KV heads and tokens, and the "
+                f"batch of the query {tuple(query.shape)}."
+            )
+        if not query.dtype == key.dtype == value.dtype:
+            raise ShapeError(f"Query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}.")
+        rows, slots = self.regions.query_length, tuple(self.regions.valid.shape)
+        if rows != query.shape[2] or slots != (key.shape[0], key.shape[2]):
+            raise ShapeError(
+                f"Regions for {rows} queries over {slots} key slots do not fit query {tuple(query.shape)} "
+                f"and key {tuple(key.shape)}."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Number of query heads that share a KV head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of log masses: float64 for float64 inputs, float32 otherwise."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one attention call gives back.
+
+    Args:
+        output: [batch, heads, query, value_dim] in the query's dtype; zeros for rows that see no key.
+        open: [batch, heads, query] bool; pairs that were asked and read the bulk. Pairs that were not asked are False.
+        scored_keys: [] int64; (query head, query, key) triples whose score was really computed, whole tiles or chunks
+            where the backend works in those. Divided by the causal triples it is the realised density.
+    """
+
+    output: Tensor
+    open: Tensor
+    scored_keys: Tensor

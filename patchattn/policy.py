@@ -1,0 +1,119 @@
+"""What the user wants: small, frozen, serialisable policies without tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+"""A share of the softmax mass held by the local keys, strictly between 0 and 1."""
+
+Estimate = Literal["saturating", "lognormal"]
+Phase = Literal["prefill", "decode"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class MomentGate(_Frozen):
+    """Close a head for a query when the moments of the far keys say that the local keys hold enough mass.
+
+    The bulk keys of a sequence are summarised by their count, mean and covariance; the softmax mass of a query over
+    them has a closed form (`estimate`). The head gate closes where the local keys' share of the mass, exact for the
+    local keys and estimated for the bulk, is at least `threshold`.
+
+    Args:
+        threshold: Local share in (0, 1) from which a gate closes. Lower is cheaper, higher is safer.
+        moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys.
+        estimate: `"saturating"` freezes where the Gaussian sum is ruled by its largest term (Derrida 1980);
+            `"lognormal"` is the estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys.
+    """
+
+    kind: Literal["moment"] = "moment"
+    threshold: LocalShare = 0.6
+    moments: Literal["prompt"] = "prompt"
+    estimate: Estimate = "saturating"
+
+
+class OracleGate(_Frozen):
+    """Close a head for a query when its exact local share is at least `threshold`.
+
+    Needs the exact mass of the bulk keys, so it saves no time: it is what the moment gate is judged by.
+    """
+
+    kind: Literal["oracle"] = "oracle"
+    threshold: LocalShare = 0.6
+
+
+class StaticGate(_Frozen):
+    """Open the listed heads for every query and close all others, as DuoAttention (arXiv 2410.10819) does.
+
+    Args:
+        open_heads: Pairs of (layer, query head), both counted from 0.
+    """
+
+    kind: Literal["static"] = "static"
+    open_heads: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] = ()
+
+    @field_validator("open_heads")
+    @classmethod
+    def _sorted_and_unique(cls, heads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(sorted(set(heads)))
+
+
+class OpenGate(_Frozen):
+    """Open every head for every query: dense attention, computed by the library."""
+
+    kind: Literal["open"] = "open"
+
+
+class ClosedGate(_Frozen):
+    """Close every head for every query: sink and window only, as StreamingLLM (arXiv 2309.17453) does."""
+
+    kind: Literal["closed"] = "closed"
+
+
+Gate = Annotated[MomentGate | OracleGate | StaticGate | OpenGate | ClosedGate, Field(discriminator="kind")]
+
+
+class Policy(_Frozen):
+    """How a patched model decides which heads read the long context.
+
+    Args:
+        sink_size: Number of first tokens that are always attended.
+        window_size: Number of last tokens that are always attended, the query's own included; at least 1.
+        gate: The head gate: `MomentGate`, `OracleGate`, `StaticGate`, `OpenGate` or `ClosedGate`.
+        layers: Indices of the layers to patch; None means every layer that can be.
+        phases: Phases in which the gate decides; in the others attention is dense. A call with one query per
+            sequence is decode, any other is prefill.
+        min_bulk: Queries with fewer bulk keys than this are opened without asking, because there the gated path
+            can't win. `"auto"` is resolved by `patch` for the backend and device at hand.
+        schema_version: Version of this schema.
+
+    Example:
+        >>> policy = Policy(window_size=256, gate=MomentGate(threshold=0.8))
+        >>> Policy.model_validate_json(policy.model_dump_json()) == policy
+        True
+    """
+
+    schema_version: Literal[1] = 1
+    sink_size: Annotated[int, Field(ge=0)] = 16
+    window_size: Annotated[int, Field(ge=1)] = 1024
+    gate: Gate = MomentGate()
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    phases: frozenset[Phase] = frozenset({"prefill", "decode"})
+    min_bulk: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_sorted_and_unique(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if layers is None else tuple(sorted(set(layers)))
+
+    @field_validator("phases")
+    @classmethod
+    def _some_phase(cls, phases: frozenset[Phase]) -> frozenset[Phase]:
+        if not phases:
+            raise ValueError('phases is empty, so the gate would never decide; name "prefill", "decode" or both')
+        return phases

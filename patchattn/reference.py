@@ -1,0 +1,57 @@
+"""The truth: gated attention written out in plain PyTorch, exact and slow.
+
+Every backend is tested against this function. It makes the full queries x keys score tensor, in float32, or in float64
+for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchattn.gate import attention_scores, decide
+from patchattn.inputs import Attended, AttentionInputs
+
+
+def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+    """Attend to local keys, and to bulk keys where the head gate is open.
+
+    Args:
+        inputs: The attention call.
+        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gate.bulk_log_mass` finds it; +inf opens and -inf
+            closes a pair for certain.
+        threshold: Margin in nats from which a gate closes.
+
+    Returns:
+        Output, decisions and the number of keys under the token-level mask.
+    """
+    regions = inputs.regions
+    scores = attention_scores(inputs)
+    local = regions.local_mask()[:, None]
+    local_log_mass = masked_log_mass(scores, local, inputs.sink_logits)
+    opened = decide(local_log_mass, bulk_log_mass, regions.asked, threshold)
+    attended = local | (regions.bulk_mask()[:, None] & opened[..., None])
+    log_mass = masked_log_mass(scores, attended, inputs.sink_logits)
+    weights = (scores.masked_fill(~attended, -torch.inf) - log_mass[..., None]).exp()
+    # A row that sees no key has log mass -inf; its weights would be NaN and its output is defined as zero.
+    weights = torch.where(attended.any(-1, keepdim=True), weights, 0)
+    value = inputs.value.to(weights.dtype)[:, :, None]
+    output = (weights.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
+    return Attended(output.to(inputs.query.dtype), opened, attended.sum())
+
+
+def masked_log_mass(scores: Tensor, mask: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Log of the summed exponentials of the scores under a mask.
+
+    Args:
+        scores: [batch, heads, query, keys] nats.
+        mask: Broadcasts against the scores; True keeps a key.
+        sink_logits: [heads]; joins the sum once. None for none.
+
+    Returns:
+        [batch, heads, query] nats; -inf where nothing is kept.
+    """
+    mass = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    if sink_logits is not None:
+        mass = torch.logaddexp(mass, sink_logits.to(mass.dtype)[:, None])
+    return mass

@@ -1,0 +1,122 @@
+"""Which keys are sink, window and bulk for which query: the algebra every other module builds on.
+
+Words used here and everywhere else:
+
+- A *slot* is an index into the key axis, padding included. A *position* is counted from the sequence's first real
+  token, so `position = slot - first`.
+- For a query in slot `s` of a sequence that starts in slot `first`, with sink size `S` and window size `W`:
+  the *sink* is the slots `first .. first + S - 1`, the *window* the slots `s - W + 1 .. s`, *local* their union, and
+  the *bulk* the slots `first + S .. s - W`; all within the causal triangle and without padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Sink, window and bulk of one attention call.
+
+    Args:
+        sink_size: Number of first tokens that are always attended.
+        window_size: Number of last tokens that are always attended, the query's own included.
+        query_length: Number of query rows in the call.
+        valid: [batch, keys] bool; False where the key is padding. Padding before the first real token shifts the
+            sink; padding after it is never attended and carries no moments, but its slots still count in `n_bulk`,
+            which can only open a gate, not close it.
+        first: [batch] int64; slot of each sequence's first real token. A row that is all padding has `first = keys`.
+        query_slot: [] int64; slot of the first query row. Row `i` sits in slot `query_slot + i`.
+    """
+
+    sink_size: int
+    window_size: int
+    query_length: int
+    valid: Tensor
+    first: Tensor
+    query_slot: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        valid: Tensor,
+        *,
+        query_length: int,
+        sink_size: int,
+        window_size: int,
+        query_slot: Tensor | int | None = None,
+    ) -> Regions:
+        """Build the regions of a call from its padding mask.
+
+        Args:
+            valid: [batch, keys]; nonzero where the key is real.
+            query_length: Number of query rows.
+            sink_size: Number of first tokens that are always attended.
+            window_size: Number of last tokens that are always attended.
+            query_slot: Slot of the first query row; None means that the queries are the last `query_length` slots.
+        """
+        valid = valid.bool()
+        if query_slot is None:
+            query_slot = valid.shape[1] - query_length
+        slot = torch.as_tensor(query_slot, device=valid.device).long()
+        return cls(sink_size, window_size, query_length, valid, first_real_slot(valid), slot)
+
+    @property
+    def key_length(self) -> int:
+        """Number of key slots, those of a static cache that are not filled yet included."""
+        return self.valid.shape[1]
+
+    @property
+    def query_slots(self) -> Tensor:
+        """Slots of the query rows, [query] int64."""
+        return self.query_slot + torch.arange(self.query_length, device=self.valid.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the query rows, [batch, query] int64; negative where the row is padding before the text."""
+        return self.query_slots - self.first[:, None]
+
+    @property
+    def n_bulk(self) -> Tensor:
+        """Number of bulk slots of each query row, [batch, query] int64."""
+        return (self.positions + 1 - self.sink_size - self.window_size).clamp(min=0)
+
+    @property
+    def asked(self) -> Tensor:
+        """True where the head gate has something to decide: real queries with bulk keys, [batch, query] bool."""
+        real = self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
+        return (self.n_bulk > 0) & real
+
+    @property
+    def n_causal(self) -> Tensor:
+        """Number of real keys that each real query row sees in a dense model, [batch, query] int64; 0 for padding."""
+        slots = self.query_slots.clamp(max=self.key_length - 1)
+        return self.valid.cumsum(1).index_select(1, slots) * self.valid.index_select(1, slots)
+
+    def causal_mask(self, rows: slice = slice(None)) -> Tensor:
+        """Keys a dense model attends to, [batch, rows, keys] bool."""
+        keys = torch.arange(self.key_length, device=self.valid.device)
+        return self.valid[:, None, :] & (keys <= self.query_slots[rows, None])
+
+    def local_mask(self, rows: slice = slice(None)) -> Tensor:
+        """Keys in sink or window, [batch, rows, keys] bool."""
+        return self.causal_mask(rows) & ~self._beyond_local(rows)
+
+    def bulk_mask(self, rows: slice = slice(None)) -> Tensor:
+        """Causal keys outside sink and window, [batch, rows, keys] bool."""
+        return self.causal_mask(rows) & self._beyond_local(rows)
+
+    def _beyond_local(self, rows: slice) -> Tensor:
+        keys = torch.arange(self.key_length, device=self.valid.device)
+        past_sink = keys - self.first[:, None] >= self.sink_size
+        past_window = self.query_slots[rows, None] - keys >= self.window_size
+        return past_sink[:, None, :] & past_window
+
+
+def first_real_slot(valid: Tensor) -> Tensor:
+    """Slot of the first real token of each row, [batch] int64; the number of slots where a row has none."""
+    slots = torch.arange(valid.shape[1], device=valid.device)
+    return torch.where(valid.bool(), slots, valid.shape[1]).amin(dim=1)

@@ -1,0 +1,362 @@
+"""The blockwise backend against the reference: same output, same decisions, linear memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from patchattn import gate, reference
+from patchattn.backends import blockwise
+from patchattn.errors import UnsupportedCallError
+from patchattn.inputs import AttentionInputs
+from patchattn.regions import Regions
+
+
+def make_call(
+    *,
+    batch: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    queries: int = 150,
+    keys: int | None = None,
+    dim: int = 16,
+    value_dim: int | None = None,
+    sink: int = 4,
+    window: int = 32,
+    left: tuple[int, ...] = (),
+    holes: tuple[slice, ...] = (),
+    query_slot: int | None = None,
+    softcap: float | None = None,
+    sink_logits: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> AttentionInputs:
+    """Draw a random call; `left` pads each row on the left, `holes` are padding slots of all rows."""
+    draw = torch.Generator().manual_seed(seed)
+    keys = keys or queries
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    valid = torch.ones(batch, keys, dtype=torch.bool)
+    for row, padding in enumerate(left):
+        valid[row, :padding] = False
+    for hole in holes:
+        valid[:, hole] = False
+    return AttentionInputs(
+        normal(batch, kv_heads * group, queries, dim),
+        normal(batch, kv_heads, keys, dim),
+        normal(batch, kv_heads, keys, value_dim or dim),
+        Regions.of(valid, query_length=queries, sink_size=sink, window_size=window, query_slot=query_slot),
+        scale=1.5 / math.sqrt(dim),
+        softcap=softcap,
+        sink_logits=normal(kv_heads * group) if sink_logits else None,
+    )
+
+
+def exact_gate(inputs: AttentionInputs) -> tuple[Tensor, float]:
+    """Exact bulk log masses, and the threshold that opens about half of the pairs asked."""
+    bulk = gate.exact_bulk_log_mass(inputs)
+    local = reference.masked_log_mass(
+        gate.attention_scores(inputs), inputs.regions.local_mask()[:, None], inputs.sink_logits
+    )
+    margins = (local - bulk)[inputs.regions.asked[:, None].expand_as(bulk)]
+    margins = margins[margins.isfinite()].sort().values
+    # Between two margins, so that rounding flips no decision.
+    middle = len(margins) // 2
+    return bulk, float(margins[middle - 1 : middle + 1].mean()) if len(margins) > 1 else 0.0
+
+
+def assert_mixed(opened: Tensor, inputs: AttentionInputs) -> None:
+    """Assert that some of the pairs asked are open and some closed."""
+    asked = inputs.regions.asked[:, None].expand_as(opened)
+    assert opened[asked].any()
+    assert not opened[asked].all()
+
+
+def to_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
+    """Cast the tensors of a call."""
+    sinks = inputs.sink_logits
+    return dataclasses.replace(
+        inputs,
+        query=inputs.query.to(dtype),
+        key=inputs.key.to(dtype),
+        value=inputs.value.to(dtype),
+        sink_logits=None if sinks is None else sinks.to(dtype),
+    )
+
+
+MIXED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one chunk more": {"queries": 385, "window": 130, "batch": 1},
+    "bulk chunks": {"queries": 400, "window": 16, "group": 4, "kv_heads": 1, "batch": 1},
+    "left padding": {"left": (0, 37), "queries": 200},
+    "padding everywhere": {"left": (5, 60), "holes": (slice(80, 85), slice(146, 150))},
+    "bulk all padding at first": {"left": (0, 3), "holes": (slice(4, 60),)},
+    "a row of padding": {"left": (0, 150)},
+    "multi query": {"kv_heads": 1, "group": 3},
+    "no groups": {"kv_heads": 3, "group": 1},
+    "group of 4, 3 heads": {"kv_heads": 3, "group": 4},
+    "dim 80": {"dim": 80},
+    "dim 96, small values": {"dim": 96, "value_dim": 64},
+    "large values": {"dim": 16, "value_dim": 40},
+    "softcap": {"softcap": 3.0},
+    "sink logits": {"sink_logits": True},
+    "softcap and sink logits": {"softcap": 2.0, "sink_logits": True, "left": (0, 20)},
+    "no sink": {"sink": 0},
+    "window 1": {"window": 1},
+    "window 1, no sink": {"window": 1, "sink": 0},
+    "chunked prefill": {"queries": 70, "keys": 190, "left": (0, 33)},
+    "decode": {"queries": 1, "keys": 300, "left": (0, 33), "group": 3},
+    "static cache": {"queries": 60, "keys": 300, "query_slot": 90, "left": (0, 11)},
+    "static cache decode": {"queries": 1, "keys": 300, "query_slot": 200, "left": (0, 11), "group": 4},
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "window beyond length": {"window": 500},
+    "sink beyond length": {"sink": 500},
+    "sink beyond filled cache": {"sink": 64, "queries": 8, "keys": 100, "query_slot": 20},
+    "one token": {"queries": 1, "keys": 1},
+}
+
+
+@pytest.mark.parametrize("case", MIXED.values(), ids=MIXED.keys())
+def test_equals_reference_in_float64(case: dict[str, Any]) -> None:
+    inputs = make_call(**case)
+    bulk, threshold = exact_gate(inputs)
+    expected = reference.attend(inputs, bulk, threshold)
+    actual = blockwise.attend(inputs, bulk, threshold)
+    assert_mixed(expected.open, inputs)
+    assert torch.equal(actual.open, expected.open)
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
+    assert actual.scored_keys >= expected.scored_keys
+    assert actual.scored_keys.dtype == torch.int64
+    assert actual.scored_keys.shape == ()
+
+
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
+def test_without_bulk_keys_nothing_opens(case: dict[str, Any]) -> None:
+    inputs = make_call(**case)
+    bulk = torch.full(inputs.query.shape[:3], torch.inf, dtype=torch.float64)
+    expected, actual = (backend.attend(inputs, bulk, 0.0) for backend in (reference, blockwise))
+    assert not actual.open.any()
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in MIXED if name != "one chunk more"])
+def test_low_precision_errs_no_more_than_plain_attention(name: str, dtype: torch.dtype) -> None:
+    low = to_dtype(make_call(**MIXED[name]), dtype)
+    exact = to_dtype(low, torch.float64)
+    opened = reference.attend(exact, *exact_gate(exact)).open
+    assert_mixed(opened, exact)
+    truth = reference.attend(exact, gate.forced(opened, exact), 0.0).output
+    plain, actual = (backend.attend(low, gate.forced(opened, low), 0.0) for backend in (reference, blockwise))
+    assert torch.equal(actual.open, opened)
+    assert actual.output.dtype == dtype
+    assert actual.output.isfinite().all()
+    budget = (plain.output - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+    assert (actual.output - truth).abs().max() <= 2 * budget
+
+
+@pytest.mark.parametrize("case", [{}, {"queries": 1, "keys": 200, "left": (0, 9)}], ids=["prefill", "decode"])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_all_open_is_dense_and_all_closed_is_local(case: dict[str, Any], is_open: bool) -> None:
+    inputs = make_call(**case)
+    regions = inputs.regions
+    pairs = torch.full(inputs.query.shape[:3], is_open)
+    actual = blockwise.attend(inputs, gate.forced(pairs, inputs), 0.0)
+    mask = (regions.causal_mask() if is_open else regions.local_mask())[:, None]
+    assert torch.equal(actual.open, (pairs & regions.asked[:, None]))
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        inputs.query, inputs.key, inputs.value, attn_mask=mask, scale=inputs.scale, enable_gqa=True
+    )
+    visible = mask.any(-1)[..., None]
+    torch.testing.assert_close(actual.output, dense.masked_fill(~visible, 0), rtol=0, atol=1e-10)
+
+
+def test_decode_reads_only_local_keys_of_closed_groups() -> None:
+    inputs = make_call(batch=1, queries=1, keys=1000, sink=4, window=32)
+    opened = torch.zeros(1, 4, 1, dtype=torch.bool)
+    closed = blockwise.attend(inputs, gate.forced(opened, inputs), 0.0)
+    assert closed.scored_keys == 4 * (4 + 32)
+    opened[0, 2] = True
+    one_open = blockwise.attend(inputs, gate.forced(opened, inputs), 0.0)
+    assert one_open.scored_keys == 4 * (4 + 32) + 1000 - 4 - 32
+
+
+def test_rows_that_see_no_key_are_zero() -> None:
+    inputs = make_call(left=(10, 150))
+    bulk, threshold = exact_gate(inputs)
+    output = blockwise.attend(inputs, bulk, threshold).output
+    assert (output[0, :, :10] == 0).all()
+    assert (output[1] == 0).all()
+    assert (output[0, :, 10:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("slots", [slice(150, 300), slice(0, 7)], ids=["unfilled cache", "left padding"])
+def test_garbage_in_unused_slots_changes_nothing(slots: slice) -> None:
+    inputs = make_call(keys=300, query_slot=0, queries=150, left=(7, 7), sink=16)
+    bulk, threshold = exact_gate(inputs)
+    clean = blockwise.attend(inputs, bulk, threshold)
+    assert_mixed(clean.open, inputs)
+    garbage = 1e4 if slots.start == 0 else torch.nan
+    inputs.key[:, :, slots] = garbage
+    inputs.value[:, :, slots] = garbage
+    dirty = blockwise.attend(inputs, bulk, threshold)
+    assert torch.equal(dirty.open, clean.open)
+    torch.testing.assert_close(dirty.output, clean.output, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("slot", [2, 70])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_key_opens_gates_and_spoils_only_rows_that_attend_to_it(slot: int, bad: float) -> None:
+    inputs = make_call(batch=1, queries=300)
+    bulk, threshold = exact_gate(inputs)
+    inputs.key[:, 0, slot, 3] = bad
+    expected, actual = (backend.attend(inputs, bulk, threshold) for backend in (reference, blockwise))
+    assert_mixed(expected.open, inputs)
+    assert torch.equal(actual.open, expected.open)
+    assert actual.output[:, :, :slot].isfinite().all()
+    assert actual.output[:, 2:].isfinite().all()
+    assert actual.output[:, :2].isnan().any()
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_nan_bulk_log_mass_opens() -> None:
+    inputs = make_call()
+    bulk = torch.full(inputs.query.shape[:3], torch.nan, dtype=torch.float64)
+    opened = blockwise.attend(inputs, bulk, 0.0).open
+    assert torch.equal(opened, inputs.regions.asked[:, None].expand_as(opened))
+
+
+@pytest.mark.parametrize("transposed", ["tokens before heads", "tokens last"])
+def test_memory_layout_of_the_inputs_does_not_matter(transposed: str) -> None:
+    inputs = make_call()
+    axes = (1, 2) if transposed == "tokens before heads" else (2, 3)
+    strided = dataclasses.replace(
+        inputs,
+        **{
+            name: getattr(inputs, name).transpose(*axes).contiguous().transpose(*axes)
+            for name in ("query", "key", "value")
+        },
+    )
+    assert not strided.key.is_contiguous()
+    bulk, threshold = exact_gate(inputs)
+    expected, actual = (blockwise.attend(call, bulk, threshold) for call in (inputs, strided))
+    assert_mixed(expected.open, inputs)
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_equals_reference_on_any_shape(data: st.DataObject) -> None:
+    keys = data.draw(st.integers(1, 300), label="keys")
+    queries = data.draw(st.integers(1, keys), label="queries")
+    holes = data.draw(st.lists(st.integers(0, keys - 1), max_size=8), label="holes")
+    inputs = make_call(
+        keys=keys,
+        queries=queries,
+        query_slot=data.draw(st.integers(0, keys - queries), label="query_slot"),
+        kv_heads=data.draw(st.integers(1, 2), label="kv_heads"),
+        group=data.draw(st.integers(1, 4), label="group"),
+        dim=data.draw(st.sampled_from([1, 8, 20]), label="dim"),
+        value_dim=data.draw(st.sampled_from([1, 8, 24]), label="value_dim"),
+        sink=data.draw(st.integers(0, 40), label="sink"),
+        window=data.draw(st.integers(1, 80), label="window"),
+        left=tuple(data.draw(st.integers(0, keys), label="left") for _ in range(2)),
+        holes=tuple(slice(hole, hole + 1) for hole in holes),
+        softcap=data.draw(st.sampled_from([None, 2.0]), label="softcap"),
+        sink_logits=data.draw(st.booleans(), label="sink_logits"),
+        seed=data.draw(st.integers(0, 1000), label="seed"),
+    )
+    bulk, threshold = exact_gate(inputs)
+    expected, actual = (backend.attend(inputs, bulk, threshold) for backend in (reference, blockwise))
+    if inputs.regions.asked.sum() > 20 and not holes:
+        assert_mixed(expected.open, inputs)
+    assert torch.equal(actual.open, expected.open)
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["left padding", "sink logits", "softcap", "static cache decode"])
+def test_compiles_as_one_graph(name: str) -> None:
+    inputs = make_call(**MIXED[name])
+    bulk, threshold = exact_gate(inputs)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, bulk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        changed = dataclasses.replace(inputs, query=query * 1.0, key=key, value=value)
+        attended = blockwise.attend(changed, bulk, threshold)
+        return attended.output * 2, attended.open, attended.scored_keys
+
+    tensors = (inputs.query, inputs.key, inputs.value, bulk)
+    eager = call(*tensors)
+    assert_mixed(eager[1], inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(*tensors)
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["left padding", "softcap and sink logits", "dim 96, small values", "decode"])
+def test_operator_is_well_formed(name: str) -> None:
+    inputs = make_call(**MIXED[name])
+    regions, (bulk, threshold) = inputs.regions, exact_gate(inputs)
+    tensors = (inputs.query, inputs.key, inputs.value, regions.valid, regions.first, regions.query_slot, bulk)
+    numbers = (inputs.scale, inputs.softcap, threshold, regions.sink_size, regions.window_size)
+    torch.library.opcheck(torch.ops.patchattn.blockwise.default, (*tensors, inputs.sink_logits, *numbers))
+
+
+def test_forward_runs_under_grad_mode_and_backward_refuses() -> None:
+    inputs = make_call()
+    inputs.query.requires_grad_()
+    bulk, threshold = exact_gate(dataclasses.replace(inputs, query=inputs.query.detach()))
+    attended = blockwise.attend(inputs, bulk, threshold)
+    assert_mixed(attended.open, inputs)
+    with pytest.raises(UnsupportedCallError, match=r"torch\.no_grad\(\)"):
+        attended.output.sum().backward()
+
+
+_PEAK = """
+import resource, sys, torch
+sys.argv = ["", *sys.argv[1:]]
+from patchattn.backends import blockwise
+from patchattn.inputs import AttentionInputs
+from patchattn.regions import Regions
+
+def run(length):
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, length, 16), torch.randn(1, 1, length, 16)
+    regions = Regions.of(torch.ones(1, length), query_length=length, sink_size=4, window_size=64)
+    opened = torch.rand(1, 2, length) < 0.05
+    blockwise.attend(
+        AttentionInputs(query, key, key, regions, 0.25, float(sys.argv[2]) or None),
+        torch.where(opened, torch.inf, -torch.inf),
+        0.0,
+    )
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+run(512)
+before = peak()
+run(int(sys.argv[1]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("softcap", [0.0, 20.0], ids=["fused kernel", "matrix products"])
+def test_peak_memory_is_far_below_queries_times_keys(softcap: float) -> None:
+    length = 16384
+    command = [sys.executable, "-c", _PEAK, str(length), str(softcap)]
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    # One byte for each query and key would be 256 MiB, their scores 1 GiB a head.
+    assert grown < 192

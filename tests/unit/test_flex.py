@@ -1,0 +1,226 @@
+"""The flex backend against the reference: the path of CUDA devices traced on CPU, and CPU through Inductor.
+
+Inductor compiles for seconds and its failures can take the process down, so those cases run in processes of their own,
+several in each.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from flex_cases import CASES, Case, check
+
+from patchattn import reference
+from patchattn.backends import flex, flex_masks
+from patchattn.errors import BackendError, UnsupportedCallError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_compiler():
+    yield
+    flex._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_passes_equal_the_reference(name: str):
+    check(CASES[name], "eager")
+
+
+@pytest.mark.parametrize("name", ["gqa", "decode, sinks"])
+def test_two_passes_survive_functionalisation(name: str):
+    check(CASES[name], "aot_eager")
+
+
+def test_bfloat16():
+    check(Case(gates="decided"), "eager", torch.bfloat16)
+
+
+def test_infinite_and_nan_gates():
+    case = Case()
+    inputs = case.inputs(torch.float32)
+    mass = torch.full(inputs.query.shape[:3], torch.nan)
+    mass[:, :3] = -torch.inf
+    got = flex.attend_with(inputs, mass, 0.0, compiler="eager")
+    asked = inputs.regions.asked[:, None]
+    assert torch.equal(got.open[:, 3:], asked.expand(-1, 3, -1))
+    assert not got.open[:, :3].any()
+    assert asked.any()
+
+
+def test_closed_calls_score_fewer_keys():
+    scored = {gates: int(check(Case(keys=600, gates=gates), "eager").scored_keys) for gates in ("open", "closed")}
+    assert scored["closed"] < scored["open"]
+    # Decode with closed gates reads the blocks of sink and window only: 6 heads, at most 2 + 1 blocks of 128, 2 rows.
+    decode = check(Case(keys=2000, queries=1, gates="closed", pads=(0, 0)), "eager")
+    assert decode.scored_keys <= 2 * 6 * 3 * 128
+
+
+def test_lengths_are_dynamic():
+    torch.compiler.reset()
+    flex._compiled.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    for keys in range(200, 1000, 97):
+        check(Case(queries=1, keys=keys), "eager")
+        check(Case(queries=keys // 2, keys=keys, gates="decided"), "eager")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_backward_is_refused():
+    inputs = Case().inputs(torch.float32)
+    inputs.query.requires_grad_()
+    mass = torch.full(inputs.query.shape[:3], torch.inf)
+    got = flex.attend_with(inputs, mass, 0.0, compiler="eager")
+    assert got.output.requires_grad
+    with pytest.raises(UnsupportedCallError, match="no_grad"):
+        got.output.sum().backward()
+    with torch.no_grad():
+        assert not flex.attend_with(inputs, mass, 0.0, compiler="eager").output.requires_grad
+
+
+def test_float64_is_refused():
+    inputs = Case().inputs(torch.float64)
+    with pytest.raises(BackendError, match="blockwise"):
+        flex.attend(inputs, torch.zeros(inputs.query.shape[:3]), 0.0)
+
+
+def test_nothing_runs_uncompiled():
+    inputs = Case().inputs(torch.float32)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendError, match="uncompiled"):
+        flex.attend(inputs, torch.zeros(inputs.query.shape[:3]), 0.0)
+
+
+@pytest.mark.parametrize("name", ["gqa", "holes", "static cache", "softcap", "sinks", "no sink"])
+def test_plain_local_log_mass(name: str):
+    inputs = CASES[name].inputs(torch.float32)
+    regions = inputs.regions
+    got = flex.local_log_mass(
+        inputs.query,
+        inputs.key,
+        regions.valid,
+        regions.first,
+        regions.query_slot,
+        regions.sink_size,
+        regions.window_size,
+        inputs.scale,
+        inputs.softcap,
+    )
+    want = reference.masked_log_mass(reference.attention_scores(inputs), regions.local_mask()[:, None], None)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [2**12, 2**17, 2**20])
+def test_block_lists_stay_small(keys: int):
+    block = flex_masks.block_size(1, 8, 4 * min(keys, 2**17), keys)
+    tiles = 4 * min(keys, 2**17) // flex_masks.ROW_TILE
+    assert 2 * 8 * tiles * (keys // block) * 4 <= 16 * 2**20
+
+
+def run_in_process(code: str, timeout: int = 300) -> str:
+    """Run code where the tests and the package can be imported; returns what it printed."""
+    tests, root = Path(__file__).parent, Path(flex.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(root)]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["gqa", "all open", "all closed", "oracle", "holes"],
+        ["sinks and softcap", "rows without keys", "tiles of full blocks"],
+        ["decode", "decode, static cache", "decode, sinks", "window of one"],
+    ],
+    ids=["prefill", "features", "decode"],
+)
+def test_inductor_on_cpu_equals_the_reference(names: list[str]):
+    run_in_process(f"""
+        from flex_cases import CASES, check
+        for name in {names}:
+            check(CASES[name], "inductor")
+    """)
+
+
+def test_inductor_bfloat16_other_value_dim_and_growing_decode():
+    printed = run_in_process("""
+        import torch
+        from flex_cases import Case, check
+        check(Case(dim=24, value_dim=40), "inductor", torch.bfloat16)
+        count = torch._dynamo.utils.counters["stats"]
+        before = count["unique_graphs"]
+        for keys in range(300, 1500, 71):
+            check(Case(queries=1, keys=keys), "inductor")
+        print(count["unique_graphs"] - before)
+    """)
+    assert int(printed) == 3  # up to 512, 1,024 and 2,048 keys
+
+
+def test_recompile_limit_is_an_error():
+    run_in_process("""
+        import pytest, torch
+        from flex_cases import Case, check
+        from patchattn.errors import BackendError
+        small, large = Case(queries=1, keys=100), Case(queries=1, keys=600)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            check(small, "inductor")
+            for _ in range(2):
+                with pytest.raises(BackendError, match="recompile_limit"):
+                    check(large, "inductor")
+            check(small, "inductor")
+        check(large, "inductor")
+    """)
+
+
+def test_inside_a_compiled_function():
+    run_in_process("""
+        import torch
+        from flex_cases import Case
+        from patchattn import reference
+        from patchattn.backends import flex
+        inputs = Case().inputs(torch.float32)
+        mass = Case().bulk_log_mass(inputs)
+
+        def outer(query):
+            same = type(inputs)(query * 1.0, inputs.key, inputs.value, inputs.regions, inputs.scale)
+            got = flex.attend(same, mass, 0.0)
+            return got.output + 1.0, got.open
+
+        output, opened = torch.compile(outer, fullgraph=True)(inputs.query)
+        want = reference.attend(inputs, mass, 0.0)
+        assert torch.equal(opened, want.open)
+        torch.testing.assert_close(output - 1.0, want.output, rtol=1e-5, atol=1e-5)
+    """)
+
+
+def test_memory_is_linear_in_length():
+    """From 4k to 16k the peak may grow four times; a queries x keys tensor of one head would be 1 GiB at 16k."""
+    printed = run_in_process("""
+        import resource, torch
+        from flex_cases import Case
+        from patchattn.backends import flex
+
+        def peak(tokens):
+            case = Case(heads=2, kv_heads=1, queries=tokens, keys=tokens, window=256, pads=(0,))
+            inputs = case.inputs(torch.float32)
+            pairs = torch.zeros(inputs.query.shape[:3])
+            mass = torch.where(torch.arange(tokens) % 64 == 0, torch.inf, -torch.inf).expand_as(pairs)
+            flex.attend(inputs, mass, 0.0)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+        print(peak(4096), peak(16384))
+    """)
+    small, large = (float(x) for x in printed.split())
+    assert large - small < 300, f"peak of {small:.0f} MiB at 4k and {large:.0f} MiB at 16k"

@@ -161,6 +161,8 @@ def _error_share(attend: Attend, problem: tuple[AttentionInputs, Tensor], dtype:
         truth = reference(exact, forced(opened, exact), 0.0).output
         plain = reference(rounded, forced(opened, rounded), 0.0).output.double()
         got = attend(rounded, forced(opened, rounded), 0.0).output.double()
-    budget = 2 * ((plain - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max())
+    # The truth is itself a float64 sum over the keys, so it is known to that many roundings only.
+    of_truth = exact.regions.key_length * torch.finfo(torch.float64).eps
+    budget = 2 * ((plain - truth).abs().max() + (torch.finfo(dtype).eps + of_truth) * truth.abs().max())
     share = ((got - truth).abs().max() / budget).item()
     return share if share == share else float("inf")

@@ -63,6 +63,7 @@ class LayerState(nn.Module):
         super().__init__()
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
         self.gated, self.record = gated, record
+        self.attend = load(backend)
         self.threshold = margin_threshold(policy.gate)
         self.timeline: list[tuple[str, Tensor]] = []
         self.replay: list[Tensor] | None = None
@@ -217,7 +218,7 @@ def attention(
 
 
 def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Attended:
-    policy, attend = state.policy, load(state.backend)
+    policy, attend = state.policy, state.attend
     phase = "decode" if inputs.query.shape[2] == 1 else "prefill"
     reason = _dense_reason(state, inputs, phase)
     if reason is not None:

@@ -216,6 +216,35 @@ def test_garbage_in_unused_slots_changes_nothing(slots: slice) -> None:
     torch.testing.assert_close(dirty.output, clean.output, rtol=0, atol=1e-12)
 
 
+def test_garbage_in_sink_slots_that_are_not_filled_changes_nothing() -> None:
+    inputs = make_call(**DENSE["sink beyond filled cache"])
+    bulk = gate.forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
+    clean = blockwise.attend(inputs, bulk, 0.0).output
+    inputs.key[:, :, 28:] = torch.nan
+    inputs.value[:, :, 28:] = torch.nan
+    torch.testing.assert_close(blockwise.attend(inputs, bulk, 0.0).output, clean, rtol=0, atol=1e-12)
+
+
+def test_open_pairs_whose_bulk_is_all_padding_keep_their_local_output() -> None:
+    inputs = make_call(**MIXED["bulk all padding at first"])
+    everything, nothing = (torch.full(inputs.query.shape[:3], is_open) for is_open in (True, False))
+    opened = blockwise.attend(inputs, gate.forced(everything, inputs), 0.0)
+    closed = blockwise.attend(inputs, gate.forced(nothing, inputs), 0.0)
+    # Row 0, slots 60 to 91: the bulk begins in slot 4 and ends before slot 60.
+    assert opened.open[0, :, 60:92].all()
+    torch.testing.assert_close(opened.output[0, :, 60:92], closed.output[0, :, 60:92], rtol=0, atol=1e-12)
+    assert not torch.allclose(opened.output[0, :, 92:], closed.output[0, :, 92:])
+
+
+@pytest.mark.parametrize("name", ["padding everywhere", "sink logits", "softcap and sink logits", "a row of padding"])
+def test_local_log_mass_equals_reference(name: str) -> None:
+    inputs = make_call(**MIXED[name])
+    mask = inputs.regions.local_mask()[:, None]
+    expected = reference.masked_log_mass(gate.attention_scores(inputs), mask, inputs.sink_logits)
+    _, actual, _ = blockwise._attend_local(inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("slot", [2, 70])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_key_opens_gates_and_spoils_only_rows_that_attend_to_it(slot: int, bad: float) -> None:

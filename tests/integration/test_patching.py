@@ -1,0 +1,327 @@
+"""`patch` on tiny random models: open gates are the stock model, closed gates are sink + window, and undo is exact."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import patchattn
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.regions import Regions
+from patchattn.testing import (
+    FAMILIES,
+    assert_within_budget,
+    gates_of_chunks,
+    recorded_gates,
+    replay_gates,
+    tiny_model,
+)
+
+LENGTHS = (300, 243, 160)
+
+
+def padded_batch(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 128, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    return ids * mask, mask
+
+
+def policy(gate, **fields):
+    return Policy(**({"sink_size": 4, "window_size": 32, "min_bulk": 0, "gate": gate} | fields))
+
+
+def forward(model, ids, mask, **kwargs):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **kwargs).logits
+
+
+def generate(model, ids, mask, **kwargs):
+    return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **kwargs)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_open_gates_equal_the_stock_model(family, backend, dtype):
+    ids, mask = padded_batch()
+    real = mask.bool()
+    model = tiny_model(family, dtype=dtype)
+    plain = forward(model, ids, mask)[real]
+    truth = forward(copy.deepcopy(model).double(), ids, mask)[real]
+    with patchattn.patch(model, policy(OpenGate()), backend=backend) as handle:
+        got = forward(model, ids, mask)[real]
+    assert_within_budget(got, plain, truth)
+    report = handle.report()
+    assert report.open_fraction("prefill") == 1.0
+    assert not any(report.dense_calls.values())
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_open_gates_generate_the_same_tokens(family, cache):
+    ids, mask = padded_batch()
+    model = tiny_model(family)
+    stock = generate(model, ids, mask)
+    with patchattn.patch(model, policy(OpenGate())) as handle:
+        got = generate(model, ids, mask, cache_implementation=cache)
+    assert torch.equal(got, stock)
+    for phase in ("prefill", "decode"):
+        assert handle.report().open_fraction(phase) == 1.0
+    assert not any(handle.report().dense_calls.values())
+
+
+def test_closed_gates_equal_the_stock_model_under_the_sink_and_window_mask(family):
+    ids, mask = padded_batch()
+    model = tiny_model(family)
+    regions = Regions.of(mask, query_length=ids.shape[1], sink_size=4, window_size=32)
+    # The stock model derives positions from the cache, not from the mask, so padding does not shift them.
+    local = regions.local_mask()[:, None] | ~mask.bool()[:, None, :, None]
+    plain = forward(model, ids, local)[mask.bool()]
+    truth = forward(copy.deepcopy(model).double(), ids, local)[mask.bool()]
+    with patchattn.patch(model, policy(ClosedGate())) as handle:
+        got = forward(model, ids, mask)[mask.bool()]
+    assert_within_budget(got, plain, truth)
+    assert handle.report().open_fraction() == 0.0
+    assert not torch.allclose(got, forward(model, ids, mask)[mask.bool()], atol=1e-3)
+
+
+def assert_mixed(gates):
+    for calls in gates.values():
+        for opened in calls:
+            assert opened.any()
+            assert not opened.all()
+
+
+@pytest.mark.parametrize(
+    "gate", [MomentGate(threshold=0.3), MomentGate(threshold=0.3, estimate="lognormal"), OracleGate(threshold=0.3)]
+)
+def test_mixed_gates_equal_the_reference_with_replayed_decisions(family, gate):
+    ids, mask = padded_batch()
+    real = mask.bool()
+    model = tiny_model(family)
+    with patchattn.patch(model, policy(gate), record="timeline") as handle:
+        got = forward(model, ids, mask)[real]
+    gates = recorded_gates(handle)
+    assert_mixed(gates)
+    results = []
+    for twin in (model, copy.deepcopy(model).double()):
+        with patchattn.patch(twin, policy(gate), backend="reference") as handle:
+            replay_gates(handle, gates)
+            results.append(forward(twin, ids, mask)[real])
+    assert_within_budget(got, *results)
+
+
+def test_decisions_agree_with_float64_outside_the_rounding_of_the_margin():
+    # The same float64 model on both backends must take the same decisions everywhere.
+    ids, mask = padded_batch()
+    model = tiny_model("llama").double()
+    gates = []
+    for backend in ("reference", "blockwise"):
+        with patchattn.patch(model, policy(MomentGate(threshold=0.3)), backend=backend, record="timeline") as handle:
+            forward(model, ids, mask)
+        gates.append(recorded_gates(handle))
+    assert_mixed(gates[0])
+    for layer, calls in gates[0].items():
+        assert torch.equal(calls[0], gates[1][layer][0])
+
+
+@pytest.mark.parametrize("make_cache", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", [MomentGate(threshold=0.3), OracleGate(threshold=0.3), StaticGate(open_heads=((1, 2),))])
+def test_prefill_in_pieces_and_decode_equal_one_prefill(make_cache, gate):
+    ids, mask = padded_batch((320, 251, 180))
+    pieces = [150, 60, 1, 1, 107, 1]
+    model = tiny_model("llama").double()
+    with patchattn.patch(model, policy(gate), record="timeline") as handle:
+        whole = forward(model, ids, mask)
+        gates = recorded_gates(handle)
+        assert any(opened.any() and not opened.all() for calls in gates.values() for opened in calls)
+        handle.reset_report()
+        cache = DynamicCache() if make_cache == "dynamic" else StaticCache(config=model.config, max_cache_len=400)
+        outputs, seen = [], 0
+        for piece in pieces:
+            now = slice(seen, seen + piece)
+            seen += piece
+            outputs.append(forward(model, ids[:, now], mask[:, :seen], past_key_values=cache))
+        in_pieces = recorded_gates(handle)
+    real = mask.bool()
+    assert torch.allclose(torch.cat(outputs, 1)[real], whole[real], atol=1e-9)
+    for layer, calls in gates.items():
+        assert len(in_pieces[layer]) == len(pieces)
+        for want, got in zip(gates_of_chunks(calls, pieces), in_pieces[layer], strict=True):
+            assert torch.equal(want, got)
+
+
+def test_a_cache_is_reused_over_turns_and_conversations_interleave():
+    model = tiny_model("qwen3").double()
+    first, _ = padded_batch((260,), seed=1)
+    second, _ = padded_batch((280,), seed=2)
+    more, _ = padded_batch((70,), seed=3)
+    ones = torch.ones(1, 1, dtype=torch.long)
+    with patchattn.patch(model, policy(MomentGate(threshold=0.3))) as handle:
+        want = [forward(model, torch.cat([turn, more], 1), ones.expand(1, turn.shape[1] + 70)) for turn in (first, second)]
+        caches = [DynamicCache(), DynamicCache()]
+        for turn, cache in zip((first, second), caches, strict=True):
+            forward(model, turn, ones.expand(1, turn.shape[1]), past_key_values=cache)
+        for turn, cache, whole in zip((first, second), caches, want, strict=True):
+            got = forward(model, more, ones.expand(1, turn.shape[1] + 70), past_key_values=cache)
+            assert torch.allclose(got, whole[:, -70:], atol=1e-9)
+        assert 0 < handle.report().open_fraction() < 1
+
+
+@pytest.mark.parametrize("change", ["crop", "crop_far", "reorder", "select", "repeat", "deepcopy", "pickle", "reset"])
+def test_moments_follow_what_happens_to_the_cache(change):
+    ids, mask = padded_batch((300, 300, 300), seed=4)
+    model = tiny_model("llama").double()
+    with patchattn.patch(model, policy(MomentGate(threshold=0.3)), record="timeline") as handle:
+        cache = DynamicCache()
+        forward(model, ids, mask, past_key_values=cache)
+        rows, kept = torch.arange(3), 300
+        if change == "crop":
+            cache.crop(-20)
+            kept = 280
+        elif change == "crop_far":
+            cache.crop(-200)
+            kept = 100
+        elif change == "reorder":
+            rows = torch.tensor([2, 0, 0])
+            cache.reorder_cache(rows)
+        elif change == "select":
+            rows = torch.tensor([2, 1])
+            cache.batch_select_indices(rows)
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+            rows = rows.repeat_interleave(2)
+        elif change == "deepcopy":
+            cache = copy.deepcopy(cache)
+        elif change == "pickle":
+            cache = pickle.loads(pickle.dumps(cache))
+        elif change == "reset":
+            cache.reset()
+            kept = 0
+        more, _ = padded_batch((200,) * len(rows), seed=5)
+        handle.reset_report()
+        whole_mask = torch.ones(len(rows), kept + 200, dtype=torch.long)
+        got = forward(model, more, whole_mask, past_key_values=cache)
+        gates = recorded_gates(handle)
+        handle.reset_report()
+        want = forward(model, torch.cat([ids[rows, :kept], more], 1), whole_mask)[:, kept:]
+        for layer, calls in recorded_gates(handle).items():
+            assert torch.equal(calls[0][:, :, kept:], gates[layer][0])
+    assert_mixed(gates)
+    assert torch.allclose(got, want, atol=1e-9)
+
+
+def snapshot(model):
+    return {
+        "modules": [name for name, _ in model.named_modules()],
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "buffers": [name for name, _ in model.named_buffers()],
+        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        "config": model.config.to_dict() | {"attention": model.config._attn_implementation},
+        "state": list(model.state_dict()),
+    }
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+def test_unpatch_gives_back_the_same_model(original):
+    ids, mask = padded_batch()
+    model = tiny_model("llama")
+    model.set_attn_implementation(original)
+    before, logits = snapshot(model), forward(model, ids, mask)
+    handle = patchattn.patch(model, policy(MomentGate()))
+    forward(model, ids, mask)
+    assert patchattn.is_patched(model)
+    patchattn.unpatch(model)
+    assert snapshot(model) == before
+    assert torch.equal(forward(model, ids, mask), logits)
+    handle.unpatch()  # the second time does nothing
+    assert handle.report().open_fraction() >= 0
+    with pytest.raises(patchattn.PatchStateError, match="not patched"):
+        patchattn.unpatch(model)
+
+
+def test_the_context_manager_undoes_after_an_exception():
+    model = tiny_model("llama")
+    before = snapshot(model)
+
+    def fail():
+        with patchattn.patch(model):
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert snapshot(model) == before
+
+
+def test_a_patched_model_can_be_copied_and_pickled():
+    ids, mask = padded_batch()
+    model = tiny_model("llama")
+    patchattn.patch(model, policy(MomentGate(threshold=0.3)))
+    want = forward(model, ids, mask)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(forward(twin, ids, mask), want)
+        patchattn.unpatch(twin)
+    assert patchattn.is_patched(model)
+
+
+def test_state_dict_and_saved_config_do_not_change(tmp_path):
+    model = tiny_model("llama")
+    names = list(model.state_dict())
+    with patchattn.patch(model):
+        assert list(model.state_dict()) == names
+        model.save_pretrained(tmp_path)
+    assert "patchattn" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_compiled_model_takes_the_same_path():
+    ids, mask = padded_batch()
+    model = tiny_model("llama")
+    with patchattn.patch(model, policy(MomentGate(threshold=0.3))) as handle:
+        want = forward(model, ids, mask)
+        asked = handle.report().layers[0]["prefill"].asked
+        handle.reset_report()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        got = forward(compiled, ids, mask, past_key_values=DynamicCache(config=model.config))
+        report = handle.report()
+    assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-4)
+    assert report.layers[0]["prefill"].asked == asked
+    assert 0 < report.open_fraction() < 1
+
+
+def test_dense_calls_are_counted_by_reason():
+    model = tiny_model("llama")
+    ids, mask = padded_batch((100,))
+    stock = forward(model, ids, mask)
+    causal = torch.ones(100, 100).tril().bool()[None, None]
+    with patchattn.patch(model, policy(ClosedGate(), layers=(0,), phases=frozenset({"prefill"}))) as handle:
+        assert torch.allclose(forward(model, ids, causal), stock, atol=1e-5)
+        assert handle.report().dense_calls[0] == {"mask": 1}
+        handle.reset_report()
+        cache = DynamicCache()
+        forward(model, ids, mask, past_key_values=cache)
+        forward(model, ids[:, :1], torch.ones(1, 101), past_key_values=cache)
+        report = handle.report()
+    assert report.dense_calls == {0: {"phase": 1}, 1: {"layer": 2}, 2: {"layer": 2}}
+    with patchattn.patch(model, policy(ClosedGate(), min_bulk=500)) as handle:
+        assert torch.allclose(forward(model, ids, mask), stock, atol=1e-5)
+    assert handle.report().dense_calls[1] == {"short": 1}
+
+
+def test_packed_sequences_stay_apart():
+    model = tiny_model("llama")
+    ids, _ = padded_batch((200,))
+    position_ids = torch.cat([torch.arange(120), torch.arange(80)])[None]
+    with torch.no_grad():
+        stock = model(ids, position_ids=position_ids, use_cache=False).logits
+        with patchattn.patch(model, policy(ClosedGate())) as handle:
+            got = model(ids, position_ids=position_ids, use_cache=False).logits
+    assert torch.equal(got, stock)
+    assert handle.report().dense_calls[0] == {"mask": 1}

@@ -64,17 +64,9 @@ def demo(
 
     **Examples**
 
-    The shipped model at its full context, about a minute on two cores:
-
-        patchattn demo
-
-    Your own text; close more heads, with a wider window:
-
-        patchattn demo --text notes.txt --threshold 0.4 --window 256
-
-    Another model on a GPU:
-
-        patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda
+    - `patchattn demo`: the shipped model at its full context, under a minute on two cores
+    - `patchattn demo --text notes.txt --threshold 0.4 --window 256`: your text; more heads closed, a wider window
+    - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
     with explained():
         demo_command.run(
@@ -104,9 +96,10 @@ def doctor(
     The exit code is 0 if the backend that `auto` chooses on every device gives the right numbers, and 1 if not. A
     backend that is not chosen may fail without harm. Compiling `flex` can take a minute.
 
-    **Example**
+    **Examples**
 
-        patchattn doctor
+    - `patchattn doctor`: tables for reading
+    - `patchattn doctor --json`: the same for a bug report
     """
     with explained():
         raise typer.Exit(0 if doctor_command.run(as_json=json) else 1)

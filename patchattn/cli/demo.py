@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -58,16 +60,20 @@ def run(choice: Choice) -> None:
             backend=choice.backend,
             progress=tell,
         )
-    comparison.report.plot(choice.out)
+    comparison.report.plot(choice.out, title=_title(comparison))
     if choice.json:
         found = {"model": choice.model or "shipped", **comparison.to_dict(), "picture": str(choice.out)}
         Console().print_json(json.dumps(found))
         return
     console = Console()
-    console.print(_table(comparison, choice.model or "the shipped model"))
+    name = choice.model or "the shipped model"
+    console.print(f"[bold]{escape(name)}, {comparison.length:,} tokens, {choice.questions} questions", highlight=False)
+    console.print(_table(comparison))
     for line in _notes(comparison, model):
-        console.print(line, highlight=False)
-    console.print(f"Which heads read far keys: [bold]{choice.out}[/]", soft_wrap=True, highlight=False)
+        console.print(line, style="dim", highlight=False)
+    console.print(
+        f"\nPicture of the heads that read far keys: [bold]{escape(str(choice.out))}", soft_wrap=True, highlight=False
+    )
 
 
 def _policy(choice: Choice) -> Policy:
@@ -108,6 +114,10 @@ def _load(choice: Choice) -> tuple[Any, Any]:
         device = torch.device(choice.device)
     except RuntimeError:
         raise stop(f"Unknown device {choice.device!r}.", fix="Use cpu, cuda, cuda:1 or mps.") from None
+    from transformers.utils import logging
+
+    # Two progress bars at a time tear each other apart.
+    logging.disable_progress_bar()
     if choice.model is None:
         model, tokenizer = demo.load()
     else:
@@ -150,45 +160,50 @@ def _progress(console: Console) -> Iterator[Any]:
         yield lambda description, done: bar.update(task, description=description, completed=done)
 
 
-def _table(found: Comparison, name: str) -> Table:
+def _table(found: Comparison) -> Table:
     dense, patched = found.dense, found.patched
-    table = Table(
-        title=f"Dense and patched attention: {name}, {found.length:,} tokens, {found.questions} questions",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("measured")
+    phases = tuple(patched.open_fraction)
+    both = " / ".join(phases)
+    change = patched.text_loss / dense.text_loss - 1
+    table = Table("measured", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("dense", justify="right")
     table.add_column("patched", justify="right")
-    asked = found.questions
-    table.add_row("answers right", f"{dense.right}/{asked}", f"{patched.right}/{asked}")
-    change = patched.text_loss / dense.text_loss - 1
+    table.add_row("answers right", f"{dense.right}/{found.questions}", f"{patched.right}/{found.questions}")
     table.add_row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})")
-    for phase, fraction in patched.open_fraction.items():
-        table.add_row(f"open fraction, {phase}", "100.0%", f"{fraction:.1%}")
-    for phase, density in patched.realised_density.items():
-        table.add_row(f"realised density, {phase}", "100.0%", f"{density:.1%}")
-    for phase, density in patched.realised_density.items():
-        table.add_row(f"arithmetic limit of the speed-up, {phase}", "1.0x", f"{1 / density:.1f}x")
+    table.add_row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"))
+    table.add_row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"))
+    limits = {phase: 1 / density for phase, density in patched.realised_density.items()}
+    table.add_row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"))
     table.add_row("prefill (seconds)", f"{dense.prefill_seconds:.2f}", f"{patched.prefill_seconds:.2f}")
     table.add_row(
-        "decode (tokens/s)", f"{dense.decode_tokens_per_second:.1f}", f"{patched.decode_tokens_per_second:.1f}"
+        "decode (tokens per second)", f"{dense.decode_tokens_per_second:.1f}", f"{patched.decode_tokens_per_second:.1f}"
     )
     return table
+
+
+def _joined(by_phase: dict[str, float], pattern: str) -> str:
+    return " / ".join(pattern.format(number) for number in by_phase.values())
+
+
+def _title(found: Comparison) -> str:
+    fraction = found.report.open_fraction()
+    return f"How often each head reads far keys (percent of queries), {fraction:.0%} overall"
 
 
 def _notes(found: Comparison, model: Any) -> list[str]:
     """Say what the rows of the table mean and how they were measured."""
     policy = found.policy
     device = model.device.type
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    threads = torch.get_num_threads()
+    hardware = f"{device}, {threads} {'thread' if threads == 1 else 'threads'}" if device == "cpu" else device
     gate = ", ".join(f"{key} {value}" for key, value in policy.gate.model_dump().items() if key != "open_heads")
     return [
-        f"Answers: written greedily, one question after another on one cache; right means every token. All facts lie "
-        f"{found.nearest:,} to {found.prefill_tokens:,} tokens before the first question.",
-        f"Text loss: {found.text_tokens:,} tokens of plain text. Open fraction: pairs of (query head, query) that read "
-        f"the keys beyond the {policy.sink_size} first and {policy.window_size} last tokens. Realised density: keys "
-        "scored of all causal keys.",
-        f"Times: prefill of {found.prefill_tokens:,} tokens, median of three; decode of single tokens after it. "
-        f"{device}{threads}, {str(model.dtype).removeprefix('torch.')}, backend {found.backend}. Gate: {gate}.",
+        f"Policy: sink {policy.sink_size}, window {policy.window_size}, gate {gate.removeprefix('kind ')}.",
+        f"Run: {hardware}, {str(model.dtype).removeprefix('torch.')}, backend {found.backend}.",
+        "Answers: written greedily, one question after the other on one cache; right means every token. "
+        f"The facts lie {found.nearest:,} to {found.furthest:,} tokens before the first question.",
+        f"Text loss: over {found.text_tokens:,} tokens of plain text.",
+        "Open fraction: how many pairs (query head, query) read the keys beyond sink and window.",
+        "Realised density: keys really scored, of those that dense attention scores.",
+        f"Prefill: {found.prefill_tokens:,} tokens, median of three. Decode: one token at a time after that.",
     ]

@@ -9,9 +9,11 @@ from importlib import metadata
 from typing import get_args
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import patchattn
 from patchattn import backends
 from patchattn.backends import Backend
 from patchattn.errors import BackendError
@@ -70,6 +72,9 @@ def run(*, as_json: bool) -> bool:
 
 
 def _version(package: str) -> str | None:
+    if package == "patchattn":
+        # Also right for a checkout that is on the path without being installed.
+        return patchattn.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -100,15 +105,15 @@ def _check(device: str, backend: Backend, dtype: torch.dtype) -> Check:
 def _print(
     console: Console, versions: dict[str, str | None], devices: dict[str, str], checks: list[Check], *, healthy: bool
 ) -> None:
-    packages = Table("package", "version", title="Versions", title_justify="left")
+    packages = Table("package", "version", box=box.SIMPLE_HEAD, pad_edge=False)
     packages.add_row("python", platform.python_version())
     for name, version in versions.items():
         missing = "[red]missing[/]" if name in _PACKAGES else "not installed (optional)"
         packages.add_row(name, version or missing)
-    hardware = Table("device", "what it is", "auto chooses", title="Devices", title_justify="left")
+    hardware = Table("device", "what it is", "auto chooses", box=box.SIMPLE_HEAD, pad_edge=False)
     for device, description in devices.items():
         hardware.add_row(device, description, backends.resolve("auto", torch.device(device)))
-    table = Table("device", "backend", "dtype", "self-check", title="Backends", title_justify="left")
+    table = Table("device", "backend", "dtype", "self-check", box=box.SIMPLE_HEAD, pad_edge=False)
     for check in checks:
         name = f"{check.backend} [dim](auto)[/]" if check.chosen else check.backend
         result = "[red]failed[/]" if check.problem else "[green]ok[/]"

@@ -71,6 +71,7 @@ class Comparison:
         length: Tokens in the document, questions and answers included.
         prefill_tokens: Tokens of the document before the first question.
         nearest: Tokens between the end of the latest planted fact and the first question.
+        furthest: Tokens between the start of the earliest planted fact and the first question.
         questions: Number of questions.
         text_tokens: Tokens that text loss was averaged over.
         report: The report of the patched run: document, answers and plain text, without the timing runs.
@@ -83,6 +84,7 @@ class Comparison:
     length: int
     prefill_tokens: int
     nearest: int
+    furthest: int
     questions: int
     text_tokens: int
     report: Any
@@ -93,6 +95,8 @@ class Comparison:
             "length": self.length,
             "prefill_tokens": self.prefill_tokens,
             "questions": self.questions,
+            "nearest_fact_tokens": self.nearest,
+            "furthest_fact_tokens": self.furthest,
             "text_tokens": self.text_tokens,
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
@@ -165,6 +169,7 @@ def compare(
         length=length,
         prefill_tokens=first_question,
         nearest=first_question - max(end for _, end in document.planted),
+        furthest=first_question - min(start for start, _ in document.planted),
         questions=questions,
         text_tokens=_loss_tokens(plain),
         report=report,

@@ -7,7 +7,6 @@ rows selected or repeated, tokens cropped, the cache reset, copied and pickled. 
 
 from __future__ import annotations
 
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -36,11 +35,17 @@ def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int,
 
 
 def store_moments(past_key_values: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
-    """Keep the moments of a layer with its cache; a call without one keeps none."""
+    """Keep the moments of a layer with its cache; a call without one keeps none.
+
+    Inside a compiled graph the entry's class can't be changed, so a cache whose first call is compiled keeps no
+    moments: they are taken from its keys again on every call. `generate` never compiles the first call.
+    """
     entry = _entry(past_key_values, layer)
     if entry is None:
         return
-    if not getattr(type(entry), "tracks_moments", False):
+    if not getattr(entry, "tracks_moments", False):
+        if torch.compiler.is_compiling():
+            return
         entry.__class__ = _tracking(type(entry))
     setattr(entry, _ATTRIBUTE, moments)
     setattr(entry, _GRID, grid)
@@ -51,10 +56,17 @@ def _entry(past_key_values: Any, layer: int) -> Any:
     return layers[layer] if layers is not None and layer < len(layers) else None
 
 
-@memoize
-def _tracking(base: type) -> type:
-    """Make the subclass of a cache layer's class that carries moments along."""
+_TRACKING: dict[type, type] = {}
 
+
+def _tracking(base: type) -> type:
+    """Return the subclass of a cache layer's class that carries moments along, made once per class."""
+    if base not in _TRACKING:
+        _TRACKING[base] = _make_tracking(base)
+    return _TRACKING[base]
+
+
+def _make_tracking(base: type) -> type:
     class Tracking(base):
         tracks_moments = True
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from flex_cases import CASES, Case, check
 
 from patchattn import reference
 from patchattn.backends import flex, flex_masks
 from patchattn.errors import BackendError, UnsupportedCallError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from flex_cases import CASES, Case, check
 
 
 @pytest.fixture(scope="module", autouse=True)

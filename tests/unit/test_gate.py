@@ -1,0 +1,164 @@
+"""The head gate: every kind, the direction of the threshold, and what opens in doubt."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, ShapeError, StaticGate
+from patchattn.gate import attention_scores, bulk_log_mass, decide, exact_bulk_log_mass, forced, margin_threshold
+from patchattn.inputs import AttentionInputs
+from patchattn.reference import attend, masked_log_mass
+from patchattn.regions import Regions
+
+
+def make_inputs(length=400, softcap=None, sinks=False, pads=(0, 50), dtype=torch.float64, sink_size=4, window_size=32):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    valid = torch.stack([torch.arange(length) >= pad for pad in pads])
+    regions = Regions.of(valid, query_length=length, sink_size=sink_size, window_size=window_size)
+    batch = len(pads)
+    return AttentionInputs(
+        2 * normal(batch, 6, length, 16),
+        normal(batch, 2, length, 16),
+        normal(batch, 2, length, 8),
+        regions,
+        0.25,
+        softcap,
+        normal(6) if sinks else None,
+    )
+
+
+def policy(gate, **fields):
+    return Policy(sink_size=4, window_size=32, gate=gate, **({"min_bulk": 0} | fields))
+
+
+def opened(gate, inputs, **fields):
+    mass, _ = bulk_log_mass(policy(gate, **fields), 1, inputs)
+    return attend(inputs, mass, margin_threshold(gate)).open
+
+
+def test_open_closed_and_static_gates_do_as_they_say():
+    inputs = make_inputs()
+    asked = inputs.regions.asked[:, None].expand(-1, 6, -1)
+    assert torch.equal(opened(OpenGate(), inputs), asked)
+    assert not opened(ClosedGate(), inputs).any()
+    got = opened(StaticGate(open_heads=((0, 1), (1, 4))), inputs)
+    assert torch.equal(got[:, 4], asked[:, 4])
+    assert not got[:, [0, 1, 2, 3, 5]].any()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_oracle_closes_exactly_where_the_local_share_reaches_the_threshold(softcap, sinks):
+    inputs = make_inputs(softcap=softcap, sinks=sinks)
+    scores = attention_scores(inputs)
+    local = masked_log_mass(scores, inputs.regions.local_mask()[:, None], inputs.sink_logits).exp()
+    bulk = masked_log_mass(scores, inputs.regions.bulk_mask()[:, None], None).exp()
+    share = local / (local + bulk)
+    got = opened(OracleGate(threshold=0.4), inputs)
+    want = inputs.regions.asked[:, None] & (share < 0.4)
+    assert torch.equal(got, want)
+    assert got.any()
+    assert not got[inputs.regions.asked[:, None].expand_as(got)].all()
+
+
+@pytest.mark.parametrize("make", [MomentGate, OracleGate])
+@given(st.floats(0.01, 0.98), st.floats(0.001, 0.01))
+def test_a_higher_threshold_never_closes_a_pair(make, threshold, step):
+    inputs = make_inputs(length=250, pads=(3,))
+    low, high = (opened(make(threshold=t), inputs) for t in (threshold, threshold + step))
+    assert not (low & ~high).any()
+
+
+def test_log_masses_of_local_and_bulk_add_up_to_the_full_log_sum_exp():
+    inputs = make_inputs()
+    scores = attention_scores(inputs)
+    local = masked_log_mass(scores, inputs.regions.local_mask()[:, None], None)
+    whole = masked_log_mass(scores, inputs.regions.causal_mask()[:, None], None)
+    torch.testing.assert_close(torch.logaddexp(local, exact_bulk_log_mass(inputs)), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_doubt_opens():
+    asked = torch.ones(1, 4, dtype=torch.bool)
+    local = torch.tensor([[[math.nan, 0.0, -math.inf, math.inf]]])
+    bulk = torch.tensor([[[0.0, math.nan, -math.inf, math.inf]]])
+    assert decide(local, bulk, asked, 0.0).all()
+    assert not decide(local, bulk, ~asked, 0.0).any()
+
+
+def test_the_margin_threshold_is_the_logit_of_the_share():
+    assert margin_threshold(MomentGate(threshold=0.5)) == pytest.approx(0.0)
+    assert margin_threshold(OracleGate(threshold=0.9)) == pytest.approx(math.log(9))
+    assert margin_threshold(OpenGate()) == 0.0
+
+
+def test_queries_below_break_even_open_without_asking():
+    inputs = make_inputs(pads=(0, 0))
+    got = opened(ClosedGate(), inputs, min_bulk=100)
+    n_bulk = inputs.regions.n_bulk[:, None].expand_as(got)
+    assert torch.equal(got, (n_bulk > 0) & (n_bulk < 100))
+
+
+def test_replaying_decisions_gives_the_same_output():
+    inputs = make_inputs(sinks=True)
+    mass, _ = bulk_log_mass(policy(MomentGate(threshold=0.4)), 0, inputs)
+    first = attend(inputs, mass, margin_threshold(MomentGate(threshold=0.4)))
+    again = attend(inputs, forced(first.open, inputs), 0.0)
+    assert torch.equal(first.open, again.open)
+    assert torch.equal(first.output, again.output)
+    assert 0 < first.open.sum() < inputs.regions.asked.sum() * 6
+
+
+def test_the_output_moves_by_at_most_twice_the_missed_share():
+    inputs = make_inputs(pads=(0, 0))
+    scores = attention_scores(inputs)
+    closed, dense = (attend(inputs, forced(torch.full((2, 6, 400), o), inputs), 0.0).output for o in (False, True))
+    whole = masked_log_mass(scores, inputs.regions.causal_mask()[:, None], None)
+    missed = (exact_bulk_log_mass(inputs) - whole).exp()
+    largest = inputs.value.norm(dim=-1).amax()
+    assert ((dense - closed).norm(dim=-1) <= 2 * missed * largest + 1e-12).all()
+    assert missed.max() > 0.1
+
+
+def test_rows_without_keys_are_zero_and_open_equals_scaled_dot_product_attention():
+    inputs = make_inputs()
+    out = attend(inputs, forced(torch.ones(2, 6, 400, dtype=torch.bool), inputs), 0.0).output
+    want = torch.nn.functional.scaled_dot_product_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        attn_mask=inputs.regions.causal_mask()[:, None],
+        scale=0.25,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out[0], want[0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(out[1, :, 50:], want[1, :, 50:], rtol=1e-11, atol=1e-11)
+    assert (out[1, :, :50] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.zeros(2, 5, 400, 16)},
+        {"query": torch.zeros(2, 6, 400, 8)},
+        {"query": torch.zeros(2, 6, 399, 16)},
+        {"query": torch.zeros(2, 6, 400, 16, dtype=torch.float32)},
+        {"key": torch.zeros(1, 2, 400, 16)},
+        {"value": torch.zeros(2, 2, 399, 8)},
+        {"key": torch.zeros(2, 400, 16)},
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change):
+    good = make_inputs()
+    parts = {"query": good.query, "key": good.key, "value": good.value}
+    parts |= {name: tensor if tensor.dtype == torch.float32 and name == "query" else tensor.double() for name, tensor in change.items()}
+    if "query" in change and change["query"].shape == (2, 6, 400, 16):
+        parts["query"] = change["query"]
+    with pytest.raises(ShapeError):
+        AttentionInputs(parts["query"], parts["key"], parts["value"], good.regions, 0.25)

@@ -24,6 +24,8 @@ from patchattn.policy import Policy
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""
 
+# Facts near the end would lie in the window, where every head sees them.
+_DEPTH = (0.0, 0.9)
 _TIMED_PREFILLS = 3
 _WARM_DECODE_STEPS = 4
 _TIMED_DECODE_STEPS = 32
@@ -198,7 +200,7 @@ def check_length(model: Any, text: TokenizedText, length: int) -> None:
 
 def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:
     try:
-        return make_document(text, tokenizer, length=length, kinds=("fact",) * questions, seed=seed)
+        return make_document(text, tokenizer, length=length, kinds=("fact",) * questions, seed=seed, depth=_DEPTH)
     except ValueError as error:
         raise DocumentError(str(error), fix="Ask fewer questions or choose a greater length.") from error
 

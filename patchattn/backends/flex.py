@@ -1,12 +1,12 @@
 """Gated attention through FlexAttention, always compiled: whole tiles of closed rows cost nothing.
 
-Where the kernel returns the log-sum-exp (CUDA), the call is two passes: local keys for all rows, whose log-sum-exp is the
-exact local log mass that the head gate needs, then bulk keys for the tiles with an open row, merged in float32. Where it
-does not (CPU through Inductor), a plain computation finds the local log mass and one pass does the rest.
+Where the kernel returns the log-sum-exp (CUDA), the call is two passes: local keys for all rows, whose log-sum-exp is
+the exact local log mass that the head gate needs, then bulk keys for the tiles with an open row, merged in float32.
+Where it does not (CPU through Inductor), a plain computation finds the local log mass and one pass does the rest.
 
-Lengths: on CPU, lengths are padded to static buckets, because kernels of dynamic length do not compile there (torch 2.13).
-Queries and keys grow in powers of two, keys from 512 on, so that decoding from 1 to 64k tokens compiles 8 times. On CUDA
-lengths are dynamic and nothing is padded.
+Lengths: on CPU, lengths are padded to static buckets, because kernels of dynamic length do not compile there (torch
+2.13). Queries and keys grow in powers of two, keys from 512 on, so that decoding up to 64k tokens compiles 8 times. On
+CUDA lengths are dynamic and nothing is padded.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
         threshold: Margin in nats from which a gate closes.
 
     Returns:
-        Output, decisions, and the scored keys of all visited tiles, in both passes. The output can't be differentiated: its
-        backward raises `UnsupportedCallError`.
+        Output, decisions, and the scored keys of all visited tiles, in both passes. The output can't be differentiated:
+        its backward raises `UnsupportedCallError`.
 
     Raises:
         BackendError: FlexAttention can't be compiled for this device or dtype, or was compiled for too many shapes.
@@ -66,11 +66,11 @@ def attend_with(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float
         two_passes = compiler != "inductor" or inputs.query.device.type != "cpu"
         call = _two_pass_call(inputs, bulk_log_mass) if two_passes else _one_pass_call(inputs, bulk_log_mass, threshold)
         threshold_tensor = torch.full((), threshold, device=inputs.query.device, dtype=torch.float32)
-        settings = _Settings.of(inputs, two_passes)
+        settings = _Settings.of(inputs, two_passes=two_passes)
         if torch.compiler.is_compiling():
             output, opened, scored = _attend_call(settings, call, threshold_tensor)
         else:
-            run = _compiled(settings, compiler, None if two_passes else tuple(call["query"].shape[:3]))
+            run = _compiled(settings, compiler, _kind(call, two_passes=two_passes))
             output, opened, scored = _run_or_explain(run, call, threshold_tensor)
         queries = inputs.query.shape[2]
         output, opened = output[:, :, :queries], opened[:, :, :queries]
@@ -91,12 +91,12 @@ class _Settings:
     two_passes: bool
 
     @classmethod
-    def of(cls, inputs: AttentionInputs, two_passes: bool) -> _Settings:
+    def of(cls, inputs: AttentionInputs, *, two_passes: bool) -> _Settings:
         regions = inputs.regions
         return cls(regions.sink_size, regions.window_size, float(inputs.scale), inputs.softcap, two_passes)
 
 
-_Call = dict[str, Tensor | None]
+_Call = dict[str, Tensor]  # without sink_logits where there are none
 
 
 def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
@@ -111,7 +111,7 @@ def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
         "slots": regions.query_slots,
         "asked": regions.asked,
         "gate": bulk_log_mass.detach(),
-        "sink_logits": _detached(inputs.sink_logits),
+        **_sink_logits(inputs),
     }
     if not torch.compiler.is_compiling():
         axes = {"key": 2, "value": 2, "valid": 1}
@@ -153,12 +153,12 @@ def _one_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: fl
         "slots": F.pad(regions.query_slots, (0, more_queries), value=-1),
         "asked": F.pad(regions.asked, (0, more_queries)),
         "gate": F.pad(opened, (0, more_queries)),
-        "sink_logits": _detached(inputs.sink_logits),
+        **_sink_logits(inputs),
     }
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+def _sink_logits(inputs: AttentionInputs) -> _Call:
+    return {} if inputs.sink_logits is None else {"sink_logits": inputs.sink_logits.detach()}
 
 
 def _bucket(length: int, smallest: int) -> int:
@@ -180,10 +180,12 @@ def _attend_call(settings: _Settings, call: _Call, threshold: Tensor) -> tuple[T
     batch, heads, queries, _ = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     group = heads // kv_heads
-    if query.device.type != "cpu":
+    if query.device.type == "cpu":
+        # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
+        grouped = pinned(_rows(query, kv_heads)), pinned(key), pinned(value)
+    else:
         query, key, value = (F.pad(x, (0, max(0, _SMALLEST_HEAD_DIM - x.shape[3]))) for x in (query, key, value))
-    # A direct view of a linear layer's output fails on CPU (torch 2.13).
-    grouped = pinned(_rows(query, kv_heads)), pinned(key), pinned(value)
+        grouped = _rows(query, kv_heads), key, value
     masks = RowMasks.of(
         call["valid"],
         call["first"],
@@ -194,7 +196,7 @@ def _attend_call(settings: _Settings, call: _Call, threshold: Tensor) -> tuple[T
     )
     asked = call["asked"][:, :, None].expand(-1, -1, group).flatten(1)
     sink_logits = None
-    if call["sink_logits"] is not None:
+    if "sink_logits" in call:
         sinks = call["sink_logits"].float().view(1, kv_heads, 1, group)
         sink_logits = sinks.expand(batch, -1, queries, -1).flatten(2)
     gate = _rows(call["gate"], kv_heads)
@@ -301,14 +303,22 @@ def _score_mod(softcap: float | None, null: tuple[int, Tensor] | None = None) ->
     return modify
 
 
-@functools.lru_cache(maxsize=None)
-def _compiled(settings: _Settings, compiler: Compiler, _shape: tuple[int, ...] | None) -> Callable[..., tuple[Tensor, ...]]:
+def _kind(call: _Call, *, two_passes: bool) -> tuple[object, ...]:
+    """Everything a call is compiled for except its dynamic lengths."""
+    query, key, value = call["query"], call["key"], call["value"]
+    batch, heads, queries, dim = query.shape
+    length = min(queries, 2) if two_passes else queries
+    return batch, heads, key.shape[1], dim, value.shape[3], length, query.dtype, query.device, "sink_logits" in call
+
+
+@functools.cache
+def _compiled(settings: _Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Callable[..., tuple[Tensor, ...]]:
     """Compile for one kind of call; each has its own count towards the recompile limit.
 
     Args:
         settings: Constants of the graph.
         compiler: Backend of torch.compile.
-        _shape: Static shape of the query; only tells functions apart.
+        _kind: Only tells functions apart.
     """
 
     def run(call: _Call, threshold: Tensor) -> tuple[Tensor, ...]:

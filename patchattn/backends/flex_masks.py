@@ -1,14 +1,14 @@
 """Token masks and block lists of FlexAttention, built in the graph from the decisions of a call.
 
-A *row* is a (query, head in group) pair: `[batch, heads, query, dim]` becomes `[batch, kv_heads, query * group, dim]`, so
-that the heads of a group share their keys, and decode is a call with `group` rows. A *tile* is `ROW_TILE` rows, a *block*
-a run of keys. A tile reads the blocks of its lists: those of the full list unmasked, those of the partial list through
-the token mask.
+A *row* is a (query, head in group) pair: `[batch, heads, query, dim]` becomes `[batch, kv_heads, query * group, dim]`,
+so that the heads of a group share their keys, and decode is a call with `group` rows. A *tile* is `ROW_TILE` rows, a
+*block* a run of keys. A tile reads the blocks of its lists: those of the full list unmasked, those of the partial list
+through the token mask.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,9 @@ class RowMasks:
     n_before: Tensor
 
     @classmethod
-    def of(cls, valid: Tensor, first: Tensor, slots: Tensor, *, group: int, sink_size: int, window_size: int) -> RowMasks:
+    def of(
+        cls, valid: Tensor, first: Tensor, slots: Tensor, *, group: int, sink_size: int, window_size: int
+    ) -> RowMasks:
         """Build the masks of a call.
 
         Args:
@@ -97,7 +99,7 @@ class RowMasks:
             return (valid[b, key] != 0) & (key <= slots[row]) & near
 
         partly, fully = blocks.local()
-        return self._assemble(mask, partly, fully, block, with_full)
+        return self._assemble(mask, partly, fully, block, with_full=with_full)
 
     def bulk(self, bulk_end: Tensor, *, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
         """Mask for the bulk keys of the open rows; see `_assemble`.
@@ -114,7 +116,7 @@ class RowMasks:
             return (valid[b, key] != 0) & (key >= sink_end[b]) & (key <= bulk_end[b, h, row])
 
         partly, fully = blocks.bulk(bulk_end)
-        return self._assemble(mask, partly, fully, block, with_full)
+        return self._assemble(mask, partly, fully, block, with_full=with_full)
 
     def both(self, bulk_end: Tensor, *, block: int, null_key: bool) -> tuple[BlockMask, Tensor]:
         """Mask for the local keys of all rows and the bulk keys of the open ones; see `_assemble`.
@@ -137,17 +139,19 @@ class RowMasks:
         if null_key:
             last = torch.arange(partly.shape[-1], device=partly.device) == null // block
             partly = partly | last & (blocks.last >= 0)[:, None]
-        return self._assemble(mask, partly, fully, block, True)
+        return self._assemble(mask, partly, fully, block, with_full=True)
 
     def _captured_valid(self, block: int) -> Tensor:
         keys = self.valid.shape[1]
         return pinned(F.pad(self.valid.int(), (0, _up_to_multiple(keys, block) - keys)))
 
-    def _assemble(self, mask, partly: Tensor, fully: Tensor, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
+    def _assemble(
+        self, mask: Callable[..., Tensor], partly: Tensor, fully: Tensor, block: int, *, with_full: bool
+    ) -> tuple[BlockMask, Tensor]:
         """Turn visited and full blocks into a block mask.
 
         Returns:
-            The block mask, and the number of scored (query head, query, key) triples per mask head as [batch, mask_heads]
+            The block mask, and the number of scored (query head, query, key) triples per mask head, [batch, mask_heads]
             int64: whole blocks for each row that is not padding.
         """
         if with_full:
@@ -235,14 +239,20 @@ def block_size(batch: int, heads: int, rows: int, keys: int) -> int:
     return block
 
 
+@torch.library.custom_op("patchattn::flex_pinned", mutates_args=())
 def pinned(x: Tensor) -> Tensor:
-    """Fix the layout of a tensor that a kernel reads: kernels assume unit strides.
+    """Copy a tensor that a kernel reads into a contiguous layout that the compiler can't change.
 
-    Inductor may choose another layout even behind `contiguous()`; on CPU that gives wrong numbers in silence (torch 2.13).
+    Kernels assume the strides that they were traced with, but Inductor may choose others, even behind `contiguous()`
+    and `as_strided()`: on CPU that gives wrong numbers in silence (torch 2.13). It leaves the result of an opaque
+    operator alone.
     """
-    x = x.contiguous()
-    strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.dim())]
-    return x.as_strided(x.shape, strides)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@pinned.register_fake
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _lists(listed: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,12 +183,13 @@ def _table(found: Comparison) -> Table:
 
 
 def _joined(by_phase: dict[str, float], pattern: str) -> str:
-    return " / ".join(pattern.format(number) for number in by_phase.values())
+    return " / ".join("-" if math.isnan(number) else pattern.format(number) for number in by_phase.values())
 
 
 def _title(found: Comparison) -> str:
     fraction = found.report.open_fraction()
-    return f"How often each head reads far keys (percent of queries), {fraction:.0%} overall"
+    overall = "no query was asked" if math.isnan(fraction) else f"{fraction:.0%} overall"
+    return f"Queries that read far keys, percent per head ({overall})"
 
 
 def _notes(found: Comparison, model: Any) -> list[str]:

@@ -7,6 +7,7 @@ on another stretch of the text, without planted lines. Times are taken apart fro
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.nn import functional
 import patchattn
 from patchattn.errors import PatchAttnError
 from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
-from patchattn.policy import Policy
+from patchattn.policy import Phase, Policy
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""
@@ -49,8 +50,9 @@ class Measured:
         text_loss: Mean cross-entropy over `Comparison.text_tokens` tokens of plain text, nats per token.
         prefill_seconds: Seconds to read the document, median of three.
         decode_tokens_per_second: Tokens per second when writing after the document, one sequence at a time.
-        open_fraction: Open pairs of the pairs asked; by phase, `"prefill"` and `"decode"`. Empty for dense.
-        realised_density: Keys scored of the causal keys, by phase. Empty for dense.
+        open_fraction: Open pairs of the pairs asked; by phase, `"prefill"` and `"decode"`. NaN where no pair was
+            asked. Empty for dense.
+        realised_density: Keys scored of the causal keys, by phase. NaN where no call was gated. Empty for dense.
     """
 
     right: int
@@ -92,7 +94,7 @@ class Comparison:
     report: Any
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings, ready for JSON."""
+        """Return plain numbers and strings, ready for JSON; None for what is not known."""
         return {
             "length": self.length,
             "prefill_tokens": self.prefill_tokens,
@@ -102,10 +104,18 @@ class Comparison:
             "text_tokens": self.text_tokens,
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
-            "dense": vars(self.dense),
-            "patched": vars(self.patched),
+            "dense": _plain(self.dense),
+            "patched": _plain(self.patched),
             "report": self.report.to_dict(),
         }
+
+
+def _plain(measured: Measured) -> dict[str, Any]:
+    by_phase = {
+        name: {phase: None if math.isnan(number) else number for phase, number in getattr(measured, name).items()}
+        for name in ("open_fraction", "realised_density")
+    }
+    return vars(measured) | by_phase
 
 
 def compare(
@@ -147,13 +157,16 @@ def compare(
     document = _document(lines, tokenizer, length, questions, seed)
     plain = _document(lines, tokenizer, length, 0, seed + 1)
 
+    with patchattn.patch(model, policy, backend=backend):
+        pass  # What can't be patched is refused before the dense run, not after it.
     dense = _measure(model, tokenizer, document, plain, work.named("dense"))
     with patchattn.patch(model, policy, backend=backend) as handle:
         answers, loss = _quality(model, tokenizer, document, plain, work.named("patched"))
     report = handle.report()
     with patchattn.patch(model, policy, backend=backend):
         seconds, speed = _times(model, document, work.named("patched"))
-    phases = [phase for phase in ("prefill", "decode") if phase in handle.policy.phases]
+    both: tuple[Phase, ...] = ("prefill", "decode")
+    phases: list[Phase] = [phase for phase in both if phase in handle.policy.phases]
     patched = Measured(
         right=answers,
         text_loss=loss,

@@ -1,0 +1,99 @@
+"""Tests of `patchattn.policy`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+
+counts = st.integers(0, 2**20)
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+heads = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=6).map(tuple)
+gates = st.one_of(
+    st.builds(MomentGate, threshold=shares, estimate=st.sampled_from(["saturating", "lognormal"])),
+    st.builds(OracleGate, threshold=shares),
+    st.builds(StaticGate, open_heads=heads),
+    st.just(OpenGate()),
+    st.just(ClosedGate()),
+)
+policies = st.builds(
+    Policy,
+    sink_size=counts,
+    window_size=st.integers(1, 2**20),
+    gate=gates,
+    layers=st.none() | st.lists(st.integers(0, 200), max_size=6).map(tuple),
+    phases=st.frozensets(st.sampled_from(["prefill", "decode"]), min_size=1),
+    min_bulk=counts | st.just("auto"),
+)
+
+
+@given(policies)
+def test_json_round_trip(policy: Policy) -> None:
+    assert Policy.model_validate_json(policy.model_dump_json()) == policy
+    assert Policy.model_validate_json(json.dumps(policy.model_dump(mode="json"))) == policy
+    assert hash(policy) == hash(Policy.model_validate(policy.model_dump()))
+
+
+def test_json_names_gate_and_version() -> None:
+    written = json.loads(Policy(gate=StaticGate(open_heads=((1, 2),))).model_dump_json())
+    assert written["schema_version"] == 1
+    assert written["gate"] == {"kind": "static", "open_heads": [[1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sink_size", -1),
+        ("sink_size", 1.5),
+        ("window_size", 0),
+        ("window_size", -5),
+        ("window_size", "wide"),
+        ("layers", (-1,)),
+        ("layers", 3),
+        ("phases", frozenset()),
+        ("phases", frozenset({"training"})),
+        ("min_bulk", -1),
+        ("min_bulk", "automatic"),
+        ("schema_version", 2),
+        ("gate", None),
+        ("gate", "moment"),
+        ("gate", {"kind": "clairvoyant"}),
+        ("gate", {"threshold": 0.5}),
+        ("gate", {"kind": "open", "threshold": 0.5}),
+        ("gate", {"kind": "moment", "moments": "guess"}),
+        ("gate", {"kind": "moment", "estimate": "gaussian"}),
+        ("gate", {"kind": "static", "open_heads": [[0]]}),
+        ("gate", {"kind": "static", "open_heads": [[0, -1]]}),
+        ("windw_size", 128),
+    ],
+)
+def test_bad_field_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Policy(**{field: value})
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [MomentGate, OracleGate])
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1, 1.1, math.nan, math.inf, -math.inf, None, "high"])
+def test_threshold_outside_the_open_interval_is_refused(kind: type, threshold: Any) -> None:
+    with pytest.raises(ValidationError, match="threshold"):
+        kind(threshold=threshold)
+
+
+@pytest.mark.parametrize("made", [Policy(), MomentGate(), StaticGate()])
+def test_frozen(made: Any) -> None:
+    field = next(iter(type(made).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(made, field, None)
+
+
+def test_order_and_repetition_do_not_matter() -> None:
+    assert Policy(layers=(3, 1, 3)) == Policy(layers=(1, 3))
+    assert StaticGate(open_heads=((1, 0), (0, 2), (1, 0))) == StaticGate(open_heads=((0, 2), (1, 0)))

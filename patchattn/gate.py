@@ -79,8 +79,8 @@ def bulk_log_mass(
             mass = exact_bulk_log_mass(inputs)
         case OpenGate() | ClosedGate() | StaticGate():
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
-    if policy.min_bulk != 0:
-        mass = torch.where((regions.n_bulk < policy.min_bulk)[:, None], torch.inf, mass)
+    if policy.break_even:
+        mass = torch.where((regions.n_bulk < policy.break_even)[:, None], torch.inf, mass)
     return mass, state
 
 

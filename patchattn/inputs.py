@@ -72,7 +72,7 @@ class AttentionInputs:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of log masses: float64 for float64 inputs, float32 otherwise."""
+        """Dtype of log masses: float64 for float64 inputs, float32 otherwise."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 

@@ -25,7 +25,7 @@ _CHUNKS_PER_SLAB = 32
 
 
 def log_mass_of_gaussian(
-    n: Tensor, mean: Tensor, variance: Tensor, *, softcap: float | None = None, estimate: Estimate = "saturating"
+    n: Tensor, mean: Tensor, variance: Tensor, *, softcap: float | None = None, estimate: Estimate = "guarded"
 ) -> Tensor:
     """Predict the log of the summed exponentials of `n` Gaussian scores.
 
@@ -34,8 +34,10 @@ def log_mass_of_gaussian(
         mean: Mean of the scores, nats.
         variance: Variance of the scores; rounding below zero is taken as zero.
         softcap: Scores become `softcap * tanh(score / softcap)`; the moments are carried through to first order.
-        estimate: `"lognormal"` is `log n + m + v / 2`; `"saturating"` is the same up to `v = 2 log n` and
-            `m + sqrt(2 v log n)` beyond it. Both are continuous in `v`.
+        estimate: `"lognormal"` is `log n + m + v / 2`. The others are the same up to the freezing point
+            `v = 2 log n`, beyond which the largest term rules the sum: `"saturating"` is `m + sqrt(2 v log n)` there,
+            what Gaussian scores would give; `"guarded"` is +inf, for a key that matches its query is further out
+            than any Gaussian draw.
 
     Returns:
         Log mass in nats, dtype of `mean`; -inf where `n` is zero, NaN where the moments are not finite.
@@ -46,9 +48,10 @@ def log_mass_of_gaussian(
         mean, variance = softcap * squashed, variance * (1 - squashed.square()).square()
     log_n = n.to(mean.dtype).log()
     mass = log_n + mean + variance / 2
-    if estimate == "saturating":
-        capped = log_n.clamp(min=0)
-        mass = torch.where(variance > 2 * capped, mean + (2 * variance * capped).sqrt(), mass)
+    capped = log_n.clamp(min=0)
+    if estimate != "lognormal":
+        frozen = torch.inf if estimate == "guarded" else mean + (2 * variance * capped).sqrt()
+        mass = torch.where(variance > 2 * capped, frozen, mass)
     return torch.where(n > 0, mass, -torch.inf)
 
 
@@ -99,7 +102,7 @@ class KeyMoments:
         return KeyMoments(count, self.mean + share * delta, covariance)
 
     def log_mass(
-        self, query: Tensor, n: Tensor, *, scale: float, softcap: float | None = None, estimate: Estimate = "saturating"
+        self, query: Tensor, n: Tensor, *, scale: float, softcap: float | None = None, estimate: Estimate = "guarded"
     ) -> Tensor:
         """Predict the log mass of `n` keys with these moments.
 
@@ -231,7 +234,7 @@ def bulk_log_mass_from_prompt(
     *,
     scale: float,
     softcap: float | None = None,
-    estimate: Estimate = "saturating",
+    estimate: Estimate = "guarded",
     max_chunks: int | None = None,
 ) -> tuple[Tensor, PromptMoments]:
     """Estimate each query's bulk log mass from the moments of its own sequence.
@@ -260,7 +263,9 @@ def bulk_log_mass_from_prompt(
         max_chunks = int((upto - state.chunks).max())
     if regions.query_length == 1:
         state = state.advanced(key, regions, upto, max_chunks)
-        mass = _evaluate(query[:, :, None, :], state_with_axis(state), n_bulk[:, None], scale, softcap, estimate)[:, :, 0]
+        mass = _evaluate(query[:, :, None, :], state_with_axis(state), n_bulk[:, None], scale, softcap, estimate)[
+            :, :, 0
+        ]
         known = (state.chunks == upto)[:, None] & (needed > 0)
     else:
         mass, state, known = _prefill(query, key, regions, state, max_chunks, scale, softcap, estimate)
@@ -271,7 +276,11 @@ def bulk_log_mass_from_prompt(
 def state_with_axis(state: PromptMoments) -> PromptMoments:
     """Add the chunk axis of `PromptMoments.prefixes`, with one entry."""
     return PromptMoments(
-        state.chunks[:, None], state.count[:, None], state.reference[:, :, None], state.total[:, :, None], state.outer[:, :, None]
+        state.chunks[:, None],
+        state.count[:, None],
+        state.reference[:, :, None],
+        state.total[:, :, None],
+        state.outer[:, :, None],
     )
 
 
@@ -339,7 +348,9 @@ def _evaluate(
         [batch, heads, groups, rows].
     """
     kv_heads = moments.total.shape[1]
-    q = (query.to(moments.total.dtype) * scale).unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, groups, rows, dim]
+    q = (query.to(moments.total.dtype) * scale).unflatten(
+        1, (kv_heads, -1)
+    )  # [batch, kv_heads, group, groups, rows, dim]
     divisor = moments.count.clamp(min=1)[:, None, :, None]
     shift = moments.total / divisor
     second = moments.outer / divisor[..., None]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 """A share of the softmax mass held by the local keys, strictly between 0 and 1."""
 
-Estimate = Literal["saturating", "lognormal"]
+Estimate = Literal["guarded", "saturating", "lognormal"]
 Phase = Literal["prefill", "decode"]
 
 
@@ -27,14 +27,15 @@ class MomentGate(_Frozen):
     Args:
         threshold: Local share in (0, 1) from which a gate closes. Lower is cheaper, higher is safer.
         moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys.
-        estimate: `"saturating"` freezes where the Gaussian sum is ruled by its largest term (Derrida 1980);
-            `"lognormal"` is the estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys.
+        estimate: `"guarded"` opens where the spread of the scores is so large that single keys rule the sum, which
+            moments can't see; `"saturating"` predicts a Gaussian maximum there (Derrida 1980); `"lognormal"` is the
+            estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys. Elsewhere all three agree.
     """
 
     kind: Literal["moment"] = "moment"
     threshold: LocalShare = 0.6
     moments: Literal["prompt"] = "prompt"
-    estimate: Estimate = "saturating"
+    estimate: Estimate = "guarded"
 
 
 class OracleGate(_Frozen):
@@ -105,6 +106,11 @@ class Policy(_Frozen):
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})
     min_bulk: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+    @property
+    def break_even(self) -> int:
+        """`min_bulk` as a number of keys; 0 while it is `"auto"`, which `patch` resolves."""
+        return 0 if self.min_bulk == "auto" else self.min_bulk
 
     @field_validator("layers")
     @classmethod

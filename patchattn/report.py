@@ -56,7 +56,9 @@ class GateReport:
         layers, dense = {}, {}
         for index, state in states.items():
             dense[index] = {
-                reason: int(calls) for reason, calls in zip(state.dense_reasons, state.dense_calls, strict=True) if calls
+                reason: int(calls)
+                for reason, calls in zip(state.dense_reasons, state.dense_calls, strict=True)
+                if calls
             }
             if not state.gated:
                 continue
@@ -80,7 +82,7 @@ class GateReport:
         return _ratio(sum(sum(c.open_pairs) for c in counts), sum(c.asked * len(c.open_pairs) for c in counts))
 
     def realised_density(self, phase: Phase | None = None) -> float:
-        """Keys really scored over causal keys, in one phase or both; its inverse limits the speed-up; NaN if unknown."""
+        """Keys really scored over causal keys, in one phase or both; NaN if unknown; 1 / density limits the speed-up."""
         counts = self._counts(phase)
         return _ratio(sum(c.scored_keys for c in counts), sum(c.causal_keys for c in counts))
 

@@ -91,7 +91,9 @@ def self_check(
     try:
         attend = load(backend)
         for query_length in (300, 1):
-            problem = _problem(query_length, head_dim, value_dim or head_dim, group_size, softcap, device, sink_logits)
+            problem = _problem(
+                query_length, head_dim, value_dim or head_dim, group_size, softcap, device, sink_logits=sink_logits
+            )
             worst = max(worst, _error_share(attend, problem, dtype))
     except BackendError:
         raise
@@ -117,6 +119,7 @@ def _problem(
     group_size: int,
     softcap: float | None,
     device: torch.device,
+    *,
     sink_logits: bool,
 ) -> tuple[AttentionInputs, Tensor]:
     """Make a mixed problem in float64: two sequences, one padded, about a third of the pairs open."""

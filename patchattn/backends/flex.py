@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from patchattn.backends.flex_local import local_log_mass
 from patchattn.backends.flex_masks import ROW_TILE, RowMasks, block_size, pinned
@@ -231,7 +232,7 @@ def _two_passes(
     # Flex decoding splits a full list by the length of all keys and a partial list by its own.
     with_full = rows >= ROW_TILE
 
-    def one(mask_and_count) -> tuple[Tensor, Tensor, Tensor]:
+    def one(mask_and_count: tuple[BlockMask, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         block_mask, count = mask_and_count
         output, aux = flex_attention(
             *grouped,
@@ -240,7 +241,7 @@ def _two_passes(
             scale=settings.scale,
             return_aux=AuxRequest(lse=True),
         )
-        return output.float(), aux.lse, count.expand(-1, kv_heads).sum()
+        return output.float(), cast(Tensor, aux.lse), count.expand(-1, kv_heads).sum()
 
     size = block_size(batch, 1, rows, key.shape[2])
     output, log_mass, scored = one(masks.local(block=size, with_full=with_full))
@@ -249,7 +250,8 @@ def _two_passes(
     if sink_logits is not None:
         output = output * torch.sigmoid(log_mass - sink_logits)[..., None]
         log_mass = torch.logaddexp(log_mass, sink_logits)
-    opened = decide(log_mass, bulk_log_mass, asked, threshold)
+    # A tensor, so that another threshold is not another graph.
+    opened = decide(log_mass, bulk_log_mass, asked, threshold)  # pyright: ignore[reportArgumentType]
 
     size = block_size(batch, kv_heads, rows, key.shape[2])
     reach = masks.bulk_end(opened)
@@ -333,14 +335,14 @@ def _run_or_explain(run: Callable[..., tuple[Tensor, ...]], call: _Call, thresho
     """Run a compiled call; what goes wrong in compiling it becomes a `BackendError`."""
     try:
         return run(call, threshold)
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+    except FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         raise BackendError(
             f"The compiled attention met more than {limit} kinds of shapes.",
             fix="Pad batches and lengths to fewer shapes, raise torch._dynamo.config.recompile_limit, or use "
             'backend="blockwise".',
         ) from error
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise BackendError(
             f"FlexAttention could not be compiled for {call['query'].dtype} on {call['query'].device.type}: {reason}",

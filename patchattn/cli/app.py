@@ -46,7 +46,7 @@ def demo(
         float | None, typer.Option(help="Local share in (0, 1) from which a head closes; lower is cheaper.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens that are always attended. Default: 128 without a policy.")
+        int | None, typer.Option(help="Last tokens that are always attended. Default: 256 without a policy.")
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
@@ -65,7 +65,7 @@ def demo(
     **Examples**
 
     - `patchattn demo`: the shipped model at its full context, under a minute on two cores
-    - `patchattn demo --text notes.txt --threshold 0.4 --window 256`: your text; more heads closed, a wider window
+    - `patchattn demo --text notes.txt --threshold 0.4 --window 512`: your text; more heads closed, a wider window
     - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
     with explained():

@@ -80,7 +80,7 @@ def run(choice: Choice) -> None:
 def _policy(choice: Choice) -> Policy:
     """Read the policy file, or take the demo's own; options go on top."""
     if choice.policy is None:
-        fields: dict[str, Any] = Policy(window_size=128, min_bulk=0).model_dump()
+        fields: dict[str, Any] = Policy(window_size=256, min_bulk=0).model_dump()
     else:
         fields = Policy.model_validate_json(_read(choice.policy)).model_dump()
     if choice.threshold is not None:

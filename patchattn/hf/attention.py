@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,15 @@ class LayerState(nn.Module):
     """
 
     def __init__(
-        self, policy: Policy, layer: int, heads: int, backend: Backend, original: str, *, gated: bool, record: str | None
+        self,
+        policy: Policy,
+        layer: int,
+        heads: int,
+        backend: Backend,
+        original: str,
+        *,
+        gated: bool,
+        record: str | None,
     ) -> None:
         super().__init__()
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
@@ -69,7 +77,11 @@ class LayerState(nn.Module):
         self.replay: list[Tensor] | None = None
         # Counters are tensors, not Python integers: a compiled model would be recompiled whenever one changes.
         for name, shape in _COUNTERS.items():
-            self.register_buffer(name, torch.zeros((*shape, heads) if name == "open_pairs" else shape, dtype=torch.long), persistent=False)
+            self.register_buffer(
+                name,
+                torch.zeros((*shape, heads) if name == "open_pairs" else shape, dtype=torch.long),
+                persistent=False,
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a model that was patched in another process find its functions."""
@@ -77,6 +89,13 @@ class LayerState(nn.Module):
         register()
 
     dense_reasons = DENSE_REASONS
+    open_pairs: Tensor
+    asked: Tensor
+    below: Tensor
+    scored: Tensor
+    causal: Tensor
+    gated_calls: Tensor
+    dense_calls: Tensor
 
     def note_dense_call(self, reason: str) -> None:
         """Count a call that does not go through the gate."""
@@ -85,7 +104,7 @@ class LayerState(nn.Module):
     def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
         row, regions, heads = PHASES.index(phase), inputs.regions, inputs.query.shape[1]
-        above = regions.asked & (regions.n_bulk >= self.policy.min_bulk)
+        above = regions.asked & (regions.n_bulk >= self.policy.break_even)
         self.open_pairs[row] += (attended.open & above[:, None]).sum((0, 2))
         self.asked[row] += above.sum()
         self.below[row] += (regions.asked & ~above).sum()
@@ -252,7 +271,7 @@ def _dense_reason(state: LayerState, inputs: AttentionInputs, phase: str) -> str
     if phase not in policy.phases:
         return "phase"
     reachable = inputs.key.shape[2] - policy.sink_size - policy.window_size
-    if reachable <= 0 or (reachable < policy.min_bulk and not isinstance(policy.gate, OpenGate)):
+    if reachable <= 0 or (reachable < policy.break_even and not isinstance(policy.gate, OpenGate)):
         return "short"
     return None
 
@@ -271,13 +290,14 @@ def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
         policy.sink_size,
         policy.window_size,
         query_length,
-        layout[:, 0, 0].bool(),
-        layout[:, 0, 2, 0].long(),
+        # Clones in plain strides: those of a view depend on the length and would recompile a kernel for each.
+        layout[:, 0, 0].bool().clone(memory_format=torch.contiguous_format),
+        layout[:, 0, 2, 0].long().clone(memory_format=torch.contiguous_format),
         layout[0, 0, 1, 0].long(),
     )
 
 
-def _is_layout(attention_mask: Any) -> bool:
+def _is_layout(attention_mask: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(attention_mask, Tensor)
         and attention_mask.dtype == torch.int32

@@ -115,5 +115,4 @@ def _select(entry: Any, rows: Tensor) -> None:
 
 
 def _remake(base: type) -> Any:
-    made = _tracking(base)
-    return made.__new__(made)
+    return object.__new__(_tracking(base))

@@ -98,7 +98,9 @@ def patch(
         raise PolicyError(f"Unknown record {record!r}.", fix='use "summary", "timeline" or None')
     policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
-        raise PolicyError(f"Expected a patchattn.Policy, got {type(policy).__name__}.", fix="pass patchattn.Policy(...)")
+        raise PolicyError(
+            f"Expected a patchattn.Policy, got {type(policy).__name__}.", fix="pass patchattn.Policy(...)"
+        )
     if isinstance(model, nn.Module) and is_patched(model):
         raise PatchStateError("The model is patched already.", fix="call patchattn.unpatch(model) first")
     support = check_support(model)
@@ -186,9 +188,7 @@ def _query_heads(module: Any) -> int:
     return total
 
 
-def _check_backend(
-    backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]
-) -> Backend:
+def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]) -> Backend:
     module = modules[layers[0]] if layers else next(iter(modules.values()))
     weight = next(module.parameters())
     chosen = resolve(backend, weight.device)
@@ -212,9 +212,9 @@ def _apply(
     original = model.config._attn_implementation
     gated = set(policy.layers or ())
     for index, module in modules.items():
-        state = LayerState(
-            policy, index, heads[index], backend, original, gated=index in gated, record=record
-        ).to(next(module.parameters()).device)
+        state = LayerState(policy, index, heads[index], backend, original, gated=index in gated, record=record).to(
+            next(module.parameters()).device
+        )
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state

@@ -134,7 +134,9 @@ def test_decisions_agree_with_float64_outside_the_rounding_of_the_margin():
 
 
 @pytest.mark.parametrize("make_cache", ["dynamic", "static"])
-@pytest.mark.parametrize("gate", [MomentGate(threshold=0.3), OracleGate(threshold=0.3), StaticGate(open_heads=((1, 2),))])
+@pytest.mark.parametrize(
+    "gate", [MomentGate(threshold=0.3), OracleGate(threshold=0.3), StaticGate(open_heads=((1, 2),))]
+)
 def test_prefill_in_pieces_and_decode_equal_one_prefill(make_cache, gate):
     ids, mask = padded_batch((320, 251, 180))
     pieces = [150, 60, 1, 1, 107, 1]
@@ -166,7 +168,9 @@ def test_a_cache_is_reused_over_turns_and_conversations_interleave():
     more, _ = padded_batch((70,), seed=3)
     ones = torch.ones(1, 1, dtype=torch.long)
     with patchattn.patch(model, policy(MomentGate(threshold=0.3))) as handle:
-        want = [forward(model, torch.cat([turn, more], 1), ones.expand(1, turn.shape[1] + 70)) for turn in (first, second)]
+        want = [
+            forward(model, torch.cat([turn, more], 1), ones.expand(1, turn.shape[1] + 70)) for turn in (first, second)
+        ]
         caches = [DynamicCache(), DynamicCache()]
         for turn, cache in zip((first, second), caches, strict=True):
             forward(model, turn, ones.expand(1, turn.shape[1]), past_key_values=cache)

@@ -69,7 +69,7 @@ def test_a_policy_that_does_not_fit_is_refused_before_anything_changes(policy, c
 
 def test_unknown_backends_and_records_are_refused():
     model = tiny_model("llama")
-    with pytest.raises(patchattn.BackendError, match="unknown|Unknown"):
+    with pytest.raises(patchattn.BackendError, match="Unknown backend"):
         patchattn.patch(model, backend="triton")
     with pytest.raises(patchattn.PolicyError, match="record"):
         patchattn.patch(model, record="everything")
@@ -101,7 +101,7 @@ def test_backward_is_refused_and_forward_under_grad_mode_is_not():
     ids = torch.randint(2, 128, (1, 80))
     with patchattn.patch(model, Policy(sink_size=4, window_size=16, min_bulk=0)):
         loss = model(ids, labels=ids).loss
-        with pytest.raises(patchattn.UnsupportedCallError, match="(?i)backward"):
+        with pytest.raises(patchattn.UnsupportedCallError, match=r"(?i)backward"):
             loss.backward()
 
 

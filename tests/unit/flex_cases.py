@@ -85,6 +85,7 @@ CASES = {
     "tiles of full blocks": Case(heads=2, queries=520, keys=520, gates="blocks"),
     "full blocks, group": Case(queries=300, keys=600, gates="blocks", pads=(0, 0)),
     "full blocks in the window": Case(heads=2, queries=900, keys=900, window=420, sink=140, pads=(0, 3)),
+    "window ends before a tile": Case(heads=2, window=129, sink=0, pads=(0, 0), gates="closed"),
     "offset": Case(queries=70, keys=300),
     "static cache": Case(queries=70, keys=400, query_slot=200),
     "decode": Case(queries=1),

@@ -157,7 +157,10 @@ def test_rows_without_keys_are_zero_and_open_equals_scaled_dot_product_attention
 def test_tensors_that_do_not_fit_are_refused(change):
     good = make_inputs()
     parts = {"query": good.query, "key": good.key, "value": good.value}
-    parts |= {name: tensor if tensor.dtype == torch.float32 and name == "query" else tensor.double() for name, tensor in change.items()}
+    parts |= {
+        name: tensor if tensor.dtype == torch.float32 and name == "query" else tensor.double()
+        for name, tensor in change.items()
+    }
     if "query" in change and change["query"].shape == (2, 6, 400, 16):
         parts["query"] = change["query"]
     with pytest.raises(ShapeError):

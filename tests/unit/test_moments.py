@@ -65,7 +65,7 @@ def test_bfloat16_keys_with_a_large_mean_keep_their_covariance(mean):
 
 def test_log_mass_without_spread_is_exact():
     n, mean = torch.tensor([1, 10, 1000]), torch.tensor([0.5, -3.0, 40.0])
-    for estimate in ("lognormal", "saturating"):
+    for estimate in ("lognormal", "saturating", "guarded"):
         got = log_mass_of_gaussian(n, mean, torch.zeros(3), estimate=estimate)
         torch.testing.assert_close(got, n.log() + mean)
 
@@ -75,9 +75,12 @@ def test_both_estimates_agree_below_the_freezing_point_and_the_saturating_is_sma
     critical = 2 * math.log(100)
     variance = torch.linspace(0, 4 * critical, 200, dtype=torch.float64)
     lognormal = log_mass_of_gaussian(n, torch.zeros_like(variance), variance, estimate="lognormal")
-    saturating = log_mass_of_gaussian(n, torch.zeros_like(variance), variance)
+    saturating = log_mass_of_gaussian(n, torch.zeros_like(variance), variance, estimate="saturating")
+    guarded = log_mass_of_gaussian(n, torch.zeros_like(variance), variance, estimate="guarded")
     below = variance <= critical
     torch.testing.assert_close(lognormal[below], saturating[below])
+    assert torch.equal(guarded[below], saturating[below])
+    assert (guarded[~below] == torch.inf).all()
     assert (saturating[~below] < lognormal[~below]).all()
     assert (saturating.diff() > 0).all()
     assert saturating.diff().max() < 0.3  # continuous at the freezing point
@@ -88,7 +91,9 @@ def test_the_saturating_estimate_is_near_the_mass_of_real_gaussian_draws():
     for spread in (0.5, 2.0, 6.0):
         draws = spread * torch.randn(400, 1000, generator=generator, dtype=torch.float64)
         truth = draws.logsumexp(1).mean()
-        got = log_mass_of_gaussian(torch.tensor(1000), torch.zeros(1).double(), torch.full((1,), spread**2).double())
+        got = log_mass_of_gaussian(
+            torch.tensor(1000), torch.zeros(1).double(), torch.full((1,), spread**2).double(), estimate="saturating"
+        )
         assert abs(got.item() - truth.item()) < 0.15 * max(spread, 1.0) * math.log(1000) ** 0.5
 
 
@@ -126,7 +131,7 @@ def by_definition(query, key, valid, sink, window, b, slot, estimate):
     return moments.log_mass(q, torch.tensor(n_bulk), scale=dim**-0.5, estimate=estimate).flatten()
 
 
-@pytest.mark.parametrize("estimate", ["saturating", "lognormal"])
+@pytest.mark.parametrize("estimate", ["guarded", "saturating", "lognormal"])
 @pytest.mark.parametrize(("sink", "window"), [(4, 64), (0, 1), (16, 128)])
 def test_prompt_moments_follow_their_definition(sink, window, estimate):
     query, key, valid = problem()
@@ -134,7 +139,16 @@ def test_prompt_moments_follow_their_definition(sink, window, estimate):
     mass, _ = bulk_log_mass_from_prompt(query, key, regions, scale=16**-0.5, estimate=estimate)
     for b in range(2):
         first = int(regions.first[b])
-        edges = [0, sink + window - 1, sink + window, sink + window + CHUNK - 2, sink + window + CHUNK - 1, 400, 550, 622]
+        edges = [
+            0,
+            sink + window - 1,
+            sink + window,
+            sink + window + CHUNK - 2,
+            sink + window + CHUNK - 1,
+            400,
+            550,
+            622,
+        ]
         for slot in (first + position for position in edges):
             want = by_definition(query, key, valid, sink, window, b, slot, estimate)
             torch.testing.assert_close(mass[b, :, slot], want, rtol=1e-9, atol=1e-9)

@@ -17,7 +17,7 @@ counts = st.integers(0, 2**20)
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 heads = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=6).map(tuple)
 gates = st.one_of(
-    st.builds(MomentGate, threshold=shares, estimate=st.sampled_from(["saturating", "lognormal"])),
+    st.builds(MomentGate, threshold=shares, estimate=st.sampled_from(["guarded", "saturating", "lognormal"])),
     st.builds(OracleGate, threshold=shares),
     st.builds(StaticGate, open_heads=heads),
     st.just(OpenGate()),

@@ -26,7 +26,7 @@ def margin_threshold(gate: Gate) -> float:
     return 0.0
 
 
-def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, threshold: float) -> Tensor:
+def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, threshold: float | Tensor) -> Tensor:
     """Decide which pairs open.
 
     Args:

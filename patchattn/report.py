@@ -82,7 +82,7 @@ class GateReport:
         return _ratio(sum(sum(c.open_pairs) for c in counts), sum(c.asked * len(c.open_pairs) for c in counts))
 
     def realised_density(self, phase: Phase | None = None) -> float:
-        """Keys really scored over causal keys, in one phase or both; NaN if unknown; 1 / density limits the speed-up."""
+        """Keys really scored over causal keys, in one phase or both; NaN if unknown; its inverse limits the speed."""
         counts = self._counts(phase)
         return _ratio(sum(c.scored_keys for c in counts), sum(c.causal_keys for c in counts))
 

@@ -251,7 +251,7 @@ def _two_passes(
         output = output * torch.sigmoid(log_mass - sink_logits)[..., None]
         log_mass = torch.logaddexp(log_mass, sink_logits)
     # A tensor, so that another threshold is not another graph.
-    opened = decide(log_mass, bulk_log_mass, asked, threshold)  # pyright: ignore[reportArgumentType]
+    opened = decide(log_mass, bulk_log_mass, asked, threshold)
 
     size = block_size(batch, kv_heads, rows, key.shape[2])
     reach = masks.bulk_end(opened)

@@ -170,14 +170,16 @@ def main() -> None:
 
 def write_page(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Write the table and the picture of the rows so far."""
+    facts = f"{arguments.documents} held-out documents with {len(KINDS)} facts each, all asked at the end"
+    setting = f"{arguments.length:,} tokens, sink 16, window {arguments.window}, `min_bulk=0`, float32, {facts}"
     arguments.out.with_suffix(".md").write_text(
-        f"# Gates on the shipped model\n\n{arguments.length:,} tokens, sink 16, window {arguments.window}, "
-        f"`min_bulk=0`, float32, {arguments.documents} held-out documents with {len(KINDS)} facts each, all asked at the end; torch "
-        f"{torch.__version__.split('+')[0]}. Made by `python recipes/evaluate/gates.py`.\n\nA fact is exact when every "
-        "token of its value is the most likely one given the true tokens before it. Text loss is in nats per token, "
-        "over the text between the planted lines. Open is the share of (query head, query) pairs with bulk keys that opened, in "
-        "prefill. Static heads are those that the exact share (threshold 0.8) opens most often, ranked on four "
-        f"other documents.\n\n{table(rows, rows[0])}\n\n![exact match and text loss against open fraction](gates.png)\n"
+        f"# Gates on the shipped model\n\n{setting}; torch {torch.__version__.split('+')[0]}. "
+        "Made by `python recipes/evaluate/gates.py`.\n\n"
+        "A fact is exact when every token of its value is the most likely one given the true tokens before it. "
+        "Text loss is in nats per token, over the text between the planted lines. Open is the share of (query head, "
+        "query) pairs with bulk keys that opened, in prefill. Static heads are those that the exact share (threshold "
+        "0.8) opens most often, ranked on four other documents.\n\n"
+        f"{table(rows, rows[0])}\n\n![exact match and text loss against open fraction](gates.png)\n"
     )
     plot(rows, arguments.out.with_suffix(".png"))
 

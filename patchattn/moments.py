@@ -9,7 +9,6 @@ Source: arXiv 2502.09647, section 3 (QAdA: log-normal mean of a Gaussian score);
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -263,7 +262,7 @@ def bulk_log_mass_from_prompt(
         max_chunks = int((upto - state.chunks).max())
     if regions.query_length == 1:
         state = state.advanced(key, regions, upto, max_chunks)
-        mass = _evaluate(query[:, :, None, :], state_with_axis(state), n_bulk[:, None], scale, softcap, estimate)[
+        mass = _evaluate(query[:, :, None, :], _with_chunk_axis(state), n_bulk[:, None], scale, softcap, estimate)[
             :, :, 0
         ]
         known = (state.chunks == upto)[:, None] & (needed > 0)
@@ -273,7 +272,7 @@ def bulk_log_mass_from_prompt(
     return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
 
 
-def state_with_axis(state: PromptMoments) -> PromptMoments:
+def _with_chunk_axis(state: PromptMoments) -> PromptMoments:
     """Add the chunk axis of `PromptMoments.prefixes`, with one entry."""
     return PromptMoments(
         state.chunks[:, None],
@@ -369,8 +368,3 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
 
 def _accumulator(keys: Tensor) -> torch.dtype:
     return torch.float64 if keys.dtype == torch.float64 else torch.float32
-
-
-def margin_of_share(share: float) -> float:
-    """Margin in nats at which the local keys hold this share of the mass: its logit."""
-    return math.log(share) - math.log1p(-share)

@@ -15,7 +15,7 @@ from patchattn.hf.cache import load_moments, store_moments
 from patchattn.hf.support import ORIGINALS
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
-from patchattn.policy import MomentGate, OpenGate, Policy
+from patchattn.policy import MomentGate, Policy
 from patchattn.regions import Regions, first_real_slot
 
 STATE = "patchattn_layer"
@@ -271,7 +271,7 @@ def _dense_reason(state: LayerState, inputs: AttentionInputs, phase: str) -> str
     if phase not in policy.phases:
         return "phase"
     reachable = inputs.key.shape[2] - policy.sink_size - policy.window_size
-    if reachable <= 0 or (reachable < policy.break_even and not isinstance(policy.gate, OpenGate)):
+    if reachable < max(1, policy.break_even):
         return "short"
     return None
 

@@ -122,6 +122,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     loss.set_ylabel("text loss, nats per token")
     for axes in (facts, loss):
         axes.set_xscale("log")
+        axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
+        axes.set_xlim(1.5, 110)
+        axes.minorticks_off()
         axes.set_xlabel("open pairs, %")
         axes.grid(alpha=0.3)
     facts.legend()

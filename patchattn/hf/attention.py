@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +11,7 @@ from patchattn.backends import Backend, load
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, store_moments
-from patchattn.hf.support import ORIGINALS
+from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
 from patchattn.policy import MomentGate, Policy
@@ -31,9 +30,10 @@ _KNOWN_ARGUMENTS = frozenset(
     | {"max_length_k", "logits_to_keep", "output_router_logits", "labels"}
 )
 PHASES = ("prefill", "decode")
-DENSE_REASONS = ("layer", "phase", "short", "mask")
-"""Why a call attends densely: the policy leaves out the layer or the phase, no query has enough bulk keys, or the call
-brings a mask that is not plainly causal (packed sequences, a 4-D mask)."""
+DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
+"""Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
+the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
+or chunked). The last two run the model's own attention implementation."""
 
 _COUNTERS = {"open_pairs": (2,), "asked": (2,), "below": (2,), "scored": (2,), "causal": (2,)} | {
     "gated_calls": (2,),
@@ -222,7 +222,7 @@ def attention(
         )
     cache = kwargs.get(CACHE_ARGUMENT)
     if not _is_layout(attention_mask):
-        state.note_dense_call("mask")
+        state.note_dense_call("local" if is_local(module) else "mask")
         kwargs.pop(CACHE_ARGUMENT, None)
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
         kwargs = {name: given for name, given in kwargs.items() if given is not None}
@@ -335,7 +335,7 @@ def original_attention(module: Any, original: str) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if original == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
+        return eager_attention(module)
     return ALL_ATTENTION_FUNCTIONS[original]
 
 

@@ -11,13 +11,14 @@ from torch import nn
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
 from patchattn.hf.attention import STATE, LayerState, install_cache_hook, register
-from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support
+from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import Policy, StaticGate
 from patchattn.report import GateReport
 
 Record = Literal["summary", "timeline"] | None
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+_QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")
 
 
 class PatchHandle:
@@ -70,7 +71,8 @@ def patch(
     In place. Everything that can be refused is refused before the model is touched.
 
     Args:
-        model: A Hugging Face causal language model that goes through transformers' attention interface.
+        model: A Hugging Face causal language model that goes through transformers' attention interface; of a
+            vision-language model the text tower is patched, of a PEFT wrapper the model inside.
         policy: What to do; None means `Policy()`.
         backend: `"auto"` (`"flex"` on CUDA, `"blockwise"` elsewhere), `"flex"`, `"blockwise"` or `"reference"`.
         record: What the report needs: `"summary"` counts, `"timeline"` keeps every decision too, None keeps nothing.
@@ -132,15 +134,14 @@ def unpatch(model: Any) -> None:
     """
     if not isinstance(model, nn.Module) or not is_patched(model):
         raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
-    original = next(iter(_states(model).values())).original
     for module in attention_modules(model).values():
         state = module._modules.pop(STATE)
-        if module.config._attn_implementation == ORIGINALS[original]:
-            module.config._attn_implementation_internal = original
+        if module.config._attn_implementation == ORIGINALS[state.original]:
+            module.config._attn_implementation_internal = state.original
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
     for name in _CONTINUOUS_BATCHING:
-        model.__dict__.pop(name, None)
+        underlying(model).__dict__.pop(name, None)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -180,25 +181,39 @@ def _check_heads(policy: Policy, layers: tuple[int, ...], heads: dict[int, int])
 
 
 def _query_heads(module: Any) -> int:
-    """Count the query heads that live on this device: tensor parallel layers hold a slice of them."""
-    total = module.config.num_attention_heads
-    projection, dim = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
-    if isinstance(projection, nn.Linear) and dim and not hasattr(module, "q_norm"):
-        return projection.weight.shape[0] // dim
-    return total
+    """Count the query heads of a layer, on all devices together."""
+    heads = module.config.num_attention_heads
+    return heads[module.layer_idx] if isinstance(heads, list | tuple) else heads
+
+
+def _group_size(module: Any, heads: int) -> int:
+    group = getattr(module, "num_key_value_groups", None)
+    if isinstance(group, int):
+        return group
+    return heads // (getattr(module.config, "num_key_value_heads", None) or heads)
+
+
+def _head_sizes(module: Any, heads: int) -> tuple[int, int]:
+    """Return the dimension of queries and keys, and that of values: they differ where both come from a latent."""
+    config = module.config
+    names = ("qk_head_dim", "head_dim", "head_size")
+    dim = next((size for size in (getattr(module, name, None) for name in names) if isinstance(size, int)), None)
+    dim = dim or getattr(config, "head_dim", None) or config.hidden_size // heads
+    return dim, getattr(module, "v_head_dim", None) or dim
 
 
 def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]) -> Backend:
-    module = modules[layers[0]] if layers else next(iter(modules.values()))
+    index = layers[0] if layers else next(iter(modules))
+    module = modules[index]
     weight = next(module.parameters())
     chosen = resolve(backend, weight.device)
-    config = module.config
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim, value_dim = _head_sizes(module, heads[index])
     self_check(
         chosen,
         dtype=weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype(),
-        head_dim=getattr(module, "head_dim", config.hidden_size // config.num_attention_heads),
-        group_size=config.num_attention_heads // kv_heads,
+        head_dim=dim,
+        value_dim=value_dim,
+        group_size=_group_size(module, heads[index]),
         device=weight.device,
         softcap=getattr(module, "attn_logit_softcapping", None),
         sink_logits=hasattr(module, "sinks"),
@@ -209,19 +224,48 @@ def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int],
 def _apply(
     model: Any, modules: dict[int, Any], heads: dict[int, int], policy: Policy, backend: Backend, record: Record
 ) -> None:
-    original = model.config._attn_implementation
+    originals = {index: module.config._attn_implementation for index, module in modules.items()}
     gated = set(policy.layers or ())
+    slices, rank = _head_slices(underlying(model))
     for index, module in modules.items():
-        state = LayerState(policy, index, heads[index], backend, original, gated=index in gated, record=record).to(
-            next(module.parameters()).device
-        )
+        here = heads[index] // slices
+        state = LayerState(
+            _policy_of_heads(policy, range(rank * here, (rank + 1) * here)),
+            index,
+            here,
+            backend,
+            originals[index],
+            gated=index in gated,
+            record=record,
+        ).to(next(module.parameters()).device)
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state
-        module.config._attn_implementation_internal = ORIGINALS[original]
+        module.config._attn_implementation_internal = ORIGINALS[originals[index]]
     for name in _CONTINUOUS_BATCHING:
         if hasattr(model, name):
-            model.__dict__[name] = _refuse_continuous_batching
+            underlying(model).__dict__[name] = _refuse_continuous_batching
+
+
+def _head_slices(model: Any) -> tuple[int, int]:
+    """Return into how many slices tensor parallelism cuts the query heads, and which of them is on this device.
+
+    A plan that gathers the projected queries again leaves every head on every device.
+    """
+    plan, mesh = getattr(model, "tp_plan", None) or {}, getattr(model, "_device_mesh", None)
+    cut = any(name.rsplit(".", 1)[-1] in _QUERY_PROJECTIONS and style == "colwise" for name, style in plan.items())
+    if mesh is None or not cut:
+        return 1, 0
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+    return mesh.size(), mesh.get_local_rank()
+
+
+def _policy_of_heads(policy: Policy, heads: range) -> Policy:
+    """Return the policy for a slice of the query heads, counted from the slice's first."""
+    if not isinstance(policy.gate, StaticGate) or not heads.start:
+        return policy
+    pairs = tuple((layer, head - heads.start) for layer, head in policy.gate.open_heads if head in heads)
+    return policy.model_copy(update={"gate": policy.gate.model_copy(update={"open_heads": pairs})})
 
 
 def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,15 @@ ORIGINALS = {
 }
 """Attention implementations a model may have, with the name under which the library takes them over."""
 
-_UNKNOWN_ARGUMENTS = ("position_bias=", "indices=", "block_indices=", "indexer")
-"""Signs in an attention module's source of scores or selections that the gated path would drop."""
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
+_OWN_SELECTION = frozenset({"position_bias", "indices", "block_indices", "sinks", "indexer"})
+"""Names in an attention module's forward of scores or selections that the gated path would drop."""
+
+_FULL_LAYERS = frozenset({"full_attention", "attention"})
+_LOCAL_LAYERS = frozenset({"sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding"})
+_OTHER_MIXERS = ("Linear", "Delta", "Lightning", "Conv")
+"""Parts of the names of layers that are called attention but form no scores over keys."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def check_support(model: Any) -> Supported | Unsupported:
     """Say whether a model can be patched, and if not, every reason why.
 
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face model with a decoder: a causal language model, a vision-language model (its text tower
+            is meant), a decoder without a head, or a PEFT wrapper of one of these.
 
     Returns:
         `Supported` (true) with the layers that can be patched, or `Unsupported` (false) with the reasons.
@@ -70,58 +79,165 @@ def check_support(model: Any) -> Supported | Unsupported:
 
     if not isinstance(model, nn.Module):
         return Unsupported((f"{type(model).__name__} is not a torch.nn.Module.",))
-    if not isinstance(model, PreTrainedModel):
-        return Unsupported((f"{type(model).__name__} is not a Hugging Face PreTrainedModel.",))
     name = type(model).__name__
+    model = underlying(model)
+    if not isinstance(model, PreTrainedModel):
+        inner = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+        hint = "" if inner is None else f" Patch the {type(inner).__name__} inside it, before wrapping or compiling it."
+        return Unsupported((f"{name} is not a Hugging Face PreTrainedModel.{hint}",))
+    name = type(model).__name__
+    modules = attention_modules(model)
     reasons = []
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+    if not _is_causal_decoder(model, modules):
         reasons.append(f"{name} is not a decoder-only causal language model.")
     if any(parameter.is_meta for parameter in model.parameters()):
         reasons.append(f"{name} has parameters on the meta device; load its weights first.")
-    if not _uses_attention_interface(model):
-        reasons.append(f"{name} computes attention itself instead of going through transformers' AttentionInterface.")
-        return Unsupported(tuple(reasons))
-    original = model.config._attn_implementation
-    if original not in ORIGINALS and original not in ORIGINALS.values():
-        reasons.append(
-            f"{name} uses the attention implementation {original!r}; call model.set_attn_implementation('sdpa') first."
-        )
-    modules = attention_modules(model)
-    for module in modules.values():
-        source = inspect.getsource(type(module))
-        found = [sign.rstrip("=") for sign in _UNKNOWN_ARGUMENTS if sign in source]
-        if found:
-            reasons.append(f"{type(module).__name__} selects or biases keys on its own ({', '.join(found)}).")
-            break
+    reasons += _reasons_of_modules(model, modules)
+    if not modules:
+        reason = f"{name} has no attention module that goes through transformers' AttentionInterface."
+        return Unsupported(tuple(reasons or [reason]))
+    reasons += _reasons_of_implementation(name, modules)
+    reasons += _reasons_of_layer_types(modules)
     local = tuple(index for index, module in modules.items() if is_local(module))
     layers = tuple(index for index in modules if index not in local)
     if not layers:
-        reasons.append(
-            f"{name} has no full-attention layer: "
-            + ("all its layers are sliding and so local already." if local else "no attention module was found.")
-        )
+        reasons.append(f"{name} has no full-attention layer: {_why_all_local(next(iter(modules.values())).config)}")
     return Unsupported(tuple(reasons)) if reasons else Supported(layers, local)
 
 
+def underlying(model: Any) -> Any:
+    """Return the Hugging Face model inside a PEFT wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
 def attention_modules(model: nn.Module) -> dict[int, Any]:
-    """Return the self-attention modules of a decoder by layer index."""
-    found = {}
-    for module in model.modules():
-        is_attention = type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
-        if is_attention and hasattr(module, "config"):
-            found[module.layer_idx] = module
-    return dict(sorted(found.items()))
+    """Return the decoder's self-attention modules that go through the attention interface, by layer index.
+
+    Modules of a vision or audio tower have a configuration of another class and are left out.
+    """
+    found = _interface_modules(model)
+    config = getattr(underlying(model), "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        kind = type(config.get_text_config(decoder=True))
+        found = [module for module in found if type(module.config) is kind] or found
+    return {module.layer_idx: module for module in sorted(found, key=lambda module: module.layer_idx)}
 
 
 def is_local(module: Any) -> bool:
     """Say whether a layer is sliding or chunked, and so local already."""
-    config = module.config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return layer_types[module.layer_idx] != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
+    kind = _layer_type(module)
+    if kind is not None:
+        return kind in _LOCAL_LAYERS
+    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
 
 
-def _uses_attention_interface(model: Any) -> bool:
-    source = inspect.getsource(sys.modules[type(model).__module__])
-    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+def eager_attention(module: Any) -> Callable[..., Any] | None:
+    """Return the eager attention function of the file that a module's forward is written in, None where it has none."""
+    forward = _interface_forward(type(module))
+    return None if forward is None else forward.__globals__.get(_EAGER)
+
+
+def _interface_modules(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "config")
+        and _interface_forward(type(module)) is not None
+    ]
+
+
+def _interface_forward(kind: type) -> Any:
+    """Return the forward function that looks the attention function up, None if the class does not do so.
+
+    It is read from the compiled code: there may be no source file, and a subclass may be defined anywhere. A subclass
+    that replaces `forward` without calling its parent's computes attention itself.
+    """
+    for base in kind.__mro__:
+        forward = inspect.unwrap(vars(base).get("forward", None)) if "forward" in vars(base) else None
+        if forward is None:
+            continue
+        code = getattr(forward, "__code__", None)
+        if code is None:
+            return None
+        if _INTERFACE in code.co_names:
+            return forward
+        if "super" not in code.co_names and "forward" not in code.co_names:
+            return None
+    return None
+
+
+def _is_causal_decoder(model: Any, modules: dict[int, Any]) -> bool:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+        return False
+    if model.can_generate():
+        return all(getattr(module, "is_causal", True) for module in modules.values())
+    # A decoder without a head says of itself that it is causal.
+    return bool(modules) and all(getattr(module, "is_causal", False) is True for module in modules.values())
+
+
+def _reasons_of_modules(model: Any, modules: dict[int, Any]) -> list[str]:
+    """Find attention that the gated path would miss or get wrong."""
+    reasons = []
+    known = {id(module) for module in modules.values()}
+    configs = {id(module.config) for module in modules.values()}
+    for module in model.modules():
+        kind, index = type(module).__name__, getattr(module, "layer_idx", None)
+        if "CrossAttention" in kind or getattr(module, "is_cross_attention", False) is True:
+            reasons.append(f"{kind} attends to another sequence.")
+        elif id(module) in known:
+            found = sorted(_OWN_SELECTION & _names(_interface_forward(type(module)).__code__))
+            if found:
+                reasons.append(f"{kind} selects or biases keys on its own ({', '.join(found)}).")
+        elif id(getattr(module, "config", None)) in configs and _interface_forward(type(module)) is not None:
+            reasons.append(f"Layer {index} has more than one attention module ({kind} is one of them).")
+        elif kind.endswith("Attention") and isinstance(index, int) and not any(part in kind for part in _OTHER_MIXERS):
+            reasons.append(
+                f"{kind} computes attention itself instead of going through transformers' AttentionInterface."
+            )
+    return list(dict.fromkeys(reasons))
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names and keyword arguments that a function's compiled code uses."""
+    constants = [(name,) if isinstance(name, str) else name for name in code.co_consts]
+    keywords = {name for group in constants if isinstance(group, tuple) for name in group if isinstance(name, str)}
+    # A name that is only read, as the learned sinks handed on as `s_aux`, is no sign: only the indexer is.
+    return keywords | ({"indexer"} & set(code.co_names))
+
+
+def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
+    originals = {module.config._attn_implementation for module in modules.values()}
+    reasons = [
+        f"{name} uses the attention implementation {original!r}; call model.set_attn_implementation('sdpa') first."
+        for original in sorted(originals - {*ORIGINALS, *ORIGINALS.values()}, key=str)
+    ]
+    eager = originals & {"eager", ORIGINALS["eager"]}
+    if eager and any(eager_attention(module) is None for module in modules.values()):
+        reasons.append(
+            f"{name} is eager, but the file of its attention has no {_EAGER}; call "
+            "model.set_attn_implementation('sdpa') first."
+        )
+    return reasons
+
+
+def _reasons_of_layer_types(modules: dict[int, Any]) -> list[str]:
+    kinds = {_layer_type(module) for module in modules.values()} - _FULL_LAYERS - _LOCAL_LAYERS - {None}
+    return [f"Layers of the type {kind!r} are not known." for kind in sorted(kinds, key=str)]
+
+
+def _layer_type(module: Any) -> str | None:
+    layer_types = getattr(module.config, "layer_types", None)
+    return None if layer_types is None else layer_types[module.layer_idx]
+
+
+def _why_all_local(config: Any) -> str:
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if getattr(config, "layer_types", None) is None and window and longest and window >= longest:
+        return (
+            f"its sliding window of {window} tokens covers all {longest} positions, so setting "
+            "model.config.sliding_window = None before the patch changes no result and makes its layers full."
+        )
+    return "all its layers are sliding and so local already."

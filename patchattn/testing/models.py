@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one per family."""
+"""Tiny models with random weights, one per family that the test matrix covers."""
 
 from __future__ import annotations
 
@@ -6,44 +6,137 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model families of which `tiny_model` can make a random one."""
+_HYBRID = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
+_LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 4,
+}
+_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    # Random weights of the usual size give flat attention; larger ones make heads that differ.
+    "initializer_range": 0.15,
+    "sliding_window": None,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+IMAGE_TOKEN = 127
+"""Token that stands for an image patch in the tiny vision-language models."""
+
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    # Every expert is active in the tiny mixtures, so that rounding can't send a token elsewhere.
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 2},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma2": {**_HYBRID, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {**_HYBRID, "query_pre_attn_scalar": 16},
+    "phi3": {},
+    "granite": {"attention_multiplier": 0.25},
+    "cohere2": _HYBRID,
+    "olmo2": {},
+    "starcoder2": {},
+    "smollm3": {"no_rope_layers": [1, 1, 0]},
+    "gpt_oss": {**_HYBRID, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "deepseek_v3": _LATENT,
+    "gpt_neox": {},
+    "gemma3": {
+        "text_config": {**_TEXT, **_HYBRID, "query_pre_attn_scalar": 16},
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -1,
+    },
+    "qwen2_vl": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "qwen2_vl_text",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 96, "num_heads": 2, "patch_size": 4},
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": 126,
+        "vision_start_token_id": 125,
+        "vision_end_token_id": 124,
+    },
+    "bloom": {"n_layer": 2, "n_head": 6},
+    "falcon": {},
+    "gptj": {"n_embd": 96, "n_layer": 2, "n_head": 6, "rotary_dim": 8},
+    "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16},
+}
+
+VISION_FAMILIES = ("gemma3", "llava", "qwen2_vl")
+"""Vision-language families, whose text tower can be patched."""
+
+REFUSED_FAMILIES = ("bloom", "falcon", "gptj", "deepseek_v32")
+"""Families that `patchattn.patch` refuses, for the tests that say so."""
+
+FAMILIES = tuple(name for name in _OWN_FIELDS if name not in (*VISION_FAMILIES, *REFUSED_FAMILIES))
+"""Text families that can be patched."""
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """Make a tiny model with random weights, in evaluation mode.
 
     Args:
-        family: One of `FAMILIES`.
+        family: One of `FAMILIES`, `VISION_FAMILIES` or `REFUSED_FAMILIES`.
         seed: Seed of the weights; the global random state is left as it was.
         dtype: dtype of the weights.
         **overrides: Fields of the configuration.
 
     Returns:
-        The causal language model: 3 layers, 6 query heads over 2 KV heads of 16, vocabulary 128.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+        The causal language model: 3 layers, the first of them sliding in families that mix, 6 query heads of 16 over 2
+        KV heads (6 in families without grouped queries), vocabulary 128.
 
-    if family not in FAMILIES:
-        raise ValueError(f"Expected one of {FAMILIES}, got {family!r}.")
-    fields = {
-        "vocab_size": 128,
-        "hidden_size": 96,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        # Random weights of the usual size give flat attention; larger ones make heads that differ.
-        "initializer_range": 0.15,
-        "sliding_window": None,
-    }
-    config = AutoConfig.for_model(family, **(fields | overrides))
+    Raises:
+        ValueError: Not the name of a family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if family not in _OWN_FIELDS:
+        raise ValueError(f"Expected one of {tuple(_OWN_FIELDS)}, got {family!r}.")
+    is_vision = family in VISION_FAMILIES
+    fields = ({} if is_vision else _TEXT) | _OWN_FIELDS[family] | overrides
+    if family == "falcon":
+        del fields["head_dim"]
+    config = AutoConfig.for_model(family, **fields)
+    auto = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # The grouped products of other implementations of experts exist in single and half precision only.
+        model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
     return model.eval()

@@ -1,0 +1,83 @@
+"""What a gate should have decided, computed again in float64 and from nothing but the call's own keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from patchattn.inputs import AttentionInputs
+from patchattn.moments import bulk_log_mass_from_prompt
+from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.regions import Regions
+from patchattn.testing.dense import DenseCall
+
+_FREEZING = 1e-3
+"""Share of the scale within which the guarded estimate may stand on either side of its freezing point."""
+
+
+def wrong_decisions(
+    policy: Policy,
+    layer: int,
+    inputs: AttentionInputs,
+    regions: Regions,
+    opened: Tensor,
+    truth: DenseCall,
+    plain: DenseCall,
+) -> tuple[Tensor, Tensor, float] | None:
+    """Find the pairs whose decision differs from float64 by more than rounding explains.
+
+    A decision may differ where the float64 margin lies within twice the plain computation's error of the threshold,
+    and, for the guarded estimate, within 0.1% of the freezing point. Moments are taken from all keys at once: what a
+    cache has kept from earlier calls plays no part.
+
+    Args:
+        policy: The policy, `min_bulk` resolved.
+        layer: Index of the layer.
+        inputs: The attention call.
+        regions: Its regions, known independently of the call.
+        opened: [batch, heads, query] bool; what was decided.
+        truth: Dense attention in float64.
+        plain: Dense attention in the dtype in which the library computes log masses.
+
+    Returns:
+        [batch, heads, query] bool, True where the decision is wrong; the float64 margins in nats, same shape; and the
+        error allowed on a margin. None for gates that can't be computed from the call alone.
+    """
+    gate = policy.gate
+    match gate:
+        case OpenGate() | ClosedGate() | StaticGate():
+            plain_mass = torch.full_like(truth.bulk_log_mass, torch.inf if isinstance(gate, OpenGate) else -torch.inf)
+            if isinstance(gate, StaticGate):
+                plain_mass[:, [head for at, head in gate.open_heads if at == layer]] = torch.inf
+            masses, threshold = [plain_mass], 0.0
+        case OracleGate(threshold=float(share)):
+            masses, plain_mass, threshold = [truth.bulk_log_mass], plain.bulk_log_mass, math.log(share / (1 - share))
+        case MomentGate(threshold=float(share), moments="prompt"):
+            query, key = inputs.query, inputs.key
+
+            def estimate(query: Tensor, key: Tensor, factor: float) -> Tensor:
+                return bulk_log_mass_from_prompt(
+                    query, key, regions, scale=inputs.scale * factor, softcap=inputs.softcap, estimate=gate.estimate
+                )[0]
+
+            masses = [estimate(query.double(), key.double(), factor) for factor in (1.0, 1 - _FREEZING, 1 + _FREEZING)]
+            plain_mass, threshold = estimate(query, key, 1.0), math.log(share / (1 - share))
+        case _:
+            return None
+    few = (regions.n_bulk < policy.break_even)[:, None]
+    masses = [torch.where(few, torch.inf, mass) for mass in masses]
+    margin = truth.local_log_mass - masses[0]
+    rounded = plain.local_log_mass.double() - torch.where(few, torch.inf, plain_mass.double())
+    both = margin.isfinite() & rounded.isfinite() & regions.asked[:, None]
+    tolerance = 0.0
+    if both.any():
+        size = torch.maximum(truth.local_log_mass.abs(), masses[0].abs())[both].max().item()
+        error = (margin - rounded)[both].abs().max().item()
+        tolerance = 2 * (error + torch.finfo(plain.output.dtype).eps * size)
+    should_open = regions.asked[:, None] & ~(margin >= threshold)
+    unsure = (margin - threshold).abs() <= tolerance
+    for mass in masses[1:]:
+        unsure |= mass.isfinite() != masses[0].isfinite()
+    return (opened != should_open) & ~unsure, margin, tolerance

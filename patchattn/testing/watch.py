@@ -1,0 +1,132 @@
+"""Watching a patched model: every attention call is computed again as dense attention in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.hf.patching import PatchHandle
+from patchattn.inputs import Attended, AttentionInputs
+from patchattn.policy import Phase, Policy
+from patchattn.regions import Regions
+from patchattn.testing.budget import error_budget
+from patchattn.testing.decisions import wrong_decisions
+from patchattn.testing.dense import dense_attention, token_masks
+
+
+@dataclass
+class Watch:
+    """Compares every attention call of a patched model with dense attention.
+
+    Args:
+        policy: The policy in force.
+        when: Beginning of the messages.
+        mask: [batch, tokens]; nonzero where a token is real, over the whole text.
+        begin: Slot of the first query of the next call; whoever calls the model sets it.
+        calls: Calls compared so far.
+        worst: Largest error so far as a share of its budget.
+        decisions_checked: Whether all decisions could be compared with float64.
+        pairs: Pairs that opened and pairs that were asked, by phase.
+    """
+
+    policy: Policy
+    when: str
+    mask: Tensor
+    begin: int = 0
+    calls: int = 0
+    worst: float = 0.0
+    decisions_checked: bool = True
+    pairs: dict[Phase, list[int]] = field(default_factory=lambda: {"prefill": [0, 0], "decode": [0, 0]})
+
+    def open_fraction(self) -> dict[Phase, float]:
+        """Share of the pairs asked that opened, by phase."""
+        return {phase: opened / asked for phase, (opened, asked) in self.pairs.items() if asked}
+
+    def check(self, state: Any, inputs: AttentionInputs, attended: Attended) -> None:
+        """Compare one call, output and decisions; raises AssertionError naming the first place that differs."""
+        policy, length = self.policy, inputs.query.shape[2]
+        phase: Phase = "decode" if length == 1 else "prefill"
+        real = self.mask[:, : self.begin + length].bool().to(inputs.query.device)
+        layer, rows = state.layer, real[:, self.begin :]
+        if inputs.key.shape[2] != real.shape[1]:
+            raise AssertionError(
+                f"{self.when}: layer {layer} was given {inputs.key.shape[2]} keys where the text has {real.shape[1]}."
+            )
+        sizes = {"sink_size": policy.sink_size, "window_size": policy.window_size}
+        n_bulk = token_masks(real, self.begin, range(length), **sizes)[2]
+        asked = ((n_bulk > 0) & rows)[:, None].expand_as(attended.open)
+        stray = attended.open & ~asked
+        if stray.any():
+            raise AssertionError(f"{self._at(layer, phase, stray)} is reported open but had nothing to decide.")
+        parts = (inputs.query, inputs.key, inputs.value, attended.open, real, self.begin)
+        features = {"scale": inputs.scale, "softcap": inputs.softcap, "sink_logits": inputs.sink_logits}
+        truth = dense_attention(*parts, **sizes, **features)
+        plain = dense_attention(*parts, **sizes, **features, dtype=inputs.compute_dtype)
+        self._compare(layer, phase, inputs, attended, rows, truth.output, plain.output.to(inputs.query.dtype))
+        self.calls += 1
+        if layer not in (policy.layers or ()) or phase not in policy.phases:
+            return
+        regions = Regions.of(real, query_length=length, **sizes)
+        found = wrong_decisions(policy, layer, inputs, regions, attended.open, truth, plain)
+        if found is None:
+            self.decisions_checked = False
+        elif found[0].any():
+            wrong, margin, tolerance = found
+            index = tuple(wrong.nonzero()[0].tolist())
+            decided = "opens" if attended.open[index] else "closes"
+            raise AssertionError(
+                f"{self._at(layer, phase, wrong)} {decided}, but in float64 its margin is {margin[index]:.6g} nats, "
+                f"and it may be off by {tolerance:.1e}; {int(wrong.sum())} decisions of this call are wrong."
+            )
+        above = asked & (n_bulk >= policy.break_even)[:, None]
+        self.pairs[phase][0] += int((attended.open & above).sum())
+        self.pairs[phase][1] += int(above.sum())
+
+    def _compare(
+        self,
+        layer: int,
+        phase: Phase,
+        inputs: AttentionInputs,
+        attended: Attended,
+        rows: Tensor,
+        truth: Tensor,
+        plain: Tensor,
+    ) -> None:
+        # What padding computes reaches nobody.
+        real = rows[:, None, :, None]
+        got, truth, plain = (torch.where(real, x.double(), 0) for x in (attended.output, truth, plain))
+        error = (got - truth).abs().amax(-1)
+        budget = error_budget(plain, truth, inputs.query.dtype)
+        beyond = ~(error <= budget)
+        if beyond.any():
+            index = tuple(beyond.nonzero()[0].tolist())
+            gate = "open" if attended.open[index] else "closed"
+            raise AssertionError(
+                f"{self._at(layer, phase, beyond)} differs from dense attention under the same mask by "
+                f"{error[index]:.3e}; the error budget is {budget:.3e} (plain {inputs.query.dtype} errs by "
+                f"{(plain - truth).abs().max():.3e}). Its gate is {gate}. Beyond the budget in this call: heads "
+                f"{beyond.any(2).any(0).nonzero()[:, 0].tolist()}, {int(beyond.sum())} of {beyond.numel()} rows."
+            )
+        if budget:
+            self.worst = max(self.worst, (error.max() / budget).item())
+
+    def _at(self, layer: int, phase: Phase, wrong: Tensor) -> str:
+        row, head, query = wrong.nonzero()[0].tolist()
+        return f"{self.when}: layer {layer}, batch row {row}, head {head}, query {self.begin + query} ({phase})"
+
+
+def watch_layers(handle: PatchHandle, watch: Watch) -> None:
+    """Have every layer of a patched model compare what its backend gives; undone by `unpatch`."""
+    for state in handle._states.values():
+
+        def attend(
+            inputs: AttentionInputs, mass: Tensor, threshold: float, *, state: Any = state, inner: Any = state.attend
+        ) -> Attended:
+            attended = inner(inputs, mass, threshold)
+            watch.check(state, inputs, attended)
+            return attended
+
+        state.attend = attend

@@ -12,9 +12,27 @@ Words used here and everywhere else:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HostRegions:
+    """What of the regions the host knows: reading it waits for the device.
+
+    Args:
+        first: Slot of each sequence's first real token; the number of slots where it has none.
+        query_slot: Slot of the first query row.
+        filled: Number of slots up to the last query row; a static cache may hold anything after them.
+        is_plain: True where no padding lies between the first real token and the last query row of any sequence.
+    """
+
+    first: list[int]
+    query_slot: int
+    filled: int
+    is_plain: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,15 @@ class Regions:
     def key_length(self) -> int:
         """Number of key slots, those of a static cache that are not filled yet included."""
         return self.valid.shape[1]
+
+    @cached_property
+    def host(self) -> HostRegions:
+        """The regions on the host, read once; not for compiled code."""
+        query_slot = int(self.query_slot)
+        filled = min(query_slot + self.query_length, self.key_length)
+        first = self.first.tolist()
+        n_real = sum(max(filled - begin, 0) for begin in first)
+        return HostRegions(first, query_slot, filled, int(self.valid[:, :filled].sum()) == n_real)
 
     @property
     def query_slots(self) -> Tensor:

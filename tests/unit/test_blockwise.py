@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchattn import gate, reference
-from patchattn.backends import blockwise
+from patchattn.backends import blockwise, blockwise_prefill
 from patchattn.errors import UnsupportedCallError
 from patchattn.inputs import AttentionInputs
 from patchattn.regions import Regions
@@ -241,7 +241,9 @@ def test_local_log_mass_equals_reference(name: str) -> None:
     inputs = make_call(**MIXED[name])
     mask = inputs.regions.local_mask()[:, None]
     expected = reference.masked_log_mass(gate.attention_scores(inputs), mask, inputs.sink_logits)
-    _, actual, _ = blockwise._attend_local(inputs)
+    local, _ = blockwise_prefill.attend_local(inputs, slice(0, inputs.query.shape[2]))
+    local = local if inputs.sink_logits is None else blockwise_prefill.with_sink_logits(local, inputs.sink_logits)
+    actual = local.log_mass
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
@@ -356,7 +358,7 @@ def test_forward_runs_under_grad_mode_and_backward_refuses() -> None:
 _PEAK = """
 import resource, sys, torch
 sys.argv = ["", *sys.argv[1:]]
-from patchattn.backends import blockwise
+from patchattn.backends import blockwise, blockwise_prefill
 from patchattn.inputs import AttentionInputs
 from patchattn.regions import Regions
 

@@ -1,0 +1,134 @@
+"""One softmax over one rectangle of keys, and the merge of several: what the blockwise backend is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from patchattn.inputs import AttentionInputs
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention of some rows to some keys.
+
+    Args:
+        output: [..., rows, value_dim]; zeros where the log mass is -inf.
+        log_mass: [..., rows] nats.
+    """
+
+    output: Tensor
+    log_mass: Tensor
+
+
+def is_fused(inputs: AttentionInputs) -> bool:
+    """Say whether the fused CPU kernel computes this call; two matrix products do otherwise."""
+    return inputs.query.device.type == "cpu" and inputs.softcap is None
+
+
+def attend_to(
+    inputs: AttentionInputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> Part:
+    """Attend rows to keys.
+
+    Args:
+        inputs: The call, for scale, softcap and dtype.
+        query: [batch, heads, rows, dim].
+        key: [batch, kv_heads, keys, dim]; at least one key.
+        value: [batch, kv_heads, keys, value_dim].
+        seen: [batch or 1, 1, rows, keys] bool; None means that every row sees every key. Rows that see none get the
+            log mass -inf.
+        causal: Row `i` sees keys `0 .. i`; only where `is_fused`, and without `seen`. Values that are not finite spoil
+            rows that do not see them.
+
+    Returns:
+        Output [batch, heads, rows, value_dim] and log mass [batch, heads, rows] in nats.
+    """
+    if is_fused(inputs):
+        part = _fused(inputs, query, key, value, None if seen is None else _bias(seen, query.dtype), causal=causal)
+        if seen is None:
+            return part
+        # The kernel adds the bias to the score, so a key that is not finite spoils rows that mask it: only then are
+        # the scores computed again, and masked by selection.
+        if not (part.output.isnan().any() or part.log_mass.isnan().any()):
+            return _without_blind_rows(part, seen)
+    part = _by_products(inputs, query, key, value, seen)
+    return part if seen is None else _without_blind_rows(part, seen)
+
+
+def merge(parts: list[Part]) -> Part:
+    """Merge attention to disjoint sets of keys; rows that see no key at all become zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:
+        return _merge_two(*parts)
+    masses = torch.stack([part.log_mass for part in parts])
+    total = masses.logsumexp(0)
+    # A row without any key would have the weight exp(-inf - -inf), which is NaN.
+    weights = (masses - total.masked_fill(total == -torch.inf, 0)).exp()
+    output = torch.zeros_like(parts[0].output, dtype=weights.dtype)
+    for part, weight in zip(parts, weights, strict=True):
+        output = torch.addcmul(output, part.output.to(weights.dtype), weight[..., None])
+    return Part(output.to(parts[0].output.dtype), total)
+
+
+def _merge_two(one: Part, other: Part) -> Part:
+    share = torch.sigmoid(other.log_mass - one.log_mass)
+    nothing = one.log_mass == -torch.inf
+    share = torch.where(nothing & (other.log_mass == -torch.inf), 0, share)[..., None]
+    output = torch.lerp(one.output.to(share.dtype), other.output.to(share.dtype), share)
+    return Part(output.to(one.output.dtype), torch.logaddexp(one.log_mass, other.log_mass))
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """Return the tensor with its last dimension contiguous: the CPU kernel assumes it, and is silently wrong if not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fused(
+    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool
+) -> Part:
+    dim, value_dim = query.shape[3], value.shape[3]
+    if dim != value_dim:
+        # The kernel takes one head size; zeros change neither scores nor the real part of the output.
+        query, key = (pad(x, (0, max(value_dim - dim, 0))) for x in (query, key))
+        value = pad(value, (0, max(dim - value_dim, 0)))
+    output, log_mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=causal, attn_mask=bias, scale=inputs.scale
+    )
+    return Part(output[..., :value_dim] if dim > value_dim else output, log_mass)
+
+
+def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Part:
+    grouped = query.to(inputs.compute_dtype).unflatten(1, (key.shape[1], -1))
+    scores = (grouped @ key.to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).unflatten(1, (key.shape[1], -1))
+    output = (weights @ value.to(inputs.compute_dtype)[:, :, None]).flatten(1, 2)
+    return Part(output.to(query.dtype), scores.logsumexp(-1))
+
+
+def _without_blind_rows(part: Part, seen: Tensor) -> Part:
+    """Zero the rows that see no key, in place: the kernels give them NaN, or the log mass 0."""
+    blind = ~seen.any(3)
+    if blind.any():
+        part.output.masked_fill_(blind[..., None], 0)
+        part.log_mass.masked_fill_(blind, -torch.inf)
+    return part
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask: 0 where a key is seen, -inf elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -209,8 +209,8 @@ class PromptMoments:
     def last(self) -> PromptMoments:
         """Take the last entry of the axis that `prefixes` adds."""
         return PromptMoments(
-            self.chunks[:, -1],
-            self.count[:, -1],
+            self.chunks[:, -1].clone(),
+            self.count[:, -1].clone(),
             self.reference[:, :, -1].contiguous(),
             self.total[:, :, -1].contiguous(),
             self.outer[:, :, -1].contiguous(),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from patchattn.backends import Backend, load
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import bulk_log_mass, forced, margin_threshold
-from patchattn.hf.cache import load_moments, store_moments
+from patchattn.hf.cache import load_moments, prepare, store_moments
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
@@ -26,8 +26,7 @@ CACHE_ARGUMENT = "patchattn_cache"
 _LAYOUT_ROWS = 3
 _KNOWN_ARGUMENTS = frozenset(
     {CACHE_ARGUMENT, "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
-    | {"return_dict", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
-    | {"max_length_k", "logits_to_keep", "output_router_logits", "labels"}
+    | {"return_dict", "cache_position", "num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
 )
 PHASES = ("prefill", "decode")
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
@@ -131,6 +130,39 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return args, {**kwargs, CACHE_ARGUMENT: cache}
 
 
+def install_mask_hook(decoder: nn.Module) -> None:
+    """Let a compiled call of a decoder say that it is plainly causal; `decoder` is the module that makes the masks.
+
+    Without mask, positions and cache, transformers looks at the positions it made for boundaries of packed sequences.
+    A compiled graph can't look, so it gets the mask of packed sequences always. A padding mask of ones says the same as
+    none and spares the search.
+    """
+    decoder.register_forward_pre_hook(_say_plain, with_kwargs=True)
+
+
+def remove_mask_hook(decoder: nn.Module) -> None:
+    """Undo `install_mask_hook`; does nothing where there is no hook."""
+    # By identity: copies of a patched model have the hook too.
+    for number in [number for number, hook in decoder._forward_pre_hooks.items() if hook is _say_plain]:
+        decoder._forward_pre_hooks.pop(number)
+        decoder._forward_pre_hooks_with_kwargs.pop(number)
+
+
+def _say_plain(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not torch.compiler.is_compiling() or len(args) > 1:
+        return None
+    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
+        return None
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return None
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    return args, {**kwargs, "attention_mask": ones}
+
+
 def _no_attention_weights() -> UnsupportedCallError:
     return UnsupportedCallError(
         "output_attentions=True asks for attention weights, which the patched model never forms.",
@@ -180,7 +212,12 @@ def mask(
     else:
         valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
     first = first_real_slot(valid)[:, None].expand(-1, kv_length)
-    slot = torch.as_tensor(q_offset, device=device).expand(batch_size, kv_length)
+    if isinstance(q_offset, Tensor):
+        query_slot = q_offset.to(device)
+    else:
+        # Not as_tensor, which compiles the number in: one graph for each length of a dynamic cache.
+        query_slot = torch.full((), q_offset, device=device)
+    slot = query_slot.expand(batch_size, kv_length)
     return torch.stack([valid.int(), slot.int(), first.int()], dim=1)[:, None]
 
 
@@ -282,7 +319,14 @@ def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:
         return None
     if has_state and inputs.query.shape[2] == 1:
         return 1
-    return inputs.key.shape[2] // CHUNK + 1
+    chunks = inputs.key.shape[2] // CHUNK + 1
+    if not torch.compiler.is_compiling():
+        return chunks
+    # A graph holds for a number of chunks: powers of two keep the graphs few when lengths vary.
+    bound = 1
+    while bound < chunks:
+        bound *= 2
+    return bound
 
 
 def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
@@ -318,6 +362,11 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
         raise UnsupportedCallError(
             "A layer asks for a sliding window but was given a plain causal mask.", fix="report the model's class"
         )
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedCallError(
+            "The call asks for attention in both directions (is_causal=False), which has no sink and window.",
+            fix="drop is_causal, or unpatch the model for this call",
+        )
     unknown = [
         name
         for name, given in kwargs.items()
@@ -326,7 +375,8 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
     if unknown:
         raise UnsupportedCallError(
             f"The model passes arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",
-            fix="unpatch the model for this call; continuous batching and sparse-index models are not supported",
+            fix="unpatch the model for this call; packed sequences are told by position_ids, continuous batching and "
+            "sparse-index models are not supported",
         )
 
 
@@ -344,6 +394,7 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    prepare()
     for name in ORIGINALS.values():
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)

@@ -1,12 +1,13 @@
 """Running prompt moments, tied to the cache whose keys they describe.
 
-The moments of a layer live on that layer's entry in the key-value cache. The entry's class is swapped for a subclass
-of the same name's base that carries the moments through everything a cache can be asked to do: beams are reordered,
-rows selected or repeated, tokens cropped, the cache reset, copied and pickled. Appending keys never invalidates them.
+The moments of a layer live on that layer's entry in the key-value cache. The entry is replaced by one of a subclass,
+of the same name, that carries the moments through everything a cache can be asked to do: beams are reordered, rows
+selected or repeated, tokens cropped, the cache reset, copied and pickled. Appending keys never invalidates them.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from patchattn.moments import PromptMoments
 
 _ATTRIBUTE = "_patchattn_moments"
 _GRID = "_patchattn_grid"
+_CROPPED = "_patchattn_cropped"
 
 
 def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> PromptMoments | None:
@@ -37,18 +39,29 @@ def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int,
 def store_moments(past_key_values: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
     """Keep the moments of a layer with its cache; a call without one keeps none.
 
-    Inside a compiled graph the entry's class can't be changed, so a cache whose first call is compiled keeps no
-    moments: they are taken from its keys again on every call. `generate` never compiles the first call.
+    A compiled graph can't make a class: a kind of cache entry that no call outside of a graph has used and that
+    `prepare` did not know keeps no moments there, and they are taken from its keys again on every call.
     """
     entry = _entry(past_key_values, layer)
     if entry is None:
         return
     if not getattr(entry, "tracks_moments", False):
-        if torch.compiler.is_compiling():
+        entry = _tracked(entry)
+        if entry is None:
             return
-        entry.__class__ = _tracking(type(entry))
+        past_key_values.layers[layer] = entry
     setattr(entry, _ATTRIBUTE, moments)
     setattr(entry, _GRID, grid)
+    setattr(entry, _CROPPED, 0)
+
+
+def prepare() -> None:
+    """Make the tracking classes of the cache entries that transformers has, which a compiled graph can't do."""
+    from transformers import cache_utils
+
+    for kind in list(vars(cache_utils).values()):
+        if isinstance(kind, type) and kind.__name__.endswith("Layer") and not inspect.isabstract(kind):
+            _tracking(kind)
 
 
 def _entry(past_key_values: Any, layer: int) -> Any:
@@ -57,6 +70,18 @@ def _entry(past_key_values: Any, layer: int) -> Any:
 
 
 _TRACKING: dict[type, type] = {}
+
+
+def _tracked(entry: Any) -> Any:
+    """Return a cache entry with the same contents that carries moments along; None where there is no class for it."""
+    kind = type(entry)
+    if torch.compiler.is_compiling() and kind not in _TRACKING:
+        return None
+    # A new object, because a compiled graph can't change the class of an old one.
+    tracked = object.__new__(_tracking(kind))
+    for name, content in entry.__dict__.items():
+        setattr(tracked, name, content)
+    return tracked
 
 
 def _tracking(base: type) -> type:
@@ -69,6 +94,7 @@ def _tracking(base: type) -> type:
 def _make_tracking(base: type) -> type:
     class Tracking(base):
         tracks_moments = True
+        _layer_type = None  # else transformers makes the subclass the one for its type of layer, for all models
 
         def reset(self) -> None:
             base.reset(self)
@@ -92,8 +118,11 @@ def _make_tracking(base: type) -> type:
         def crop(self, tokens_to_remove: int) -> None:
             before = self.get_seq_length()
             base.crop(self, tokens_to_remove)
-            # Covered keys are at least a window away from the newest one, so a shorter crop leaves them in place.
-            if before - self.get_seq_length() > getattr(self, _GRID)[1]:
+            # Covered keys are at least a window away from the newest one, so a shorter crop leaves them in place. Crops
+            # add up until moments are stored again: calls in between may have been dense.
+            cropped = getattr(self, _CROPPED) + before - self.get_seq_length()
+            setattr(self, _CROPPED, cropped)
+            if cropped > getattr(self, _GRID)[1]:
                 setattr(self, _ATTRIBUTE, None)
 
         def __reduce__(self) -> tuple[Any, ...]:
@@ -102,6 +131,10 @@ def _make_tracking(base: type) -> type:
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return self.__reduce__()
 
+    del Tracking._layer_type
+    for name in ("reset", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
+        if not hasattr(base, name):
+            delattr(Tracking, name)
     Tracking.__name__, Tracking.__qualname__ = base.__name__, base.__qualname__
     return Tracking
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
-from patchattn.hf.attention import STATE, LayerState, install_cache_hook, register
+from patchattn.hf.attention import STATE, LayerState, install_cache_hook, install_mask_hook, register, remove_mask_hook
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import Policy, StaticGate
 from patchattn.report import GateReport
@@ -140,6 +140,7 @@ def unpatch(model: Any) -> None:
             module.config._attn_implementation_internal = state.original
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
+    remove_mask_hook(_decoder(model))
     for name in _CONTINUOUS_BATCHING:
         underlying(model).__dict__.pop(name, None)
 
@@ -242,6 +243,7 @@ def _apply(
         state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state
         module.config._attn_implementation_internal = ORIGINALS[originals[index]]
+    install_mask_hook(_decoder(model))
     for name in _CONTINUOUS_BATCHING:
         if hasattr(model, name):
             underlying(model).__dict__[name] = _refuse_continuous_batching
@@ -266,6 +268,15 @@ def _policy_of_heads(policy: Policy, heads: range) -> Policy:
         return policy
     pairs = tuple((layer, head - heads.start) for layer, head in policy.gate.open_heads if head in heads)
     return policy.model_copy(update={"gate": policy.gate.model_copy(update={"open_heads": pairs})})
+
+
+def _decoder(model: Any) -> nn.Module:
+    """Return the innermost transformers model that holds the attention modules: the one that makes the masks."""
+    from transformers import PreTrainedModel
+
+    attention = next(iter(attention_modules(model).values()))
+    holders = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return next(part for part in reversed(holders) if any(inner is attention for inner in part.modules()))
 
 
 def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:

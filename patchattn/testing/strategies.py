@@ -105,11 +105,14 @@ def shapes(draw: st.DrawFn, *, max_keys: int = 400, max_heads: int = 14, decode:
     group_size = draw(st.sampled_from([group for group in GROUP_SIZES if group <= max_heads]))
     sink_size = draw(st.sampled_from([0, 1, 4, 16]) | st.integers(0, 40))
     window_size = draw(st.sampled_from([1, 32, 63, 64, 65, 127, 128, 129]) | st.integers(1, 140))
-    keys = draw(lengths(max_length=max_keys, sink_size=sink_size, window_size=window_size))
+    # Most calls should have bulk keys: without any there is nothing to decide.
+    beyond = min(sink_size + window_size, max_keys - 1)
+    at_least = draw(st.sampled_from([0, beyond, beyond, beyond]))
+    keys = at_least + draw(lengths(max_length=max_keys - at_least, sink_size=sink_size, window_size=window_size))
     queries = 1
     if decode is not True:
-        at_least = 1 if decode is None else min(2, keys)
-        queries = draw(st.sampled_from([keys]) | st.integers(at_least, keys))
+        fewest = 1 if decode is None else min(2, keys)
+        queries = draw(st.just(keys) | st.integers(fewest, keys))
     spare = keys - queries
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     return Shape(
@@ -141,8 +144,12 @@ def paddings(draw: st.DrawFn, batch: int, keys: int, *, holes: bool = True) -> T
     """
     valid = torch.ones(batch, keys, dtype=torch.bool)
     for row in range(batch):
-        valid[row, : draw(st.just(0) | st.integers(0, keys // 2) | st.just(keys))] = False
-        if holes and draw(st.booleans()):
+        kind = draw(st.sampled_from(["none", "left", "left", "none", "hole", "hole", "everything"]))
+        if kind == "everything":
+            valid[row] = False
+        elif kind != "none":
+            valid[row, : draw(st.integers(0, keys // 2))] = False
+        if holes and kind == "hole":
             begin = draw(st.integers(0, keys - 1))
             valid[row, begin : begin + draw(st.sampled_from([1, 5, 64]))] = False
     return valid
@@ -250,7 +257,7 @@ def decisions(draw: st.DrawFn, inputs: AttentionInputs) -> Tensor:
     """
     rows = inputs.query.shape[:3]
     generator = torch.Generator().manual_seed(draw(_SEEDS))
-    kind = draw(st.sampled_from(["open", "closed", "heads", "few", "some", "most"]))
+    kind = draw(st.sampled_from(["some", "few", "most", "heads", "closed", "open"]))
     if kind in ("open", "closed"):
         return torch.full(rows, kind == "open")
     if kind == "heads":

@@ -26,13 +26,17 @@ class HostRegions:
         first: Slot of each sequence's first real token; the number of slots where it has none.
         query_slot: Slot of the first query row.
         filled: Number of slots up to the last query row; a static cache may hold anything after them.
+        last_first: The largest of `first`.
         is_plain: True where no padding lies between the first real token and the last query row of any sequence.
+        asked: `Regions.asked`, computed once.
     """
 
     first: list[int]
     query_slot: int
     filled: int
+    last_first: int
     is_plain: bool
+    asked: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Regions:
         filled = min(query_slot + self.query_length, self.key_length)
         first = self.first.tolist()
         n_real = sum(max(filled - begin, 0) for begin in first)
-        return HostRegions(first, query_slot, filled, int(self.valid[:, :filled].sum()) == n_real)
+        is_plain = int(self.valid[:, :filled].sum()) == n_real
+        return HostRegions(first, query_slot, filled, max(first, default=0), is_plain, self.asked)
 
     @property
     def query_slots(self) -> Tensor:

@@ -121,8 +121,7 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
     if is_plain_decode(inputs):
         local, scored = attend_local_decode(inputs)
         local = _with_sink_logits(inputs, local)
-        # Plain decode calls have bulk keys in every row but those that end where the window begins.
-        opened = decide(local.log_mass, bulk_log_mass, inputs.regions.asked, threshold)
+        opened = decide(local.log_mass, bulk_log_mass, inputs.regions.host.asked, threshold)
         if opened.any():
             scored += add_bulk_decode(inputs, opened, local)
         return _attended(inputs, local.output, opened, scored)
@@ -131,7 +130,7 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
         rows = slice(begin, min(begin + SLAB, inputs.query.shape[2]))
         local, triples = attend_local(inputs, rows)
         local = _with_sink_logits(inputs, local)
-        asked = inputs.regions.asked[:, rows]
+        asked = inputs.regions.host.asked[:, rows]
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], asked, threshold)
         scored += triples
         if opened.any():

@@ -1,22 +1,29 @@
-"""One query per sequence: views of the cache, read once, and nothing but sink and window where gates are closed."""
+"""One query per sequence: views of the cache, read once, and nothing but sink and window where gates are closed.
+
+A step is so short that the number of tensor operations decides its time: views are made with one `as_strided` each,
+and what is known to be visible is merged without guards.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge
+from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge_visible
 from patchattn.inputs import AttentionInputs
 
 _MOST_SPLITS = 8
 _FEWEST_KEYS_TO_SPLIT = 512
+# From this share of open KV heads on, one call over all of them is faster than one for each.
+_TOGETHER_FROM = 0.75
 
 
 def is_plain_decode(inputs: AttentionInputs) -> bool:
-    """Say whether this is a call with one query per sequence whose local keys need no mask."""
+    """Say whether this is a call with one query per sequence, all of them asked, whose keys need no mask."""
+    if inputs.regions.query_length != 1:
+        return False
     regions, host = inputs.regions, inputs.regions.host
-    window_begin = host.query_slot - regions.window_size + 1
-    return regions.query_length == 1 and host.is_plain and window_begin >= max(host.first) + regions.sink_size
+    return host.is_plain and host.filled - regions.window_size > host.last_first + regions.sink_size
 
 
 def attend_local_decode(inputs: AttentionInputs) -> tuple[Part, int]:
@@ -26,18 +33,20 @@ def attend_local_decode(inputs: AttentionInputs) -> tuple[Part, int]:
         Output [batch, heads, 1, value_dim] and local log mass [batch, heads, 1] without sink logits, and the number
         of (head, query, key) triples scored.
     """
-    regions, host = inputs.regions, inputs.regions.host
+    regions, host, key, value = inputs.regions, inputs.regions.host, inputs.key, inputs.value
     batch, heads = inputs.query.shape[:2]
-    query = inputs.query.view(batch, inputs.key.shape[1], inputs.group_size, -1)
-    window = slice(host.query_slot - regions.window_size + 1, host.filled)
-    parts = [attend_to(inputs, query, inputs.key[:, :, window], inputs.value[:, :, window])]
+    query = _grouped(inputs)
+    begin = host.filled - regions.window_size
+    part = attend_to(
+        inputs, query, key.narrow(2, begin, regions.window_size), value.narrow(2, begin, regions.window_size)
+    )
     if regions.sink_size:
-        key, value = (_sinks(x, host.first, regions.sink_size) for x in (inputs.key, inputs.value))
-        parts.append(attend_to(inputs, query, key, value))
-    part = merge(parts)
-    output = part.output.reshape(batch, heads, 1, -1)
+        sinks = attend_to(
+            inputs, query, _sinks(key, host.first, regions.sink_size), _sinks(value, host.first, regions.sink_size)
+        )
+        part = merge_visible(part, sinks)
     scored = batch * heads * (regions.sink_size + regions.window_size)
-    return Part(output, part.log_mass.reshape(batch, heads, 1)), scored
+    return Part(part.output.reshape(batch, heads, 1, -1), part.log_mass.reshape(batch, heads, 1)), scored
 
 
 def add_bulk_decode(inputs: AttentionInputs, opened: Tensor, local: Part) -> int:
@@ -52,58 +61,80 @@ def add_bulk_decode(inputs: AttentionInputs, opened: Tensor, local: Part) -> int
         Number of (head, query, key) triples scored.
     """
     regions, host = inputs.regions, inputs.regions.host
-    kv_heads, group = inputs.key.shape[1], inputs.group_size
-    end = host.query_slot - regions.window_size + 1
-    if len(set(host.first)) == 1 and bool(opened.all()):
-        span = slice(host.first[0] + regions.sink_size, end)
-        query = inputs.query.view(inputs.query.shape[0], kv_heads, group, -1)
-        bulk = _by_splits(inputs, query, inputs.key[:, :, span], inputs.value[:, :, span])
-        shape = local.log_mass.shape
-        bulk = Part(bulk.output.reshape(local.output.shape), bulk.log_mass.reshape(shape))
-        local.output.copy_(merge([local, bulk]).output)
-        return opened.numel() * (end - span.start)
+    end, group = host.filled - regions.window_size, inputs.group_size
+    flags = opened[:, :, 0].tolist()
+    heads_of = {
+        (row, kv_head): [head for head in range(kv_head * group, (kv_head + 1) * group) if row_flags[head]]
+        for row, row_flags in enumerate(flags)
+        for kv_head in range(inputs.key.shape[1])
+    }
+    wanted = [where for where, heads in heads_of.items() if heads]
+    if len(wanted) >= _TOGETHER_FROM * len(heads_of) and len(wanted) > 1 and len(set(host.first)) == 1:
+        return _all_heads(inputs, opened, local, host.first[0] + regions.sink_size, end)
     scored = 0
-    for row, flags in enumerate(opened[:, :, 0].tolist()):
+    for row, kv_head in wanted:
+        heads = heads_of[row, kv_head]
         begin = host.first[row] + regions.sink_size
-        for kv_head in range(kv_heads):
-            heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if flags[head]]
-            if not heads or end <= begin:
-                continue
-            where = heads[0] if len(heads) == 1 else heads
-            # The open heads of a group often lie side by side: a view then, no copy.
-            if heads[-1] - heads[0] + 1 == len(heads):
-                where = slice(heads[0], heads[-1] + 1)
-            query = inputs.query[row, where, 0][None, None]
-            key, value = (x[row : row + 1, kv_head : kv_head + 1, begin:end] for x in (inputs.key, inputs.value))
-            bulk = _by_splits(inputs, query, key, value)
-            near = Part(local.output[row, where, 0], local.log_mass[row, where, 0])
-            local.output[row, where, 0] = merge([near, Part(bulk.output[0, 0], bulk.log_mass[0, 0])]).output
-            scored += len(heads) * (end - begin)
+        # Open heads that lie side by side are taken as a view.
+        where = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
+        bulk = _one_kv_head(inputs, row, kv_head, where, begin, end)
+        near = Part(local.output[row, where, 0], local.log_mass[row, where, 0])
+        local.output[row, where, 0] = merge_visible(near, Part(bulk.output[0, 0], bulk.log_mass[0, 0])).output
+        scored += len(heads) * (end - begin)
     return scored
 
 
-def _by_splits(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Part:
-    """Attend rows [batch, kv_heads, rows, dim] to keys, cut into stretches so that every core has some."""
-    batch, kv_heads, n_keys, _ = key.shape
-    splits = min(_MOST_SPLITS, -(-torch.get_num_threads() // (batch * kv_heads)), n_keys // _FEWEST_KEYS_TO_SPLIT)
-    # A copy of the query for each stretch; one batch axis of the kernel is left for that, unless there is one row.
-    if splits < 2 or batch > 1 or not is_fused(inputs):
-        return attend_to(inputs, query, key, value)
+def _all_heads(inputs: AttentionInputs, opened: Tensor, local: Part, begin: int, end: int) -> int:
+    """Read the bulk keys of all heads in one call and keep the result where gates are open."""
+    key, value = (x.narrow(2, begin, end - begin) for x in (inputs.key, inputs.value))
+    part = attend_to(inputs, _grouped(inputs), key, value)
+    bulk = Part(part.output.reshape(local.output.shape), part.log_mass.reshape(local.log_mass.shape))
+    merged = merge_visible(local, bulk).output
+    torch.where(opened[..., None], merged, local.output, out=local.output)
+    return opened.numel() * (end - begin)
+
+
+def _one_kv_head(
+    inputs: AttentionInputs, row: int, kv_head: int, where: slice | list[int], begin: int, end: int
+) -> Part:
+    """Attend some heads of one group to a range of slots, cut into stretches so that every core has some.
+
+    Returns:
+        Output [1, 1, heads, value_dim] and log mass [1, 1, heads].
+    """
+    n_keys = end - begin
+    splits = max(min(torch.get_num_threads(), _MOST_SPLITS, n_keys // _FEWEST_KEYS_TO_SPLIT), 1)
+    if not is_fused(inputs):
+        splits = 1
     size = n_keys // splits
+    query = inputs.query[row, where, 0][None, None]
 
-    def stretched(x: Tensor) -> Tensor:
-        return x[0, :, : splits * size].unflatten(1, (splits, size)).transpose(0, 1)
+    def stretches(x: Tensor, count: int, length: int, start: int) -> Tensor:
+        stride = x.stride()
+        offset = x.storage_offset() + row * stride[0] + kv_head * stride[1] + start * stride[2]
+        return x.as_strided((count, 1, length, x.shape[3]), (length * stride[2], 0, stride[2], 1), offset)
 
-    part = attend_to(inputs, query.expand(splits, -1, -1, -1), stretched(key), stretched(value))
-    parts = [Part(part.output[i : i + 1], part.log_mass[i : i + 1]) for i in range(splits)]
+    def attend(count: int, length: int, start: int) -> Part:
+        keys, values = (stretches(x, count, length, start) for x in (inputs.key, inputs.value))
+        return attend_to(inputs, query.expand(count, -1, -1, -1), keys, values)
+
+    together = attend(splits, size, begin)
+    part = Part(together.output[:1], together.log_mass[:1])
+    for split in range(1, splits):
+        part = merge_visible(part, Part(together.output[split, None], together.log_mass[split, None]))
     if splits * size < n_keys:
-        rest = slice(splits * size, n_keys)
-        parts.append(attend_to(inputs, query, key[:, :, rest], value[:, :, rest]))
-    return merge(parts)
+        part = merge_visible(part, attend(1, n_keys - splits * size, begin + splits * size))
+    return part
+
+
+def _grouped(inputs: AttentionInputs) -> Tensor:
+    """Lay the heads of a group along the row axis, [batch, kv_heads, group, dim]: its keys are then read once."""
+    batch, _, _, dim = inputs.query.shape
+    return inputs.query.reshape(batch, inputs.key.shape[1], inputs.group_size, dim)
 
 
 def _sinks(x: Tensor, first: list[int], sink_size: int) -> Tensor:
     """Take the sink of each sequence from [batch, kv_heads, keys, dim]; a view where all begin in the same slot."""
     if len(set(first)) == 1:
-        return x[:, :, first[0] : first[0] + sink_size]
+        return x.narrow(2, first[0], sink_size)
     return torch.stack([x[row, :, begin : begin + sink_size] for row, begin in enumerate(first)])

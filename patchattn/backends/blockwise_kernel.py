@@ -69,8 +69,6 @@ def merge(parts: list[Part]) -> Part:
     """Merge attention to disjoint sets of keys; rows that see no key at all become zeros."""
     if len(parts) == 1:
         return parts[0]
-    if len(parts) == 2:
-        return _merge_two(*parts)
     masses = torch.stack([part.log_mass for part in parts])
     total = masses.logsumexp(0)
     # A row without any key would have the weight exp(-inf - -inf), which is NaN.
@@ -81,12 +79,14 @@ def merge(parts: list[Part]) -> Part:
     return Part(output.to(parts[0].output.dtype), total)
 
 
-def _merge_two(one: Part, other: Part) -> Part:
-    share = torch.sigmoid(other.log_mass - one.log_mass)
-    nothing = one.log_mass == -torch.inf
-    share = torch.where(nothing & (other.log_mass == -torch.inf), 0, share)[..., None]
-    output = torch.lerp(one.output.to(share.dtype), other.output.to(share.dtype), share)
-    return Part(output.to(one.output.dtype), torch.logaddexp(one.log_mass, other.log_mass))
+def merge_visible(one: Part, other: Part) -> Part:
+    """Merge attention to two disjoint sets of keys, for rows that see a key of at least one."""
+    share = torch.sigmoid(other.log_mass - one.log_mass).unsqueeze(-1)
+    if one.output.dtype == share.dtype:
+        output = torch.lerp(one.output, other.output, share)
+    else:
+        output = torch.lerp(one.output.to(share.dtype), other.output.to(share.dtype), share).to(one.output.dtype)
+    return Part(output, torch.logaddexp(one.log_mass, other.log_mass))
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Part, int]:
     length = rows.stop - rows.start
     chunks, rest = divmod(length, size)
     # From here on a query's sink lies whole before its window, and nothing needs to be masked but the window's ends.
-    plain_from = max(host.first) + regions.sink_size + regions.window_size - 1 - host.query_slot - rows.start
+    plain_from = host.last_first + regions.sink_size + regions.window_size - 1 - host.query_slot - rows.start
     irregular = min(max(-(-plain_from // size), 0), chunks) if host.is_plain else chunks
     pieces = [(0, irregular, size, False), (irregular * size, chunks - irregular, size, True)]
     pieces.append((chunks * size, 1 if rest else 0, rest, host.is_plain and chunks * size >= plain_from))

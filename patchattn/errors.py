@@ -70,3 +70,33 @@ class ShapeError(PatchAttnError, ValueError):
     """Tensors whose shapes, dtypes or devices do not fit together."""
 
     code = "shape"
+
+
+class CalibrationError(PatchAttnError, ValueError):
+    """A calibration that can't be measured, read, written or used."""
+
+    code = "calibration"
+
+
+class CalibrationMismatchError(CalibrationError):
+    """A calibration of another model, or of another sink or window."""
+
+    code = "calibration-mismatch"
+
+
+class CalibrationFormatError(CalibrationError):
+    """A file that is not a calibration, or is damaged."""
+
+    code = "calibration-format"
+
+
+class CalibrationNotFoundError(CalibrationError):
+    """A folder, repository, revision or file that does not exist or may not be seen."""
+
+    code = "calibration-not-found"
+
+
+class CalibrationHubError(CalibrationError):
+    """A hub that can't be reached, answers with an error, or breaks off."""
+
+    code = "calibration-hub"

@@ -8,20 +8,40 @@ where that can't be said - also where the comparison is NaN.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import PromptMoments, bulk_log_mass_from_prompt
-from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.moments import KeyMoments, PromptMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
+from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
 
 _ROWS_PER_SLAB = 256
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration measured for the heads of one layer.
+
+    Args:
+        margins: [heads] nats; the margin from which each head closes. -inf never opens it, +inf never closes it. None
+            leaves the one threshold of the policy.
+        moments: Key moments of other text, by length: parts with a leading axis [lengths, kv_heads]; None for none.
+        bulk_counts: [lengths]; the numbers of bulk keys the moments belong to, ascending; None for none.
+    """
+
+    margins: Tensor | None = None
+    moments: KeyMoments | None = None
+    bulk_counts: Tensor | None = None
+
+
 def margin_threshold(gate: Gate) -> float:
-    """Margin in nats from which a gate closes: the logit of its threshold; 0 for gates without one."""
-    if isinstance(gate, MomentGate | OracleGate):
+    """Margin in nats from which a gate closes: the logit of its threshold.
+
+    0 for gates without one, and for thresholds per head: those are folded into the bulk log mass.
+    """
+    if isinstance(gate, MomentGate | OracleGate) and isinstance(gate.threshold, float):
         return math.log(gate.threshold) - math.log1p(-gate.threshold)
     return 0.0
 
@@ -48,6 +68,7 @@ def bulk_log_mass(
     state: PromptMoments | None = None,
     *,
     max_chunks: int | None = None,
+    measured: Measured | None = None,
 ) -> tuple[Tensor, PromptMoments | None]:
     """Find the bulk log mass that a policy's gate compares with the exact local log mass.
 
@@ -57,6 +78,8 @@ def bulk_log_mass(
         inputs: The attention call.
         state: Running prompt moments of the cache; None if there are none yet.
         max_chunks: See `bulk_log_mass_from_prompt`.
+        measured: What a calibration says about this layer; with margins per head, the result is to be compared with
+            threshold 0.
 
     Returns:
         [batch, heads, query] nats, and the prompt moments after this call (the given state for gates without any).
@@ -64,6 +87,8 @@ def bulk_log_mass(
     """
     gate, regions = policy.gate, inputs.regions
     match gate:
+        case MomentGate(moments="calibration"):
+            mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
         case MomentGate():
             mass, state = bulk_log_mass_from_prompt(
                 inputs.query,
@@ -79,9 +104,45 @@ def bulk_log_mass(
             mass = exact_bulk_log_mass(inputs)
         case OpenGate() | ClosedGate() | StaticGate():
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
+    if measured is not None and measured.margins is not None:
+        mass = with_margins(mass, measured.margins)
     if policy.break_even:
         mass = torch.where((regions.n_bulk < policy.break_even)[:, None], torch.inf, mass)
     return mass, state
+
+
+def with_margins(mass: Tensor, margins: Tensor) -> Tensor:
+    """Fold a threshold per head into a bulk log mass, so that comparing with 0 decides.
+
+    Args:
+        mass: [batch, heads, query] nats.
+        margins: [heads] nats; -inf closes a head whatever the mass, also where the mass opens in doubt.
+    """
+    margins = margins.to(mass.dtype)[:, None]
+    return torch.where(margins == -torch.inf, -torch.inf, mass + margins)
+
+
+def bulk_log_mass_from_calibration(inputs: AttentionInputs, measured: Measured | None, *, estimate: Estimate) -> Tensor:
+    """Estimate each query's bulk log mass from the key moments of a calibration, [batch, heads, query] nats.
+
+    Each query uses the moments of the number of bulk keys nearest to its own, by ratio. Without moments it is NaN,
+    which opens; -inf without bulk keys.
+    """
+    n_bulk = inputs.regions.n_bulk[:, None]
+    if measured is None or measured.moments is None or measured.bulk_counts is None:
+        return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
+    moments, counts = measured.moments, measured.bulk_counts.to(inputs.compute_dtype)
+    borders = (counts[1:] * counts[:-1]).sqrt()
+    nearest = torch.bucketize(n_bulk.to(counts.dtype), borders)
+    query = inputs.query.to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1)) * inputs.scale
+    mass = query.new_zeros(inputs.query.shape[:3])
+    for index in range(len(counts)):
+        mean, covariance = (part[index].to(query.dtype) for part in (moments.mean, moments.covariance))
+        along = torch.einsum("bhgqd,hd->bhgq", query, mean).flatten(1, 2)
+        spread = (torch.einsum("bhgqd,hde->bhgqe", query, covariance) * query).sum(-1).flatten(1, 2)
+        found = log_mass_of_gaussian(n_bulk, along, spread, softcap=inputs.softcap, estimate=estimate)
+        mass = torch.where(nearest == index, found, mass)
+    return mass
 
 
 def forced(open_pairs: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 """A share of the softmax mass held by the local keys, strictly between 0 and 1."""
@@ -17,6 +17,56 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class RiskTarget(_Frozen):
+    """Ask a calibration for the cheapest thresholds that keep the missed attention mass at `alpha`.
+
+    The promise is in expectation over documents like those of the calibration, in source and length, on dense
+    activations: the mean missed mass of a document is at most `alpha`. It needs `1 / alpha - 1` documents.
+
+    Args:
+        alpha: Share of a query's attention that may be missed on average, in (0, 1).
+        scope: `"head"`: the promise holds for every head by itself. `"model"`: for the mean over all heads, which
+            leaves heads that gain much by closing more of the risk; half of the documents choose how it is shared,
+            the other half carries the promise, so it needs twice as many documents.
+
+    Source: conformal risk control, arXiv 2208.02814, theorem 1.
+    """
+
+    kind: Literal["risk"] = "risk"
+    alpha: LocalShare
+    scope: Literal["head", "model"] = "head"
+
+
+class OpenFractionTarget(_Frozen):
+    """Ask a calibration for the thresholds that miss least while at most `fraction` of the pairs are open.
+
+    One budget for all heads: those that lose most by closing get most of it. No promise about the missed mass.
+
+    Args:
+        fraction: Open fraction over all measured heads, in (0, 1).
+    """
+
+    kind: Literal["open_fraction"] = "open_fraction"
+    fraction: LocalShare
+
+
+Target = RiskTarget | OpenFractionTarget
+
+
+def _kind_of_threshold(threshold: Any) -> str:
+    if isinstance(threshold, dict):
+        return str(threshold.get("kind", "risk"))
+    return getattr(threshold, "kind", "share")
+
+
+Threshold = Annotated[
+    Annotated[LocalShare, Tag("share")]
+    | Annotated[RiskTarget, Tag("risk")]
+    | Annotated[OpenFractionTarget, Tag("open_fraction")],
+    Discriminator(_kind_of_threshold),
+]
+
+
 class MomentGate(_Frozen):
     """Close a head for a query when the moments of the far keys say that the local keys hold enough mass.
 
@@ -25,17 +75,30 @@ class MomentGate(_Frozen):
     local keys and estimated for the bulk, is at least `threshold`.
 
     Args:
-        threshold: Local share in (0, 1) from which a gate closes. Lower is cheaper, higher is safer.
-        moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys.
+        threshold: Local share in (0, 1) from which a gate closes, the same for all heads: lower is cheaper, higher is
+            safer. Or `RiskTarget` or `OpenFractionTarget`, which take a threshold for each head from a calibration.
+        moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys. `"calibration"`: from
+            the calibration, measured on other text; only with a threshold that is a number.
         estimate: `"guarded"` opens where the spread of the scores is so large that single keys rule the sum, which
             moments can't see; `"saturating"` predicts a Gaussian maximum there (Derrida 1980); `"lognormal"` is the
             estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys. Elsewhere all three agree.
     """
 
     kind: Literal["moment"] = "moment"
-    threshold: LocalShare = 0.6
-    moments: Literal["prompt"] = "prompt"
+    threshold: Threshold = 0.6
+    moments: Literal["prompt", "calibration"] = "prompt"
     estimate: Estimate = "guarded"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the gate can't work without a calibration."""
+        return self.moments == "calibration" or not isinstance(self.threshold, float)
+
+    @model_validator(mode="after")
+    def _targets_go_with_prompt_moments(self) -> MomentGate:
+        if self.moments == "calibration" and not isinstance(self.threshold, float):
+            raise ValueError('targets are measured with moments="prompt"; give a number to use moments="calibration"')
+        return self
 
 
 class OracleGate(_Frozen):
@@ -62,6 +125,16 @@ class StaticGate(_Frozen):
     @classmethod
     def _sorted_and_unique(cls, heads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         return tuple(sorted(set(heads)))
+
+    @classmethod
+    def from_calibration(cls, calibration: Any, *, heads: int) -> StaticGate:
+        """Open the heads that need the bulk keys most often.
+
+        Args:
+            calibration: A `patchattn.Calibration`; its heads are ranked by how often the exact share opens them.
+            heads: Number of heads to keep open, at most all that were measured.
+        """
+        return cls(open_heads=tuple(calibration.heads_by_oracle()[:heads]))
 
 
 class OpenGate(_Frozen):

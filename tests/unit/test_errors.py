@@ -17,6 +17,11 @@ BUILTINS = {
     "PatchStateError": RuntimeError,
     "BackendError": RuntimeError,
     "ShapeError": ValueError,
+    "CalibrationError": ValueError,
+    "CalibrationMismatchError": ValueError,
+    "CalibrationFormatError": ValueError,
+    "CalibrationNotFoundError": ValueError,
+    "CalibrationHubError": ValueError,
 }
 
 

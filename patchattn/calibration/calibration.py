@@ -1,0 +1,312 @@
+"""The calibration object: what was measured about one model, and the thresholds that follow from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from patchattn.calibration import files
+from patchattn.calibration.manifest import Fingerprint, Manifest
+from patchattn.calibration.risk import Curves, rungs
+from patchattn.errors import CalibrationError, CalibrationFormatError, CalibrationMismatchError
+from patchattn.gate import Measured
+from patchattn.moments import KeyMoments
+from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What thresholds give on the calibration's documents, on dense activations.
+
+    Args:
+        open_fraction: [layers, query_heads].
+        missed_mass: [layers, query_heads].
+        recall: [layers, query_heads]; of the pairs that the exact share opens, those that open.
+        precision: [layers, query_heads]; of the pairs that open, those that the exact share opens.
+    """
+
+    open_fraction: Tensor
+    missed_mass: Tensor
+    recall: Tensor
+    precision: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What was measured about one model; from `patchattn.calibrate` or `Calibration.from_pretrained`.
+
+    Args:
+        manifest: Which model, which text, measured how.
+        policy: The policy that `patch(model, calibration=...)` uses when it is given none.
+        tensors: The measured tensors, as `patchattn.calibration.files.expected_tensors` names them; not to be
+            changed in place.
+
+    Raises:
+        CalibrationFormatError: Tensors that do not fit the manifest, or numbers that can't be.
+        CalibrationMismatchError: A policy for another sink or window than was measured.
+    """
+
+    manifest: Manifest
+    policy: Policy
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        files.check(self.manifest, self.tensors)
+        self.check_policy(self.policy)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Calibration:
+        """Read a calibration from a folder, or from a repository on the Hub.
+
+        What exists as a folder is read as a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_HOME` are respected.
+
+        Args:
+            repo_or_folder: Folder made by `save_pretrained`, or a Hub id `namespace/name`.
+            revision: Branch, tag or commit on the Hub. Without one, a warning names the commit that was taken.
+            token: Token for private repositories; None uses the one that is logged in.
+            cache_dir: Where downloads are kept; None means the Hub's own cache.
+            local_files_only: Use the cache only.
+
+        Raises:
+            CalibrationNotFoundError: No such folder, repository, revision or file, or no right to see it.
+            CalibrationHubError: The Hub can't be reached or fails.
+            CalibrationFormatError: A damaged file, or not a calibration.
+        """
+        folder = Path(repo_or_folder)
+        if not folder.is_dir():
+            from patchattn.calibration.hub import download
+
+            folder = download(
+                str(repo_or_folder),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        manifest, tensors = files.decode(files.read(folder / files.FILE))
+        try:
+            policy = Policy.model_validate_json(files.read(folder / files.POLICY_FILE))
+        except ValidationError as error:
+            raise CalibrationFormatError(
+                f"{files.POLICY_FILE} is not a valid policy: {error.errors()[0]['msg']} "
+                f"({'.'.join(map(str, error.errors()[0]['loc']))}).",
+                fix="correct the file; docs/reference/policy.md lists the fields",
+            ) from None
+        return cls(manifest, policy, tensors)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card: bool = True) -> Path:
+        """Write the calibration into a folder, with its model card.
+
+        Each file is complete or not there, and what was there before stays until then. Two processes that write one
+        folder take turns.
+
+        Args:
+            folder: Made if it does not exist.
+            card: Write `README.md`, and the plots where matplotlib is installed.
+
+        Raises:
+            CalibrationError: The folder can't be written.
+        """
+        from huggingface_hub.utils import WeakFileLock
+
+        folder = Path(folder)
+        data = files.encode(self.manifest, self.tensors)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(files.lock_of(folder)):
+                files.write(folder / files.FILE, data)
+                files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
+                if card:
+                    from patchattn.calibration.card import write_card
+
+                    write_card(self, folder)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+    ) -> str:
+        """Publish the calibration with its card; the repository is made if it does not exist.
+
+        Args:
+            repo: Hub id `namespace/name`.
+            private: Whether a new repository is private; None leaves it to the namespace.
+            commit_message: None says what was measured.
+            create_pr: Open a pull request in place of a commit on the main branch.
+            token: Token with the right to write; None uses the one that is logged in.
+
+        Returns:
+            The commit, to pin it: `Calibration.from_pretrained(repo, revision=commit)`.
+
+        Raises:
+            CalibrationNotFoundError: No such namespace, or no right to write.
+            CalibrationHubError: The Hub can't be reached or fails.
+        """
+        from patchattn.calibration.hub import upload
+
+        message = commit_message or f"Calibration of {self.manifest.model} on {self.manifest.n_documents} documents"
+        return upload(self, repo, private=private, commit_message=message, create_pr=create_pr, token=token)
+
+    def curves(self, estimate: Estimate | None = None) -> Curves:
+        """Return the curves of one estimate; None means the one of the calibration's policy, or the first measured.
+
+        Raises:
+            CalibrationError: The estimate was not measured.
+        """
+        index = self._estimate_index(estimate)
+        ends = torch.tensor([torch.inf])
+        margins = torch.cat([-ends, self.tensors["margins"], ends])
+        return Curves(
+            margins,
+            self.tensors["missed_mass"][:, index].float(),
+            self.tensors["open_fraction"][index].float(),
+            self.manifest.documents,
+        )
+
+    def thresholds(self, target: RiskTarget | OpenFractionTarget, *, estimate: Estimate | None = None) -> Tensor:
+        """Choose the margin from which each head closes.
+
+        Args:
+            target: A risk or a budget.
+            estimate: Which estimate the gate uses; see `curves`.
+
+        Returns:
+            [layers, query_heads] float32, nats, in the order of `manifest.layers`. -inf: the head is closed for every
+            query. +inf: it is open for every query.
+
+        Raises:
+            CalibrationError: The target promises more than the measured documents can carry; says how many it needs.
+        """
+        curves = self.curves(estimate)
+        return curves.margins[rungs(curves, target)]
+
+    def expected(self, margins: Tensor, *, estimate: Estimate | None = None) -> Expected:
+        """Say what thresholds gave on the documents that were measured.
+
+        Args:
+            margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
+            estimate: See `curves`.
+        """
+        index, curves = self._estimate_index(estimate), self.curves(estimate)
+        chosen = (torch.searchsorted(curves.margins, margins.contiguous(), right=True) - 1).clamp(min=0)[..., None]
+
+        def at(curve: Tensor) -> Tensor:
+            return curve.float().gather(-1, chosen)[..., 0]
+
+        return Expected(
+            at(curves.open_fraction),
+            at(curves.missed_mass_of_all),
+            at(self.tensors["recall"][index]),
+            at(self.tensors["precision"][index]),
+        )
+
+    def heads_by_oracle(self) -> list[tuple[int, int]]:
+        """Rank all measured (layer, query head), the one that the exact share opens most often first."""
+        fractions = self.tensors["oracle_open_fraction"]
+        order = fractions.flatten().argsort(descending=True, stable=True).tolist()
+        heads = fractions.shape[1]
+        return [(self.manifest.layers[index // heads], index % heads) for index in order]
+
+    def key_moments(self, layer: int) -> KeyMoments:
+        """Return the measured moments of a layer's keys, parts with leading axes [lengths, kv_heads].
+
+        Raises:
+            CalibrationError: The calibration has none, or not of this layer.
+        """
+        if not self.manifest.bulk_counts:
+            raise CalibrationError("The calibration has no key moments.", fix="measure it again with key moments")
+        at = self._layer_index(layer)
+        mean = self.tensors["key_mean"][:, at]
+        covariance = files.unpack_covariance(self.tensors["key_deviation"][:, at], self.tensors["key_factor"][:, at])
+        counts = torch.tensor(self.manifest.bulk_counts, dtype=mean.dtype)
+        return KeyMoments(counts[:, None].expand(mean.shape[:2]), mean, covariance)
+
+    def check_policy(self, policy: Policy) -> None:
+        """Refuse a policy with another sink or window than was measured.
+
+        Raises:
+            CalibrationMismatchError: Names both.
+        """
+        measured, wanted = self.manifest, (policy.sink_size, policy.window_size)
+        if (measured.sink_size, measured.window_size) != wanted:
+            raise CalibrationMismatchError(
+                f"The calibration measured sink {measured.sink_size} and window {measured.window_size}; the policy has "
+                f"sink {wanted[0]} and window {wanted[1]}.",
+                fix="use the sink and window that were measured, or measure again",
+            )
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that differs from the measured one in any field of its fingerprint.
+
+        Raises:
+            CalibrationMismatchError: Names the fields, the measured value and the model's.
+        """
+        differences = self.manifest.fingerprint.differences(Fingerprint.of(model))
+        if differences:
+            raise CalibrationMismatchError(
+                f"The calibration is of {self.manifest.model}, which differs from this model "
+                f"(measured, this model): {'; '.join(differences)}.",
+                fix="use the calibration of this model, or measure one with patchattn.calibrate",
+            )
+
+    def measured(self, policy: Policy) -> dict[int, Measured]:
+        """Prepare what a policy's gate needs, by layer; empty if it needs nothing.
+
+        Args:
+            policy: The policy; its layers must have been measured.
+
+        Raises:
+            CalibrationError: The target, the estimate or a layer was not measured well enough.
+            CalibrationMismatchError: Another sink or window.
+        """
+        self.check_policy(policy)
+        gate = policy.gate
+        if not isinstance(gate, MomentGate) or not gate.needs_calibration:
+            return {}
+        layers = self.manifest.layers if policy.layers is None else policy.layers
+        indices = [self._layer_index(layer) for layer in layers]
+        if not isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
+            counts = torch.tensor(self.manifest.bulk_counts)
+            return {layer: Measured(None, self.key_moments(layer), counts) for layer in layers}
+        margins = self.thresholds(gate.threshold, estimate=gate.estimate)
+        return {layer: Measured(margins[index]) for layer, index in zip(layers, indices, strict=True)}
+
+    def _layer_index(self, layer: int) -> int:
+        if layer not in self.manifest.layers:
+            raise CalibrationError(
+                f"Layer {layer} was not measured; the calibration has layers {list(self.manifest.layers)}.",
+                fix="name only measured layers in Policy.layers",
+            )
+        return self.manifest.layers.index(layer)
+
+    def _estimate_index(self, estimate: Estimate | None) -> int:
+        measured = self.manifest.estimates
+        if estimate is None:
+            gate = self.policy.gate
+            estimate = gate.estimate if isinstance(gate, MomentGate) and gate.estimate in measured else measured[0]
+        if estimate not in measured:
+            raise CalibrationError(
+                f"The estimate {estimate!r} was not measured; the calibration has {', '.join(measured)}.",
+                fix="use an estimate that was measured",
+            )
+        return measured.index(estimate)

@@ -1,0 +1,201 @@
+"""The model card of a calibration: how to use it, what risk costs what, and pictures of the heads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from patchattn.calibration import files
+from patchattn.calibration.risk import documents_needed
+from patchattn.errors import CalibrationError
+from patchattn.policy import RiskTarget
+
+if TYPE_CHECKING:
+    from patchattn.calibration.calibration import Calibration
+
+ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+"""Risks that cards and tables show."""
+
+_SCOPES: tuple[Literal["head", "model"], ...] = ("head", "model")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class RiskRow:
+    """What one risk target gives on the documents that were measured.
+
+    Args:
+        alpha: The risk asked for.
+        scope: `"head"` or `"model"`, see `RiskTarget`.
+        documents_needed: Documents that the promise needs.
+        open_fraction: Mean over heads; None where there are too few documents.
+        missed_mass: Mean over heads; None where there are too few documents.
+        never_open: Heads that are closed for every query.
+        always_open: Heads that are open for every query.
+    """
+
+    alpha: float
+    scope: str
+    documents_needed: int
+    open_fraction: float | None
+    missed_mass: float | None
+    never_open: int | None
+    always_open: int | None
+
+
+def risk_table(calibration: Calibration) -> list[RiskRow]:
+    """Compute a row for each alpha of `ALPHAS` and each scope."""
+    return [_row(calibration, RiskTarget(alpha=alpha, scope=scope)) for scope in _SCOPES for alpha in ALPHAS]
+
+
+def _row(calibration: Calibration, target: RiskTarget) -> RiskRow:
+    needed = documents_needed(target)
+    try:
+        margins = calibration.thresholds(target)
+    except CalibrationError:
+        return RiskRow(target.alpha, target.scope, needed, None, None, None, None)
+    found = calibration.expected(margins)
+    return RiskRow(
+        target.alpha,
+        target.scope,
+        needed,
+        float(found.open_fraction.mean()),
+        float(found.missed_mass.mean()),
+        int((margins == -torch.inf).sum()),
+        int((margins == torch.inf).sum()),
+    )
+
+
+def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: str | None = None) -> str:
+    """Write the card as Markdown with a header that the Hub understands.
+
+    Args:
+        calibration: The calibration.
+        plots: Paths of the pictures, relative to the card.
+        repo: Hub id under which the calibration is published; None leaves a place to fill in.
+    """
+    manifest = calibration.manifest
+    of = manifest.fingerprint
+    base = [f"base_model: {manifest.model}"] if _HUB_ID.match(manifest.model) else []
+    header = ["---", "library_name: patchattn", *base, "license: apache-2.0", "tags:"]
+    header += ["- patchattn", "- long-context", "- attention", "- calibration", "---"]
+    lengths = ", ".join(f"{length:,}" for length in manifest.lengths)
+    commit = f" at commit `{manifest.commit}`" if manifest.commit else ""
+    return "\n".join(
+        [
+            *header,
+            "",
+            f"# patchattn calibration of {manifest.model}",
+            "",
+            f"Thresholds per head for patchattn, measured on {manifest.model}{commit}: each attention head decides for "
+            f"each query whether it reads the keys beyond the first {manifest.sink_size} and the last "
+            f"{manifest.window_size} tokens.",
+            "",
+            "```python",
+            "import patchattn",
+            f'patchattn.patch(model, calibration="{repo or "NAMESPACE/NAME"}")  # brings its own policy',
+            "model.generate(**inputs)",
+            "```",
+            "",
+            "## What a risk costs",
+            "",
+            *_risk_lines(calibration),
+            "",
+            "Missed mass is the share of a query's attention that lies on keys a closed head does not read. "
+            'With `scope="head"` each head keeps the promise by itself, with `scope="model"` the mean over heads does. '
+            "The promise: in expectation, for documents like the measured ones in source and length, the mean missed "
+            "mass of a document is at most alpha. It is made for dense activations; on a patched model the layers "
+            "below are gated too.",
+            "",
+            "## What was measured",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| text | {manifest.corpus.name} |",
+            f"| documents | {manifest.n_documents}, of {lengths} tokens; {manifest.corpus.tokens:,} tokens in all |",
+            f"| digest of the tokens (sha256) | `{manifest.corpus.sha256}` |",
+            f"| sink, window | {manifest.sink_size}, {manifest.window_size} tokens |",
+            f"| model | {of.layers} layers, {of.query_heads} query heads, {of.kv_heads} KV heads of {of.head_dim}, "
+            f"{of.dtype} |",
+            f"| layers measured | {len(manifest.layers)} |",
+            f"| key moments | {_moments(manifest)} |",
+            f"| versions | {', '.join(f'{name} {version}' for name, version in manifest.versions.items())} |",
+            "",
+            "## How good the estimate is",
+            "",
+            *_fit_lines(calibration),
+            "",
+            "Bias and spread are of the estimated minus the true log mass of the far keys, in nats, over the pairs for "
+            "which there is a finite estimate; the others open. Recall and precision are against the exact local "
+            f"share at {manifest.oracle_threshold:g}, for a threshold of the same share.",
+            *(line for plot in plots for line in ("", f"![{Path(plot).stem}]({plot})")),
+            "",
+        ]
+    )
+
+
+def _risk_lines(calibration: Calibration) -> list[str]:
+    lines = [
+        "| alpha | scope | open pairs | missed mass | heads never open | heads always open |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in risk_table(calibration):
+        if row.open_fraction is None or row.missed_mass is None:
+            lines.append(f"| {row.alpha:g} | {row.scope} | needs {row.documents_needed} documents | | | |")
+        else:
+            lines.append(
+                f"| {row.alpha:g} | {row.scope} | {row.open_fraction:.1%} | {row.missed_mass:.2%} | {row.never_open} "
+                f"| {row.always_open} |"
+            )
+    return lines
+
+
+def _fit_lines(calibration: Calibration) -> list[str]:
+    lines = [
+        "| estimate | pairs with an estimate | bias, median head | spread, median head | recall | precision |",
+        "|---|---|---|---|---|---|",
+    ]
+    share = torch.tensor(calibration.manifest.oracle_threshold)
+    for index, estimate in enumerate(calibration.manifest.estimates):
+        margins = torch.logit(share).expand_as(calibration.tensors["oracle_open_fraction"])
+        found = calibration.expected(margins, estimate=estimate)
+        known, bias, spread = (calibration.tensors[n][index] for n in ("known_fraction", "bias", "spread"))
+        lines.append(
+            f"| {estimate} | {known.mean():.1%} | {bias.median():+.2f} | {spread.median():.2f} | "
+            f"{found.recall.mean():.1%} | {found.precision.mean():.1%} |"
+        )
+    return lines
+
+
+def _moments(manifest: Any) -> str:
+    if not manifest.bulk_counts:
+        return "none"
+    counts = ", ".join(f"{count:,}" for count in manifest.bulk_counts)
+    return f"for {counts} bulk keys; half precision changes a covariance by at most {manifest.covariance_error:.2%}"
+
+
+def write_card(calibration: Calibration, folder: Path, *, repo: str | None = None) -> None:
+    """Write `README.md` into a folder, and pictures into `plots/` where matplotlib is installed.
+
+    Args:
+        calibration: The calibration.
+        folder: An existing folder.
+        repo: See `card_text`.
+    """
+    plots: tuple[str, ...] = ()
+    try:
+        from patchattn.calibration.plots import pictures
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+    else:
+        (folder / "plots").mkdir(exist_ok=True)
+        made = pictures(calibration)
+        for name, data in made.items():
+            files.write(folder / "plots" / name, data)
+        plots = tuple(f"plots/{name}" for name in made)
+    files.write(folder / "README.md", card_text(calibration, plots=plots, repo=repo).encode())

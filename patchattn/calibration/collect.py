@@ -1,0 +1,350 @@
+"""Measure a calibration: stream documents through the model with the exact masses beside the estimates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.calibration import files
+from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
+from patchattn.calibration.statistics import ESTIMATES, MARGINS, Settings, Totals
+from patchattn.errors import CalibrationError, UnsupportedModelError
+from patchattn.hf.attention import STATE
+from patchattn.hf.patching import patch
+from patchattn.hf.support import Supported, attention_modules, check_support
+from patchattn.policy import OpenGate, Policy
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished documents and of all documents."""
+
+_LONGEST_DEFAULT = 4096
+_MOST_MOMENT_LENGTHS = 5
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    policy: Policy | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    documents: int | None = None,
+    seed: int = 0,
+    corpus: str = "unnamed",
+    model_name: str | None = None,
+    key_moments: bool = True,
+    oracle_threshold: float = 0.6,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure what a model's heads miss when they are closed, on documents cut from texts.
+
+    Each document is read in one forward pass with dense attention; memory is linear in its length. Under an
+    initialised `torch.distributed`, the processes share the documents, add up their sums and all return the same
+    calibration; every process must hold the whole model.
+
+    Args:
+        model: A Hugging Face causal language model that `check_support` accepts, in evaluation mode.
+        tokenizer: Its tokenizer.
+        texts: Texts. Each is cut into documents, one after another, of the next of `lengths`; what is left over
+            counts as a document only if the text is shorter than that. The promises of `RiskTarget` are for documents
+            that are drawn like these.
+        policy: Sink, window and layers to measure, and the policy that the calibration brings along; None means
+            `Policy()`.
+        lengths: Lengths in tokens, used in turn; None means the model's context, at most 4,096.
+        documents: Measure this many, drawn with `seed`; None measures all.
+        seed: Order of the documents.
+        corpus: What the text is, for the card.
+        model_name: Name of the model, for the card; None takes the name or folder it was loaded from.
+        key_moments: Take moments of the keys for `MomentGate(moments="calibration")`.
+        oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
+        checkpoint: File to which the sums are written after each document; a run that finds it there goes on from
+            it. Removed at the end. Each of several processes adds its rank to the name.
+        progress: Called after each document.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        UnsupportedModelError: The model can't be patched.
+        CalibrationError: No document has bulk keys, there are fewer than `documents`, the model is in training mode,
+            or the checkpoint is of another run.
+        PatchStateError: The model is patched already.
+    """
+    policy = Policy() if policy is None else policy
+    settings, fingerprint = _settings(model, policy, lengths, oracle_threshold, key_moments=key_moments)
+    lengths = tuple(lengths or (_default_length(model),))
+    cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
+    digest = _digest(cut)
+    rank, world = _ranks()
+    kept = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if world > 1 else checkpoint)
+    key = hashlib.sha256(
+        json.dumps([asdict(settings), fingerprint.model_dump(), digest, _local(policy), rank, world]).encode()
+    ).hexdigest()
+    totals, done = _resume(Totals(settings), kept, key)
+    mine = range(rank, len(cut), world)
+    with _Collecting(model, policy, settings) as attend_with:
+        for count, index in enumerate(mine):
+            if count < done:
+                continue
+            attend_with(totals, index)
+            _read(model, cut[index])
+            if kept is not None:
+                _keep(totals, kept, key, count + 1)
+            if progress is not None:
+                progress(min((count + 1) * world, len(cut)), len(cut))
+    _add_up(totals)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    even, odd = (int(count) for count in totals.sums["documents"])
+    manifest = Manifest(
+        model=model_name or _name(model),
+        commit=getattr(model.config, "_commit_hash", None),
+        fingerprint=fingerprint,
+        sink_size=policy.sink_size,
+        window_size=policy.window_size,
+        layers=settings.layers,
+        estimates=ESTIMATES,
+        oracle_threshold=oracle_threshold,
+        lengths=lengths,
+        documents=(even, odd),
+        corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
+        versions=_versions(),
+    )
+    return _assemble(manifest, policy, totals)
+
+
+def cut_documents(
+    tokenizer: Any,
+    texts: Iterable[str],
+    lengths: Sequence[int],
+    *,
+    documents: int | None,
+    seed: int,
+    local: tuple[int, int],
+) -> list[Tensor]:
+    """Cut texts into documents with bulk keys; see `calibrate`.
+
+    Returns:
+        Token ids of each document, [tokens] int64, each with the tokenizer's BOS where it has one.
+
+    Raises:
+        CalibrationError: No document has bulk keys, or there are fewer than `documents`.
+    """
+    found: list[Tensor] = []
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for index, text in enumerate(texts):
+        length = lengths[index % len(lengths)]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        step = length - len(bos)
+        pieces = [ids[begin : begin + step] for begin in range(0, max(len(ids) - step + 1, 1), step)]
+        found += [torch.tensor(bos + piece) for piece in pieces if len(bos) + len(piece) > sum(local)]
+    if not found or len(found) < (documents or 0):
+        raise CalibrationError(
+            f"The texts give {len(found)} documents of more than {sum(local)} tokens (sink and window)"
+            + (f"; {documents} were asked for." if documents else "."),
+            fix="give more or longer texts, or a smaller window or length",
+        )
+    random.Random(seed).shuffle(found)
+    return found[:documents]
+
+
+def _settings(
+    model: Any, policy: Policy, lengths: Sequence[int] | None, oracle_threshold: float, *, key_moments: bool
+) -> tuple[Settings, Fingerprint]:
+    support = check_support(model)
+    if not isinstance(support, Supported):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be measured: {' '.join(support.reasons)}",
+            fix="patchattn.check_support(model) lists the reasons",
+        )
+    if model.training:
+        raise CalibrationError("The model is in training mode.", fix="call model.eval() first")
+    if not 0 < oracle_threshold < 1:
+        raise CalibrationError(f"oracle_threshold must lie in (0, 1), got {oracle_threshold}.", fix="for instance 0.6")
+    longest = max(lengths or (_default_length(model),))
+    if longest <= sum(_local(policy)):
+        raise CalibrationError(
+            f"Documents of {longest} tokens have no keys beyond sink {policy.sink_size} and window "
+            f"{policy.window_size}.",
+            fix="measure longer documents, or choose a smaller window",
+        )
+    fingerprint = Fingerprint.of(model)
+    counts = _moment_lengths(longest - policy.sink_size - policy.window_size) if key_moments else ()
+    margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
+    layers = support.layers if policy.layers is None else policy.layers
+    of = fingerprint
+    return Settings(tuple(layers), of.query_heads, of.kv_heads, of.head_dim, counts, margin), fingerprint
+
+
+def _moment_lengths(most: int) -> tuple[int, ...]:
+    """Choose the numbers of bulk keys to take moments for: halves of the most there are, down to a chunk."""
+    counts = [most >> step for step in range(_MOST_MOMENT_LENGTHS)]
+    return tuple(sorted({count for count in counts if count >= min(128, most)}))
+
+
+class _Collecting:
+    """Patch a model so that its layers attend densely and add to totals; undone on exit."""
+
+    def __init__(self, model: Any, policy: Policy, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.policy = policy.model_copy(
+            update={
+                "gate": OpenGate(),
+                "min_bulk": 0,
+                "layers": settings.layers,
+                "phases": frozenset({"prefill", "decode"}),
+            }
+        )
+
+    def __enter__(self) -> Callable[[Totals, int], None]:
+        self.handle = patch(self.model, self.policy, backend="reference", record=None)
+        return self._start_document
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.unpatch()
+
+    def _start_document(self, totals: Totals, index: int) -> None:
+        document = totals.add_document(index)
+        for layer, module in attention_modules(self.model).items():
+            if layer in self.settings.layers:
+                module._modules[STATE].attend = _attend_into(document, layer)
+
+
+def _attend_into(document: Any, layer: int) -> Callable[..., Any]:
+    def attend(inputs: Any, bulk_log_mass: Tensor, threshold: float) -> Any:
+        return document.attend(layer, inputs)
+
+    return attend
+
+
+@torch.no_grad()
+def _read(model: Any, ids: Tensor) -> None:
+    # The base model: logits of every position can take more memory than everything else.
+    reader = getattr(model, "base_model", model)
+    reader(input_ids=ids[None].to(model.device), use_cache=False)
+
+
+def _assemble(manifest: Manifest, policy: Policy, totals: Totals) -> Calibration:
+    sums, counts = totals.sums, totals.settings.bulk_counts
+    halves = sums["documents"]
+    every, known = halves.sum(), sums["errors"][0]
+    bias = sums["errors"][1] / known.clamp(min=1)
+    variance = sums["errors"][2] / known.clamp(min=1) - bias.square()
+    pairs = sums["open_pairs"]
+    found = {
+        "margins": MARGINS.clone(),
+        "missed_mass": _half_upwards((sums["missed_mass"] / halves.clamp(min=1).view(2, 1, 1, 1, 1)).clamp(0, 1)),
+        "open_fraction": (sums["open_fraction"] / every).clamp(0, 1).half(),
+        "recall": _share(sums["hits"], sums["oracle_pairs"][None, ..., None].expand_as(pairs)).half(),
+        "precision": _share(sums["hits"], pairs).half(),
+        "bias": bias.float(),
+        "spread": variance.clamp(min=0).sqrt().float(),
+        "known_fraction": (known / sums["asked"][:, None].clamp(min=1)).float(),
+        "oracle_open_fraction": (sums["oracle_open_fraction"] / every).float(),
+    }
+    error = 0.0
+    reached = [index for index in range(len(counts)) if bool((sums["key_count"][index] > 0).all())]
+    if reached:
+        divisor = sums["key_count"][reached][..., None, None]
+        mean = sums["key_total"][reached] / divisor
+        covariance = sums["key_outer"][reached] / divisor[..., None] - mean[..., :, None] * mean[..., None, :]
+        covariance = (covariance + covariance.mT) / 2
+        deviation, factor, error = files.pack_covariance(covariance)
+        found |= {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
+    manifest = manifest.model_copy(
+        update={"bulk_counts": tuple(counts[index] for index in reached), "covariance_error": min(error, 1.0)}
+    )
+    return Calibration(manifest, policy, found)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide counts; a share of nothing is 1."""
+    return torch.where(whole > 0, part / whole.clamp(min=1), 1).clamp(0, 1)
+
+
+def _half_upwards(values: Tensor) -> Tensor:
+    """Round values in [0, 1] to half precision, never down, so that no promise is broken by rounding."""
+    rounded = values.half()
+    # Positive half floats are ordered like their bits.
+    upwards = (rounded.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(rounded.double() < values, upwards, rounded)
+
+
+def _resume(totals: Totals, kept: Path | None, key: str) -> tuple[Totals, int]:
+    if kept is None or not kept.exists():
+        return totals, 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(kept, framework="pt") as file:
+            metadata = file.metadata() or {}
+            sums = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"The checkpoint {kept} can't be read: {error}.", fix="delete it") from None
+    if metadata.get("key") != key or set(sums) != set(totals.sums):
+        raise CalibrationError(
+            f"The checkpoint {kept} is of a run with another model, other documents or other settings.",
+            fix="delete it, or name another checkpoint",
+        )
+    totals.sums = sums
+    return totals, int(metadata["done"])
+
+
+def _keep(totals: Totals, kept: Path, key: str, done: int) -> None:
+    from safetensors.torch import save
+
+    files.write(kept, save(totals.sums, metadata={"key": key, "done": str(done)}))
+
+
+def _ranks() -> tuple[int, int]:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _add_up(totals: Totals) -> None:
+    if _ranks()[1] > 1:
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        for name, values in totals.sums.items():
+            shared = values.cuda() if on_gpu else values
+            torch.distributed.all_reduce(shared)
+            totals.sums[name] = shared.cpu()
+
+
+def _digest(documents: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(len(ids).to_bytes(8, "little") + ids.to(torch.int64).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _local(policy: Policy) -> tuple[int, int]:
+    return policy.sink_size, policy.window_size
+
+
+def _default_length(model: Any) -> int:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(longest or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+
+
+def _name(model: Any) -> str:
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    # A folder's full path says something about the machine, not about the model.
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("patchattn", "torch", "transformers")}

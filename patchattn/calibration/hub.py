@@ -1,0 +1,169 @@
+"""Calibrations on the Hub: the only place of the library with a network."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchattn.calibration import files
+from patchattn.errors import (
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationHubError,
+    CalibrationNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from patchattn.calibration.calibration import Calibration
+
+
+def download(
+    repo: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    """Get a calibration's files into the cache, all of one commit; see `Calibration.from_pretrained`.
+
+    Returns:
+        The folder in the cache that holds them.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def get(name: str, revision: str | None) -> Path:
+        found = hf_hub_download(
+            repo,
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            library_name="patchattn",
+        )
+        return Path(found)
+
+    with _explained(repo, revision, offline=local_files_only):
+        tensors = get(files.FILE, revision)
+        commit = tensors.parent.name
+        # The branch may have moved on since.
+        policy = get(files.POLICY_FILE, commit)
+    for path in (tensors, policy):
+        _check_digest(path)
+    if revision is None:
+        warnings.warn(
+            f"{repo} was taken at commit {commit}. Pass revision={commit!r} to keep getting this one.", stacklevel=3
+        )
+    return tensors.parent
+
+
+def upload(
+    calibration: Calibration,
+    repo: str,
+    *,
+    private: bool | None,
+    commit_message: str,
+    create_pr: bool,
+    token: str | bool | None,
+) -> str:
+    """Put a calibration's files into a repository in one commit; see `Calibration.push_to_hub`.
+
+    Returns:
+        The commit.
+    """
+    from huggingface_hub import HfApi
+
+    from patchattn.calibration.card import write_card
+
+    api = HfApi(token=token, library_name="patchattn")
+    with tempfile.TemporaryDirectory() as name, files.writing(Path(name)):
+        folder = calibration.save_pretrained(name, card=False)
+        write_card(calibration, folder, repo=repo)
+        with _explained(repo, None, offline=False):
+            api.create_repo(repo, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+    return done.oid
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[None]:
+    """Turn what the Hub's client raises into errors of the library."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = repo if revision is None else f"{repo} at revision {revision!r}"
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except HFValidationError as error:
+        raise CalibrationNotFoundError(
+            f"{repo!r} is neither a folder nor the name of a repository: {error}",
+            fix="give the folder of a calibration, or a Hub id such as namespace/name",
+        ) from error
+    except GatedRepoError as error:
+        raise CalibrationNotFoundError(
+            f"{repo} asks its users to accept conditions first.", fix="accept them on its page, then give your token"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CalibrationNotFoundError(
+            f"{repo} has no revision {revision!r}.", fix="give a branch, a tag or a full commit of it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CalibrationNotFoundError(
+            f"There is no repository {repo}, or it is private and the token may not see it.",
+            fix="check the name; for a private one, pass token=... or log in with `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        from huggingface_hub import constants
+
+        if offline or constants.HF_HUB_OFFLINE:
+            raise CalibrationNotFoundError(
+                f"{where} is not in the cache, and the network is switched off.",
+                fix="get it once with the network on, or unset HF_HUB_OFFLINE and local_files_only",
+            ) from error
+        raise _unreachable(where, error.__cause__ or error) from error
+    except EntryNotFoundError as error:
+        raise CalibrationNotFoundError(
+            f"{where} has no {files.FILE} or no {files.POLICY_FILE}, so it is not a calibration.",
+            fix="check the name and the revision",
+        ) from error
+    except Exception as error:
+        # The client lets errors of whichever HTTP library it uses through.
+        raise _unreachable(where, error) from error
+
+
+def _unreachable(where: str, error: BaseException) -> CalibrationHubError:
+    lines = str(error).strip().splitlines() or [""]
+    return CalibrationHubError(
+        f"The Hub failed for {where}: {type(error).__name__}: {lines[0]}",
+        fix="try again later; what is in the cache can be used with local_files_only=True",
+    )
+
+
+def _check_digest(path: Path) -> None:
+    """Compare a cached file with the digest it is filed under: git's for small files, sha256 for large ones."""
+    blob = path.resolve()
+    data = files.read(path)
+    digests = {40: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), 64: hashlib.sha256(data).hexdigest()}
+    if digests.get(len(blob.name), blob.name) != blob.name:
+        raise CalibrationFormatError(
+            f"{path.name} is not the file that its digest {blob.name} promises.",
+            fix=f"delete {blob} and get it again; if that does not help, the repository was changed behind its commit",
+        )

@@ -1,0 +1,131 @@
+"""What a calibration says about itself: which model, which text, measured how."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from patchattn.policy import Estimate, LocalShare
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Text = Annotated[str, Field(max_length=4096)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Fingerprint(_Frozen):
+    """What must agree between the measured model and the one at hand.
+
+    Args:
+        layers: Number of layers.
+        query_heads: Query heads per layer.
+        kv_heads: KV heads per layer.
+        head_dim: Dimension of queries and keys.
+        rope: Parameters of the rotary embedding, as JSON with sorted keys.
+        dtype: Dtype of the weights, without `torch.`.
+    """
+
+    layers: Size
+    query_heads: Size
+    kv_heads: Size
+    head_dim: Size
+    rope: Text
+    dtype: Text
+
+    @classmethod
+    def of(cls, model: Any) -> Fingerprint:
+        """Take the fingerprint of a Hugging Face causal language model."""
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        return cls(
+            layers=config.num_hidden_layers,
+            query_heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            rope=json.dumps(rope, sort_keys=True, default=str),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Say in which fields another fingerprint differs: `field: own value, other's value`."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+class Corpus(_Frozen):
+    """The text that was measured.
+
+    Args:
+        name: What the text is.
+        sha256: Digest of all token ids, in order; 64 hexadecimal digits.
+        tokens: Number of tokens.
+    """
+
+    name: Text
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    tokens: Count
+
+
+class Manifest(_Frozen):
+    """Everything about a calibration but its tensors.
+
+    Args:
+        model: Name of the measured model.
+        commit: Commit of the measured model on the Hub; None if unknown.
+        fingerprint: What the model at hand must agree with.
+        sink_size: Sink that was measured, tokens.
+        window_size: Window that was measured, tokens.
+        layers: Indices of the measured layers.
+        estimates: Estimates of the bulk log mass that were measured.
+        oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
+        lengths: Lengths of the documents, tokens; each document has one of them, in turn.
+        documents: Number of documents with bulk keys, of even and of odd index.
+        corpus: The text.
+        bulk_counts: Numbers of bulk keys that key moments were taken for, ascending; empty for none.
+        covariance_error: Largest relative error (Frobenius norm) that storing a covariance in half precision makes.
+        versions: Versions of the libraries it was measured with.
+        schema_version: Version of this schema.
+    """
+
+    schema_version: Literal[1] = 1
+    model: Text
+    commit: Text | None = None
+    fingerprint: Fingerprint
+    sink_size: Count
+    window_size: Size
+    layers: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4096, strict=False)]
+    estimates: Annotated[tuple[Estimate, ...], Field(min_length=1, max_length=3, strict=False)]
+    oracle_threshold: LocalShare
+    lengths: Annotated[tuple[Size, ...], Field(min_length=1, max_length=64, strict=False)]
+    documents: Annotated[tuple[Count, Count], Field(strict=False)]
+    corpus: Corpus
+    bulk_counts: Annotated[tuple[Size, ...], Field(max_length=16, strict=False)] = ()
+    covariance_error: Annotated[float, Field(ge=0, le=1)] = 0.0
+    versions: Annotated[dict[Text, Text], Field(max_length=16)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Manifest:
+        for name in ("layers", "bulk_counts"):
+            numbers = getattr(self, name)
+            if list(numbers) != sorted(set(numbers)):
+                raise ValueError(f"{name} must ascend without repeats, got {list(numbers)}")
+        if self.layers[-1] >= self.fingerprint.layers:
+            raise ValueError(f"layer {self.layers[-1]} does not exist in a model of {self.fingerprint.layers} layers")
+        if len(set(self.estimates)) != len(self.estimates):
+            raise ValueError(f"estimates repeat: {list(self.estimates)}")
+        if self.fingerprint.query_heads % self.fingerprint.kv_heads:
+            raise ValueError("the number of query heads must be a multiple of the KV heads")
+        if sum(self.documents) == 0:
+            raise ValueError("it must have measured at least one document")
+        return self
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents measured."""
+        return sum(self.documents)

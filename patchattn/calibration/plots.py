@@ -1,0 +1,133 @@
+"""Pictures of a calibration: what risk costs, which heads need the far keys, how good the estimate is."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from patchattn.calibration.risk import documents_needed
+from patchattn.errors import CalibrationError
+from patchattn.policy import OpenFractionTarget, RiskTarget
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from patchattn.calibration.calibration import Calibration
+
+_SHOWN_ALPHA = 0.02
+
+
+def pictures(calibration: Calibration) -> dict[str, bytes]:
+    """Draw all pictures; PNG bytes by file name."""
+    return {
+        "risk.png": _png(risk_figure(calibration)),
+        "heads.png": _png(heads_figure(calibration)),
+        "estimate.png": _png(estimate_figure(calibration)),
+    }
+
+
+def risk_figure(calibration: Calibration) -> Figure:
+    """Draw missed mass against open fraction for risks, budgets and one threshold for all heads."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    price, promise = figure.subplots(1, 2)
+    one = [calibration.expected(_everywhere(calibration, margin)) for margin in calibration.tensors["margins"]]
+    ways = {"one threshold for all heads": [(float(e.open_fraction.mean()), float(e.missed_mass.mean())) for e in one]}
+    budget = [calibration.thresholds(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
+    ways["open-fraction target"] = [_means(calibration, margins) for margins in budget]
+    for scope in ("head", "model"):
+        found = []
+        for alpha in torch.logspace(-3.5, -0.5, 31).tolist():
+            try:
+                margins = calibration.thresholds(RiskTarget(alpha=alpha, scope=scope))
+            except CalibrationError:
+                continue
+            found.append((alpha, *_means(calibration, margins)))
+        ways[f'risk target, scope "{scope}"'] = [(opened, missed) for _, opened, missed in found]
+        promise.plot([f[0] for f in found], [100 * f[1] for f in found], ".-", label=f'scope "{scope}"')
+    for name, points in ways.items():
+        price.plot([100 * x for x, _ in points], [max(y, 1e-5) for _, y in points], ".-", label=name)
+    price.set_yscale("log")
+    price.set_ylim(bottom=1e-4)
+    price.set_xlabel("open pairs, % (mean over heads)")
+    price.set_ylabel("missed mass (mean over heads)")
+    promise.set_xscale("log")
+    promise.set_xlabel("alpha of the risk target")
+    promise.set_ylabel("open pairs, %")
+    for axes in (price, promise):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def heads_figure(calibration: Calibration) -> Figure:
+    """Draw the open fraction of each head: by the exact share, and under a risk target."""
+    alpha = _SHOWN_ALPHA
+    if documents_needed(RiskTarget(alpha=alpha)) > calibration.manifest.n_documents:
+        alpha = 1 / (calibration.manifest.n_documents + 1)
+    found = calibration.expected(calibration.thresholds(RiskTarget(alpha=alpha)))
+    share = calibration.manifest.oracle_threshold
+    layers, heads = found.open_fraction.shape
+    size = (min(2 * (0.45 * heads + 1.6), 22), min(0.4 * layers + 1.8, 14))
+    figure = Figure(figsize=(max(size[0], 8), max(size[1], 3)), layout="constrained")
+    both = figure.subplots(1, 2)
+    _grid(both[0], calibration, calibration.tensors["oracle_open_fraction"], f"exact share below {share:g}")
+    image = _grid(both[1], calibration, found.open_fraction, f"risk target, alpha {alpha:.2g}")
+    figure.colorbar(image, ax=list(both), label="open fraction")
+    return figure
+
+
+def estimate_figure(calibration: Calibration) -> Figure:
+    """Draw the error of the estimate, a point per head, for each estimate that was measured."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    error, doubt = figure.subplots(1, 2)
+    for index, estimate in enumerate(calibration.manifest.estimates):
+        bias, spread = (calibration.tensors[name][index].flatten() for name in ("bias", "spread"))
+        known = calibration.tensors["known_fraction"][index].flatten()
+        error.scatter(bias, spread, s=18, alpha=0.7, label=estimate)
+        doubt.plot(range(len(known)), 100 * known.sort(descending=True).values, ".-", label=estimate)
+    error.axvline(0, color="grey", linewidth=0.8)
+    error.set_xlabel("bias of the estimated log mass, nats")
+    error.set_ylabel("spread, nats")
+    doubt.set_xlabel("heads, sorted")
+    doubt.set_ylabel("pairs with a finite estimate, %")
+    doubt.set_ylim(-3, 103)
+    for axes in (error, doubt):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _grid(axes: Axes, calibration: Calibration, values: Tensor, title: str):
+    image = axes.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    layers, heads = values.shape
+    axes.set_xlabel("query head")
+    axes.set_ylabel("layer")
+    axes.set_title(f"{title}: {100 * float(values.mean()):.1f}% open", fontsize=10)
+    if layers * heads <= 200:
+        axes.set_xticks(range(heads))
+        axes.set_yticks(range(layers), [str(layer) for layer in calibration.manifest.layers])
+        for row in range(layers):
+            for column in range(heads):
+                value = float(values[row, column])
+                colour = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    return image
+
+
+def _everywhere(calibration: Calibration, margin: Tensor) -> Tensor:
+    return margin.expand_as(calibration.tensors["oracle_open_fraction"])
+
+
+def _means(calibration: Calibration, margins: Tensor) -> tuple[float, float]:
+    found = calibration.expected(margins)
+    return float(found.open_fraction.mean()), float(found.missed_mass.mean())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

@@ -1,0 +1,220 @@
+"""What one attention call adds to a calibration: exact masses beside the estimates, slab by slab, summed in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchattn.gate import attention_scores
+from patchattn.inputs import Attended, AttentionInputs
+from patchattn.moments import bulk_log_mass_from_prompt
+from patchattn.policy import Estimate
+from patchattn.regions import Regions
+
+MARGINS = torch.cat([torch.arange(-8, -2, 0.5), torch.arange(-2, 6, 0.25), torch.arange(6, 14.1, 0.5)])
+"""Margins in nats that curves are measured at: shares from 0.0003 to 0.999999, finest where gates are used."""
+
+ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
+
+# Slabs that fit a processor's cache take half of the time of large ones.
+_SCORES_PER_SLAB = {"cpu": 1 << 20}
+_SCORES_PER_SLAB_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        layers: Indices of the layers.
+        query_heads: Query heads per layer.
+        kv_heads: KV heads per layer.
+        head_dim: Dimension of the keys.
+        bulk_counts: Numbers of bulk keys to take key moments for, ascending; empty for none.
+        oracle_margin: Margin in nats below which the exact gate opens, for recall and precision.
+    """
+
+    layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    bulk_counts: tuple[int, ...]
+    oracle_margin: float
+
+
+class Totals:
+    """Sums over documents, float64. Sums of disjoint sets of documents add up to those of all.
+
+    Args:
+        settings: What is measured.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        layers, heads, lengths = len(settings.layers), settings.query_heads, len(settings.bulk_counts)
+        curves = (len(ESTIMATES), layers, heads, len(MARGINS) + 2)
+        keys = (lengths, layers, settings.kv_heads, settings.head_dim)
+        shapes = {
+            "documents": (2,),
+            "missed_mass": (2, *curves),
+            "open_fraction": curves,
+            "open_pairs": curves,
+            "hits": curves,
+            "oracle_pairs": (layers, heads),
+            "oracle_open_fraction": (layers, heads),
+            "asked": (layers,),
+            "errors": (3, *curves[:3]),
+            "key_count": (lengths, layers),
+            "key_total": keys,
+            "key_outer": (*keys, settings.head_dim),
+        }
+        self.settings = settings
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def add_document(self, index: int) -> Document:
+        """Start a document; even and odd indices are kept apart where it matters."""
+        self.sums["documents"][index % 2] += 1
+        return Document(self, index % 2)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of the totals, which collects its attention calls.
+
+    Args:
+        totals: What it is added to.
+        half: 0 or 1.
+    """
+
+    totals: Totals
+    half: int
+
+    def attend(self, layer: int, inputs: AttentionInputs) -> Attended:
+        """Attend densely and add what this call shows about each head.
+
+        Args:
+            layer: Index of the layer.
+            inputs: All tokens of one document without padding, [1, heads, tokens, dim].
+
+        Returns:
+            Dense attention.
+        """
+        at = self.totals.settings.layers.index(layer)
+        output, local, bulk = _exact(inputs)
+        asked = inputs.regions.asked[0]
+        if asked.any():
+            self._add_curves(at, inputs, local[0][:, asked], bulk[0][:, asked], asked)
+        self._add_keys(at, inputs)
+        opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
+        return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
+
+    def _add_curves(self, at: int, inputs: AttentionInputs, local: Tensor, bulk: Tensor, asked: Tensor) -> None:
+        sums, settings = self.totals.sums, self.totals.settings
+        n_asked = int(asked.sum())
+        share = torch.sigmoid(bulk.double() - local.double())
+        needed = local - bulk < settings.oracle_margin
+        sums["asked"][at] += n_asked
+        sums["oracle_pairs"][at] += needed.sum(-1).cpu()
+        sums["oracle_open_fraction"][at] += needed.double().mean(-1).cpu()
+        for index, estimate in enumerate(ESTIMATES):
+            mass, _ = bulk_log_mass_from_prompt(
+                inputs.query,
+                inputs.key,
+                inputs.regions,
+                scale=inputs.scale,
+                softcap=inputs.softcap,
+                estimate=estimate,
+            )
+            mass = mass[0][:, asked]
+            missed, closed, closed_needed = (
+                _closed_sums(local - mass, weight) for weight in (share, torch.ones_like(share), needed.double())
+            )
+            sums["missed_mass"][self.half, index, at] += missed / n_asked
+            sums["open_fraction"][index, at] += 1 - closed / n_asked
+            sums["open_pairs"][index, at] += n_asked - closed
+            sums["hits"][index, at] += closed_needed[:, :1] - closed_needed
+            known = mass.isfinite() & bulk.isfinite()
+            error = torch.where(known, mass.double() - bulk.double(), 0)
+            for power, values in enumerate((known.double(), error, error.square())):
+                sums["errors"][power, index, at] += values.sum(-1).cpu()
+
+    def _add_keys(self, at: int, inputs: AttentionInputs) -> None:
+        sums, sink_size = self.totals.sums, inputs.regions.sink_size
+        bulk_keys = inputs.key[0, :, sink_size:].double()
+        begin, total, outer = 0, 0, 0
+        for index, count in enumerate(self.totals.settings.bulk_counts):
+            if count > bulk_keys.shape[1]:
+                break
+            keys = bulk_keys[:, begin:count]
+            total, outer, begin = total + keys.sum(1), outer + keys.mT @ keys, count
+            sums["key_count"][index, at] += count
+            sums["key_total"][index, at] += total.cpu()
+            sums["key_outer"][index, at] += outer.cpu()
+
+
+def _exact(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend densely in slabs of queries; memory is linear in the number of keys.
+
+    Returns:
+        Output [1, heads, query, value_dim] in the query's dtype; log mass of the local and of the bulk keys, each
+        [1, heads, query] nats.
+    """
+    _, heads, length, _ = inputs.query.shape
+    rows = max(_SCORES_PER_SLAB.get(inputs.query.device.type, _SCORES_PER_SLAB_ELSEWHERE) // (heads * length), 16)
+    parts = [_slab(inputs, begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+    output, local, bulk = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    return output, local, bulk
+
+
+def _slab(inputs: AttentionInputs, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    regions = inputs.regions
+    slab = AttentionInputs(
+        inputs.query[:, :, begin:end],
+        inputs.key[:, :, :end],
+        inputs.value[:, :, :end],
+        Regions(
+            regions.sink_size,
+            regions.window_size,
+            end - begin,
+            regions.valid[:, :end],
+            regions.first,
+            regions.query_slot + begin,
+        ),
+        inputs.scale,
+        inputs.softcap,
+        inputs.sink_logits,
+    )
+    scores = attention_scores(slab).masked_fill_(~slab.regions.causal_mask()[:, None], -torch.inf)
+    # One exponential serves output and both masses: a mass that vanishes beside the largest score has a margin far
+    # beyond the grid.
+    largest = scores.amax(-1, keepdim=True)
+    terms = scores.sub_(largest).exp_()
+    local = (terms * slab.regions.local_mask()[:, None]).sum(-1)
+    bulk = (terms * slab.regions.bulk_mask()[:, None]).sum(-1)
+    value = slab.value.to(terms.dtype)[:, :, None]
+    output = (terms.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
+    largest = largest[..., 0]
+    local_mass, bulk_mass = local.log() + largest, bulk.log() + largest
+    if inputs.sink_logits is not None:
+        local_mass = torch.logaddexp(local_mass, inputs.sink_logits.to(local_mass.dtype)[:, None])
+    output = output * (largest - torch.logaddexp(local_mass, bulk_mass)).exp()[..., None]
+    return output.to(inputs.query.dtype), local_mass, bulk_mass
+
+
+def _closed_sums(margin: Tensor, weight: Tensor) -> Tensor:
+    """Sum weights over the queries that each rung closes.
+
+    Args:
+        margin: [heads, query] nats; NaN opens.
+        weight: [heads, query] float64.
+
+    Returns:
+        [heads, rungs] on the CPU: over all queries, over those with margin >= each margin of the grid, and 0.
+    """
+    margins = MARGINS.to(margin.device, margin.dtype)
+    reached = torch.bucketize(torch.where(margin.isnan(), -torch.inf, margin), margins, right=True)
+    by_margin = torch.zeros(*margin.shape[:1], len(margins) + 1, dtype=torch.float64, device=margin.device)
+    by_margin.scatter_add_(1, reached, weight)
+    closed = by_margin.flip(-1).cumsum(-1).flip(-1)
+    return torch.nn.functional.pad(closed, (0, 1)).cpu()

@@ -1,0 +1,66 @@
+"""A calibration with made-up numbers for tests of files, thresholds and cards."""
+
+from __future__ import annotations
+
+import torch
+
+from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, files
+from patchattn.policy import MomentGate, Policy, RiskTarget
+
+
+def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, bulk_counts=(128, 256), **fields) -> Manifest:
+    fingerprint = Fingerprint(
+        layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rope="{}", dtype="float32"
+    )
+    return Manifest(
+        **{
+            "model": "org/made-up",
+            "fingerprint": fingerprint,
+            "sink_size": 4,
+            "window_size": 32,
+            "layers": tuple(range(layers)),
+            "estimates": ("guarded", "saturating"),
+            "oracle_threshold": 0.6,
+            "lengths": (512,),
+            "documents": (50, 50),
+            "corpus": Corpus(name="nothing", sha256="0" * 64, tokens=51_200),
+            "bulk_counts": bulk_counts,
+            "covariance_error": 0.0,
+            "versions": {"patchattn": "0.1.0"},
+        }
+        | fields
+    )
+
+
+def made_up_tensors(
+    manifest: Manifest, *, margins: torch.Tensor | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    margins = torch.arange(-2.0, 4.0, 0.5)
+    tensors = {}
+    for name, (dtype, shape) in files.expected_tensors(manifest, len(margins)).items():
+        tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
+    missed = uniform(*tensors["missed_mass"].shape).sort(dim=-1, descending=True).values
+    # Heads differ in how much they miss at worst; always open misses nothing.
+    missed = missed * uniform(*missed.shape[:-1])[..., None]
+    missed[..., -1] = 0
+    opened = uniform(*tensors["open_fraction"].shape).sort(dim=-1).values
+    opened[..., 0], opened[..., -1] = 0, 1
+    tensors |= {"margins": margins, "missed_mass": missed.half(), "open_fraction": opened.half()}
+    if manifest.bulk_counts:
+        dim = manifest.fingerprint.head_dim
+        root = torch.randn(*tensors["key_mean"].shape, dim, generator=generator, dtype=torch.float64)
+        deviation, factor, _ = files.pack_covariance(root @ root.mT)
+        tensors |= {"key_deviation": deviation, "key_factor": factor}
+    return tensors
+
+
+def made_up_calibration(*, seed: int = 0, **fields) -> Calibration:
+    manifest = made_up_manifest(**fields)
+    gate = MomentGate(threshold=RiskTarget(alpha=0.05))
+    policy = Policy(sink_size=manifest.sink_size, window_size=manifest.window_size, gate=gate)
+    return Calibration(manifest, policy, made_up_tensors(manifest, seed=seed))

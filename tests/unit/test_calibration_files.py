@@ -1,0 +1,324 @@
+"""Tests of `patchattn.calibration.files` and of saving and reading: strict, atomic, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from patchattn.calibration import Calibration, Manifest, files
+from patchattn.errors import (
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
+)
+from patchattn.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from made_up import made_up_calibration, made_up_manifest, made_up_tensors
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {"layers": 1, "query_heads": 2, "kv_heads": 1, "head_dim": 2, "bulk_counts": (128,)}
+
+
+def encoded(**fields) -> bytes:
+    manifest = made_up_manifest(**fields)
+    return files.encode(manifest, made_up_tensors(manifest))
+
+
+def with_header(data: bytes, change) -> bytes:
+    """Change the header of a file, as an attacker or a bug would."""
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    header = change(header) or header
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+def with_manifest(data: bytes, change) -> bytes:
+    def edit(header):
+        fields = json.loads(header["__metadata__"]["manifest"])
+        change(fields)
+        header["__metadata__"]["manifest"] = json.dumps(fields)
+
+    return with_header(data, edit)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    calibration = made_up_calibration()
+    calibration.save_pretrained(tmp_path / "a" / "b")
+    again = Calibration.from_pretrained(tmp_path / "a" / "b")
+    assert again.manifest == calibration.manifest
+    assert again.policy == calibration.policy
+    assert set(again.tensors) == set(calibration.tensors)
+    for name, tensor in calibration.tensors.items():
+        assert torch.equal(again.tensors[name], tensor), name
+    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert names == {"calibration.safetensors", "policy.json", "README.md", "plots"}
+
+
+def test_the_same_calibration_gives_the_same_bytes() -> None:
+    assert encoded() == encoded()
+
+
+def test_safetensors_itself_can_read_the_file(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    made_up_calibration().save_pretrained(tmp_path)
+    with safe_open(tmp_path / files.FILE, framework="pt") as file:
+        assert Manifest.model_validate_json(file.metadata()["manifest"]) == made_up_manifest()
+
+
+def test_golden_file_of_schema_1_is_read() -> None:
+    calibration = Calibration.from_pretrained(GOLDEN / "calibration-1")
+    assert calibration.manifest == made_up_manifest(**SMALL)
+    assert calibration.tensors["margins"].tolist() == [i / 2 for i in range(-4, 8)]
+    assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(25.278900146484375)
+    assert calibration.policy == made_up_calibration(**SMALL).policy
+
+
+def test_size_for_a_model_of_8b_parameters() -> None:
+    from patchattn.calibration.statistics import ESTIMATES, MARGINS
+
+    shape = {"layers": 32, "query_heads": 32, "kv_heads": 8, "head_dim": 128, "estimates": ESTIMATES}
+
+    def size(bulk_counts) -> int:
+        expected = files.expected_tensors(made_up_manifest(**shape, bulk_counts=bulk_counts), len(MARGINS))
+        return sum((2 if dtype == "F16" else 4) * torch.Size(shape).numel() for dtype, shape in expected.values())
+
+    assert size(()) <= 2e6 - 10_000
+    assert size((256, 512, 1024, 2048, 4096)) <= 25e6 - 10_000
+
+
+@given(dim=st.integers(1, 12), rank=st.integers(0, 12), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**16))
+def test_a_stored_covariance_is_positive_semi_definite_and_close(dim, rank, scale, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    root = scale * torch.randn(3, dim, rank, generator=generator, dtype=torch.float64)
+    covariance = root @ root.mT
+    deviation, factor, error = files.pack_covariance(covariance)
+    back = files.unpack_covariance(deviation, factor).double()
+    assert torch.linalg.eigvalsh(back).min() >= -1e-6 * back.abs().max()
+    assert error <= 2e-3
+    assert (back - covariance).norm() <= 2e-3 * covariance.norm()
+
+
+@pytest.mark.parametrize(
+    ("covariance", "words"),
+    [
+        ([[1.0, 2.0], [2.0, 1.0]], "not positive semi-definite"),
+        ([[1.0, 0.5], [0.2, 1.0]], "not symmetric"),
+        ([[1.0, float("nan")], [0.0, 1.0]], "NaN or Inf"),
+        ([[-1.0, 0.0], [0.0, 1.0]], "not positive semi-definite"),
+    ],
+)
+def test_matrices_that_are_no_covariances_are_refused(covariance, words) -> None:
+    with pytest.raises(CalibrationFormatError, match=words):
+        files.pack_covariance(torch.tensor(covariance))
+
+
+def change_tensor(name, change):
+    def damage() -> bytes:
+        manifest = made_up_manifest()
+        tensors = made_up_tensors(manifest)
+        tensors[name] = change(tensors[name].clone())
+        from safetensors.torch import save
+
+        kept = {key: value.contiguous() for key, value in tensors.items() if value is not None}
+        return save(kept, metadata={"manifest": manifest.model_dump_json()})
+
+    return damage
+
+
+def put(value, *at):
+    def change(tensor):
+        tensor.view(-1)[at[0] if at else 0] = value
+        return tensor
+
+    return change
+
+
+DAMAGED = {
+    "nan": (change_tensor("bias", put(float("nan"))), "bias has NaN or Inf"),
+    "inf": (change_tensor("key_mean", put(float("inf"))), "key_mean has NaN or Inf"),
+    "dtype": (change_tensor("bias", lambda t: t.half()), "bias should be F32"),
+    "double": (change_tensor("bias", lambda t: t.double()), "bias has dtype 'F64'"),
+    "shape": (change_tensor("bias", lambda t: t[:, :1]), "bias should be F32"),
+    "missing": (change_tensor("bias", lambda t: None), "tensors missing: \\['bias'\\]"),
+    "range": (change_tensor("open_fraction", put(1.5, -1)), "open_fraction leaves"),
+    "order": (change_tensor("margins", lambda t: t.flip(0)), "margins do not ascend"),
+    "rising": (change_tensor("missed_mass", lambda t: t.flip(-1)), "missed_mass does not fall"),
+    "falling": (change_tensor("open_fraction", lambda t: t.flip(-1)), "open_fraction does not rise"),
+    "factor": (change_tensor("key_factor", put(3.0)), "not the factor of a correlation matrix"),
+    "negative": (change_tensor("spread", put(-1.0)), "spread is negative"),
+    "empty": (lambda: b"", "it has 0 bytes"),
+    "pickle": (lambda: pickle.dumps({"margins": [1.0] * 100}), "not a safetensors file"),
+    "oversized header": (lambda: struct.pack("<Q", 2**40) + b"{}", "header is oversized"),
+    "header cut off": (lambda: encoded()[:100], "it is cut off"),
+    "body cut off": (lambda: encoded()[:-7], "it is cut off within"),
+    "bytes after": (lambda: encoded() + b"more", "4 bytes after the last tensor"),
+    "no manifest": (lambda: with_header(encoded(), lambda h: h.pop("__metadata__") and None), "no manifest"),
+    "not json": (lambda: struct.pack("<Q", 4) + b"{{{{", "header is not JSON"),
+    "list": (lambda: struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+    "extra key": (lambda: with_manifest(encoded(), lambda m: m.update(author="x")), "author: Extra inputs"),
+    "text for number": (lambda: with_manifest(encoded(), lambda m: m.update(sink_size="4")), "sink_size"),
+    "layer too high": (lambda: with_manifest(encoded(), lambda m: m.update(layers=[0, 9])), "layer 9 does not exist"),
+    "overlap": (
+        lambda: with_header(encoded(), lambda h: h["spread"].update(data_offsets=[0, 64])),
+        "do not fit its shape|offsets",
+    ),
+    "huge shape": (lambda: with_header(encoded(), lambda h: h["bias"].update(shape=[2**31] * 8)), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
+    make, words = DAMAGED[case]
+    with pytest.raises(CalibrationFormatError, match=words):
+        files.decode(make())
+
+
+def test_unknown_schema_says_what_to_do() -> None:
+    with pytest.raises(CalibrationFormatError, match="schema version 2") as caught:
+        files.decode(with_manifest(encoded(), lambda m: m.update(schema_version=2)))
+    assert caught.value.fix == "upgrade patchattn"
+
+
+BYTES = encoded(**SMALL)
+(HEADER,) = struct.unpack("<Q", BYTES[:8])
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_format_error(data: bytes) -> None:
+    with pytest.raises(CalibrationFormatError):
+        files.decode(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.data())
+def test_changed_bytes_are_read_or_refused_but_nothing_else(edits, data) -> None:
+    changed = bytearray(BYTES)
+    for at, value in edits:
+        # Half of the edits hit the header, where they do most.
+        changed[at if data.draw(st.booleans()) else at % (8 + HEADER)] = value
+    keep = data.draw(st.one_of(st.just(len(changed)), st.integers(0, len(changed))))
+    try:
+        files.decode(bytes(changed[:keep]))
+    except CalibrationError:
+        pass
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(key=st.sampled_from(["bias", "margins", "__metadata__", "new"]), value=JSON)
+def test_any_header_is_a_format_error(key, value) -> None:
+    with pytest.raises(CalibrationFormatError):
+        files.decode(with_header(BYTES, lambda h: h | {key: value}))
+
+
+@given(key=st.sampled_from([*Manifest.model_fields, "new"]), value=JSON)
+def test_any_manifest_is_read_or_refused(key, value) -> None:
+    try:
+        files.decode(with_manifest(BYTES, lambda m: m.update({key: value})))
+    except CalibrationError:
+        pass
+
+
+def test_deeply_nested_headers_are_refused() -> None:
+    text = b"[" * 100_000
+    with pytest.raises(CalibrationFormatError):
+        files.decode(struct.pack("<Q", len(text)) + text)
+
+
+def test_missing_folder_files_and_bad_policy(tmp_path: Path) -> None:
+    made_up_calibration().save_pretrained(tmp_path)
+    (tmp_path / "policy.json").write_text('{"window": 3}')
+    with pytest.raises(CalibrationFormatError, match="not a valid policy"):
+        Calibration.from_pretrained(tmp_path)
+    (tmp_path / "policy.json").write_text(Policy(window_size=64).model_dump_json())
+    with pytest.raises(CalibrationMismatchError, match="window 32; the policy has sink 16 and window 64"):
+        Calibration.from_pretrained(tmp_path)
+    (tmp_path / "policy.json").unlink()
+    with pytest.raises(CalibrationNotFoundError, match=r"no policy\.json"):
+        Calibration.from_pretrained(tmp_path)
+    (tmp_path / files.FILE).unlink()
+    (tmp_path / files.FILE).mkdir()
+    with pytest.raises(CalibrationFormatError, match="not a file"):
+        Calibration.from_pretrained(tmp_path)
+
+
+def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    made_up_calibration().save_pretrained(tmp_path / "real")
+    made_up_calibration().save_pretrained(tmp_path / "linked")
+    (tmp_path / "linked" / files.FILE).unlink()
+    (tmp_path / "linked" / files.FILE).symlink_to("../real/calibration.safetensors")
+    with pytest.raises(CalibrationFormatError, match="leads out of the folder"):
+        Calibration.from_pretrained(tmp_path / "linked")
+    (tmp_path / "linked" / files.FILE).unlink()
+    (tmp_path / "linked" / files.FILE).symlink_to(files.FILE)
+    with pytest.raises(CalibrationError):
+        Calibration.from_pretrained(tmp_path / "linked")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up_calibration(seed=1).save_pretrained(tmp_path, card=False)
+    before = (tmp_path / files.FILE).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CalibrationError, match="No space left on device"):
+        made_up_calibration(seed=2).save_pretrained(tmp_path, card=False)
+    assert (tmp_path / files.FILE).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [files.FILE, "policy.json"]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(CalibrationError, match="Can't write into"):
+        made_up_calibration().save_pretrained(tmp_path / "taken")
+
+
+def test_writers_of_one_folder_take_turns(tmp_path: Path) -> None:
+    writers = [made_up_calibration(seed=seed, corpus=made_up_manifest().corpus) for seed in range(4)]
+    failures = []
+
+    def save(calibration: Calibration) -> None:
+        try:
+            for _ in range(5):
+                calibration.save_pretrained(tmp_path, card=False)
+                Calibration.from_pretrained(tmp_path)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(writer,)) for writer in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    found = Calibration.from_pretrained(tmp_path)
+    assert any(torch.equal(found.tensors["bias"], writer.tensors["bias"]) for writer in writers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [files.FILE, "policy.json"]
+
+
+def test_the_manifest_is_strict() -> None:
+    for wrong in ({"documents": (0, 0)}, {"estimates": ("guarded", "guarded")}, {"bulk_counts": (256, 128)}):
+        with pytest.raises(ValidationError):
+            made_up_manifest(**wrong)

@@ -257,6 +257,8 @@ def attention(
             f"{type(module).__name__} runs through patchattn but was never patched.",
             fix="patch the whole model with patchattn.patch(model)",
         )
+    if state.asked.device != query.device:
+        state.to(query.device)
     cache = kwargs.get(CACHE_ARGUMENT)
     if not _is_layout(attention_mask):
         state.note_dense_call("local" if is_local(module) else "mask")

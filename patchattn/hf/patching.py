@@ -11,6 +11,7 @@ from torch import nn
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
 from patchattn.hf.attention import STATE, LayerState, install_cache_hook, install_mask_hook, register, remove_mask_hook
+from patchattn.hf.offload import compute_device
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import Policy, StaticGate
 from patchattn.report import GateReport
@@ -207,7 +208,8 @@ def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int],
     index = layers[0] if layers else next(iter(modules))
     module = modules[index]
     weight = next(module.parameters())
-    chosen = resolve(backend, weight.device)
+    device = compute_device(module)
+    chosen = resolve(backend, device)
     dim, value_dim = _head_sizes(module, heads[index])
     self_check(
         chosen,
@@ -215,7 +217,7 @@ def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int],
         head_dim=dim,
         value_dim=value_dim,
         group_size=_group_size(module, heads[index]),
-        device=weight.device,
+        device=device,
         softcap=getattr(module, "attn_logit_softcapping", None),
         sink_logits=hasattr(module, "sinks"),
     )
@@ -238,7 +240,7 @@ def _apply(
             originals[index],
             gated=index in gated,
             record=record,
-        ).to(next(module.parameters()).device)
+        ).to(compute_device(module))
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from patchattn.hf.offload import lacks_weights
+
 ORIGINALS = {
     "sdpa": "patchattn",
     "eager": "patchattn_eager",
@@ -90,7 +92,7 @@ def check_support(model: Any) -> Supported | Unsupported:
     reasons = []
     if not _is_causal_decoder(model, modules):
         reasons.append(f"{name} is not a decoder-only causal language model.")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if lacks_weights(model):
         reasons.append(f"{name} has parameters on the meta device; load its weights first.")
     reasons += _reasons_of_modules(model, modules)
     if not modules:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+# Untied embeddings, because Gemma's scaled ones would make the model repeat its last token.
+_GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}
 _HYBRID = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
 _LATENT = {
     "q_lora_rank": 24,
@@ -50,6 +52,9 @@ _VISION = {
 IMAGE_TOKEN = 127
 """Token that stands for an image patch in the tiny vision-language models."""
 
+VISION_START, VISION_END = 125, 124
+"""Tokens around an image in the tiny Qwen2-VL."""
+
 _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -58,10 +63,15 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "gemma2": {**_HYBRID, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0},
-    "gemma3_text": {**_HYBRID, "query_pre_attn_scalar": 16},
+    "gemma2": {**_HYBRID, **_GEMMA, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {**_HYBRID, **_GEMMA},
     "phi3": {},
-    "granite": {"attention_multiplier": 0.25},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
     "cohere2": _HYBRID,
     "olmo2": {},
     "starcoder2": {},
@@ -70,7 +80,8 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "gpt_neox": {},
     "gemma3": {
-        "text_config": {**_TEXT, **_HYBRID, "query_pre_attn_scalar": 16},
+        "text_config": {**_TEXT, **_HYBRID, **_GEMMA},
+        "tie_word_embeddings": False,
         "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
         "image_token_index": IMAGE_TOKEN,
@@ -90,8 +101,8 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 96, "num_heads": 2, "patch_size": 4},
         "image_token_id": IMAGE_TOKEN,
         "video_token_id": 126,
-        "vision_start_token_id": 125,
-        "vision_end_token_id": 124,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
     },
     "bloom": {"n_layer": 2, "n_head": 6},
     "falcon": {},
@@ -139,4 +150,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         torch.manual_seed(seed)
         # The grouped products of other implementations of experts exist in single and half precision only.
         model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
+        for parameter in model.parameters():
+            # A matrix that starts at zero, as Gemma 3's projection of images, would hide what goes through it.
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=config.get_text_config().initializer_range)
     return model.eval()

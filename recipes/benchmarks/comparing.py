@@ -1,0 +1,45 @@
+"""One row of a kernel benchmark: gated attention beside the fastest dense kernel and the arithmetic limit."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from harness import Row, measure
+from problems import dense_baselines, facts, gated
+from torch import Tensor
+
+from patchattn.backends import load, resolve
+from patchattn.inputs import AttentionInputs
+
+
+def compare(
+    options: argparse.Namespace, device: torch.device, inputs: AttentionInputs, gates: dict[str, Tensor], fields: Row
+) -> list[Row]:
+    """Time gates and baselines in turn.
+
+    Args:
+        options: `backend`, `flex` and `repeats`.
+        device: Where to run.
+        inputs: The call.
+        gates: Decisions [batch, heads, query] by name; one row of the result each.
+        fields: What to write in front of each row.
+    """
+    attend = load(resolve(options.backend, device))
+    dense = dense_baselines(inputs, compiled_flex=options.flex or device.type == "cuda")
+    calls = {name: gated(attend, inputs, opened) for name, opened in gates.items()}
+    timed = measure(dense | calls, device=device, repeats=options.repeats)
+    best = timed.fastest(list(dense))
+    rows = []
+    for name, call in calls.items():
+        timing, found = timed.timings[name], facts(call(), inputs)
+        speedup = timed.timings[best].ratio(timing)
+        quartiles = sorted(a / b for a, b in zip(timed.timings[best].samples, timing.samples, strict=True))
+        rows.append(
+            fields
+            | {"gates": name, "dense": best, "dense ms": timed.timings[best].median, "gated ms": timing.median}
+            | {"speed-up": speedup, "lowest": quartiles[0], "highest": quartiles[-1]}
+            | found
+            | {"share": speedup / found["limit"], "quiet": timed.is_quiet}
+        )
+    return rows

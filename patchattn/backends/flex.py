@@ -1,8 +1,12 @@
-"""Gated attention through FlexAttention, always compiled: whole tiles of closed rows cost nothing.
+"""Gated attention through FlexAttention, always compiled: closed rows cost no bulk keys.
 
 Where the kernel returns the log-sum-exp (CUDA), the call is two passes: local keys for all rows, whose log-sum-exp is
-the exact local log mass that the head gate needs, then bulk keys for the tiles with an open row, merged in float32.
-Where it does not (CPU through Inductor), a plain computation finds the local log mass and one pass does the rest.
+the exact local log mass that the head gate needs, then bulk keys for the open rows, merged in float32. For the second
+pass of a prefill the open rows are moved together, so that its work is proportional to the number of open pairs,
+however they are scattered. Long prefills go in slabs of queries, which bound the workspace.
+
+Where the kernel does not (CPU through Inductor), a plain computation finds the local log mass and one pass does the
+rest.
 
 Lengths: on CPU, lengths are padded to static buckets, because kernels of dynamic length do not compile there (torch
 2.13). Queries and keys grow in powers of two, keys from 512 on, so that decoding up to 64k tokens compiles 8 times. On
@@ -12,7 +16,7 @@ CUDA lengths are dynamic and nothing is padded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -22,16 +26,20 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from patchattn.backends.flex_backward import forward_only
 from patchattn.backends.flex_local import local_log_mass
-from patchattn.backends.flex_masks import ROW_TILE, RowMasks, block_size, pinned
-from patchattn.errors import BackendError, UnsupportedCallError
+from patchattn.backends.flex_masks import ROW_TILE, RowMasks, block_size, open_first, pinned
+from patchattn.errors import BackendError
 from patchattn.gate import decide
 from patchattn.inputs import Attended, AttentionInputs
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
+Run = Callable[["_Call", Tensor], tuple[Tensor, Tensor, Tensor]]
+
 _SMALLEST_KEY_BUCKET = 512
 _SMALLEST_HEAD_DIM = 16  # of the Triton kernels
+_SLAB = 4096  # queries of a two-pass call
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
@@ -68,12 +76,17 @@ def attend_with(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float
         call = _two_pass_call(inputs, bulk_log_mass) if two_passes else _one_pass_call(inputs, bulk_log_mass, threshold)
         threshold_tensor = torch.full((), threshold, device=inputs.query.device, dtype=torch.float32)
         settings = _Settings.of(inputs, two_passes=two_passes)
-        if torch.compiler.is_compiling():
-            output, opened, scored = _attend_call(settings, call, threshold_tensor)
-        else:
-            run = _compiled(settings, compiler, _kind(call, two_passes=two_passes))
-            output, opened, scored = _run_or_explain(run, call, threshold_tensor)
         queries = inputs.query.shape[2]
+        if torch.compiler.is_compiling():
+            # A loop over slabs would make a graph for each length.
+            output, opened, scored = _attend_call(settings, call, threshold_tensor)
+        elif two_passes:
+            slabs = [_slab(call, begin) for begin in range(0, queries, _SLAB)] if queries > _SLAB else [call]
+            output, opened, scored = _joined(
+                _run_or_explain(settings, compiler, _with_dynamic_lengths(slab), threshold_tensor) for slab in slabs
+            )
+        else:
+            output, opened, scored = _run_or_explain(settings, compiler, call, threshold_tensor)
         output, opened = output[:, :, :queries], opened[:, :, :queries]
     sources = (inputs.query, inputs.key, inputs.value, inputs.sink_logits)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources):
@@ -98,12 +111,13 @@ class _Settings:
 
 
 _Call = dict[str, Tensor]  # without sink_logits where there are none
+_QUERY_AXES = {"query": 2, "slots": 0, "asked": 1, "gate": 2}
 
 
 def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
     """Collect the tensors of a call whose lengths are dynamic."""
     query, key, value, regions = inputs.query, inputs.key, inputs.value, inputs.regions
-    call: _Call = {
+    return {
         "query": query.detach(),
         "key": key.detach(),
         "value": value.detach(),
@@ -114,14 +128,30 @@ def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
         "gate": bulk_log_mass.detach(),
         **_sink_logits(inputs),
     }
-    if not torch.compiler.is_compiling():
-        axes = {"key": 2, "value": 2, "valid": 1}
-        if query.shape[2] > 1:
-            axes |= {"query": 2, "slots": 0, "asked": 1, "gate": 2}
-        for name, axis in axes.items():
-            call[name] = call[name].view_as(call[name])  # the mark must not stay on the caller's tensor
-            torch._dynamo.maybe_mark_dynamic(call[name], axis)
-    return call
+
+
+def _slab(call: _Call, begin: int) -> _Call:
+    """Cut the queries from `begin` on out of a call, `_SLAB` of them or as many as there are."""
+    length = min(_SLAB, call["query"].shape[2] - begin)
+    # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
+    return call | {name: call[name].narrow(axis, begin, length).contiguous() for name, axis in _QUERY_AXES.items()}
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the results of slabs together."""
+    outputs, opened, scored = zip(*parts, strict=True)
+    if len(outputs) == 1:
+        return outputs[0], opened[0], scored[0]
+    return torch.cat(outputs, dim=2), torch.cat(opened, dim=2), torch.stack(scored).sum()
+
+
+def _with_dynamic_lengths(call: _Call) -> _Call:
+    """Mark the lengths of a call as dynamic, on views: the marks must not stay on the caller's tensors."""
+    axes = {"key": 2, "value": 2, "valid": 1} | (_QUERY_AXES if call["query"].shape[2] > 1 else {})
+    marked = {name: call[name].view_as(call[name]) for name in axes}
+    for name, axis in axes.items():
+        torch._dynamo.maybe_mark_dynamic(marked[name], axis)
+    return call | marked
 
 
 def _one_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> _Call:
@@ -227,15 +257,17 @@ def _two_passes(
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to local keys, decide, attend to bulk keys, merge."""
-    query, key, _ = grouped
+    query, key, value = grouped
     batch, kv_heads, rows, _ = query.shape
     # Flex decoding splits a full list by the length of all keys and a partial list by its own.
     with_full = rows >= ROW_TILE
 
-    def one(mask_and_count: tuple[BlockMask, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def one(query: Tensor, mask_and_count: tuple[BlockMask, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         block_mask, count = mask_and_count
         output, aux = flex_attention(
-            *grouped,
+            query,
+            key,
+            value,
             score_mod=_score_mod(settings.softcap),
             block_mask=block_mask,
             scale=settings.scale,
@@ -244,7 +276,7 @@ def _two_passes(
         return output.float(), cast(Tensor, aux.lse), count.expand(-1, kv_heads).sum()
 
     size = block_size(batch, 1, rows, key.shape[2])
-    output, log_mass, scored = one(masks.local(block=size, with_full=with_full))
+    output, log_mass, scored = one(query, masks.local(block=size, with_full=with_full))
     # What the kernels return for a row without keys differs between devices.
     log_mass = torch.where(masks.n_local_keys()[:, None] > 0, log_mass, -torch.inf)
     if sink_logits is not None:
@@ -254,8 +286,14 @@ def _two_passes(
     opened = decide(log_mass, bulk_log_mass, asked, threshold)
 
     size = block_size(batch, kv_heads, rows, key.shape[2])
-    reach = masks.bulk_end(opened)
-    bulk_output, bulk_log_mass, bulk_scored = one(masks.bulk(reach, block=size, with_full=with_full))
+    order, place = open_first(opened) if with_full else (None, None)
+    if order is not None:  # a decode call has a single tile
+        query = query.gather(2, order[..., None].expand_as(query))
+    reach = masks.bulk_end(opened, order)
+    bulk_output, bulk_log_mass, bulk_scored = one(query, masks.bulk(reach, block=size, with_full=with_full))
+    if place is not None:
+        bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))
+        bulk_log_mass = bulk_log_mass.gather(2, place)
     has_bulk = opened & (masks.n_bulk_keys()[:, None] > 0)
     share = torch.where(has_bulk, torch.sigmoid(bulk_log_mass - log_mass), 0)[..., None]
     has_local = (log_mass > -torch.inf) | log_mass.isnan()
@@ -314,7 +352,7 @@ def _kind(call: _Call, *, two_passes: bool) -> tuple[object, ...]:
 
 
 @functools.cache
-def _compiled(settings: _Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Callable[..., tuple[Tensor, ...]]:
+def _compiled(settings: _Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Run:
     """Compile for one kind of call; each has its own count towards the recompile limit.
 
     Args:
@@ -323,7 +361,7 @@ def _compiled(settings: _Settings, compiler: Compiler, _kind: tuple[object, ...]
         _kind: Only tells functions apart.
     """
 
-    def run(call: _Call, threshold: Tensor) -> tuple[Tensor, ...]:
+    def run(call: _Call, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _attend_call(settings, call, threshold)
 
     # Dynamo counts compilations per code object, and closures share theirs.
@@ -331,10 +369,12 @@ def _compiled(settings: _Settings, compiler: Compiler, _kind: tuple[object, ...]
     return torch.compile(run, fullgraph=True, backend=compiler, dynamic=None if settings.two_passes else False)
 
 
-def _run_or_explain(run: Callable[..., tuple[Tensor, ...]], call: _Call, threshold: Tensor) -> tuple[Tensor, ...]:
-    """Run a compiled call; what goes wrong in compiling it becomes a `BackendError`."""
+def _run_or_explain(
+    settings: _Settings, compiler: Compiler, call: _Call, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a call compiled; what goes wrong in compiling it becomes a `BackendError`."""
     try:
-        return run(call, threshold)
+        return _compiled(settings, compiler, _kind(call, two_passes=settings.two_passes))(call, threshold)
     except FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         raise BackendError(
@@ -356,40 +396,3 @@ def _refuse_dtype(dtype: torch.dtype) -> None:
             f"FlexAttention computes float32, float16 and bfloat16; got {dtype}.",
             fix='Use backend="blockwise" or backend="reference".',
         )
-
-
-@torch.library.custom_op("patchattn::flex_forward_only", mutates_args=())
-def forward_only(output: Tensor, query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Copy an output so that its backward, towards what it was computed from, raises."""
-    return output.clone(memory_format=torch.contiguous_format)
-
-
-@forward_only.register_fake
-def _(output, query, key, value, sink_logits):
-    return torch.empty_like(output, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("patchattn::flex_refuse_backward", mutates_args=())
-def refuse_backward(gradient: Tensor) -> Tensor:
-    """Raise; an operator of its own, so that compiled graphs may contain it."""
-    raise UnsupportedCallError(
-        "The flex backend has no backward.",
-        fix="Run under torch.no_grad(), or call patchattn.unpatch(model) before training.",
-    )
-
-
-@refuse_backward.register_fake
-def _(gradient):
-    return torch.empty_like(gradient)
-
-
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    refused = refuse_backward(gradient)
-    return None, *(None if shape is None else refused.new_zeros(shape) for shape in ctx.shapes)
-
-
-def _setup(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.shapes = [None if x is None else x.shape for x in inputs[1:]]
-
-
-forward_only.register_autograd(_backward, setup_context=_setup)

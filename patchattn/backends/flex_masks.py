@@ -80,14 +80,16 @@ class RowMasks:
         index = self.sink_end[: self.valid.shape[0]].clamp(max=self.valid.shape[1]).long()
         return self.n_before.gather(1, index[:, None])
 
-    def bulk_end(self, opened: Tensor) -> Tensor:
+    def bulk_end(self, opened: Tensor, order: Tensor | None = None) -> Tensor:
         """Find the last bulk slot that each row reads, [batch, kv_heads, tiles * ROW_TILE] int32; -1 where closed.
 
         Args:
             opened: [batch, kv_heads, rows] bool.
+            order: [batch, kv_heads, rows] int64; the row at each place if they are moved, see `open_first`.
         """
-        opened = F.pad(opened, (0, self.slots.shape[0] - self.n_rows))
-        return pinned(torch.where(opened, self.slots - self.window_size, -1))
+        ends = torch.where(opened, self.slots[: self.n_rows] - self.window_size, -1)
+        ends = ends if order is None else ends.gather(2, order)
+        return pinned(F.pad(ends, (0, self.slots.shape[0] - self.n_rows), value=-1))
 
     def local(self, *, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
         """Mask for the local keys of all rows; see `_assemble`."""
@@ -102,7 +104,7 @@ class RowMasks:
         return self._assemble(mask, partly, fully, block, with_full=with_full)
 
     def bulk(self, bulk_end: Tensor, *, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
-        """Mask for the bulk keys of the open rows; see `_assemble`.
+        """Mask for the bulk keys of the open rows; see `_assemble`. What closed rows read is undefined.
 
         Args:
             bulk_end: What `bulk_end` returned.
@@ -211,24 +213,46 @@ class _Blocks:
 
     def bulk(self, bulk_end: Tensor) -> tuple[Tensor, Tensor]:
         """Visited and full blocks of the bulk keys, [batch, kv_heads, tiles, blocks] bool."""
-        longest, shortest = self._reach(bulk_end)
-        some = self.some & (self.end >= self.sink_end) & (self.begin <= longest)
+        some, shortest = self._some_bulk(bulk_end), self._shortest(bulk_end, counted=bulk_end >= 0)
         return some, self.whole & (self.begin >= self.sink_end) & (self.end <= shortest)
 
     def both(self, bulk_end: Tensor) -> tuple[Tensor, Tensor]:
         """Visited and full blocks of local and open bulk keys, [batch, kv_heads, tiles, blocks] bool."""
         local, all_local = self.local()
-        bulk, all_bulk = self.bulk(bulk_end)
-        _, shortest = self._reach(bulk_end)
+        # Closed rows must not read a block of the full list either; padded rows may.
+        shortest = self._shortest(bulk_end, counted=self.masks.slots >= 0)
+        all_bulk = self.whole & (self.begin >= self.sink_end) & (self.end <= shortest)
         # A block may be visible as a whole although it lies across the borders of sink, bulk and window.
         opened = (shortest >= 0) & (shortest == (self.first - self.masks.window_size)[:, None])
-        return local | bulk, all_local | all_bulk | (self.whole & opened & (self.end <= self.first[:, None]))
+        fully = all_local | all_bulk | (self.whole & opened & (self.end <= self.first[:, None]))
+        return local | self._some_bulk(bulk_end), fully
 
-    def _reach(self, bulk_end: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest and smallest bulk end of each tile's rows, [batch, kv_heads, tiles, 1]; padded rows do not count."""
-        ends = bulk_end.unflatten(-1, (-1, ROW_TILE))
-        real = self.masks.slots.unflatten(0, (-1, ROW_TILE)) >= 0
-        return ends.amax(-1, keepdim=True), torch.where(real, ends, _BEYOND).amin(-1, keepdim=True)
+    def _some_bulk(self, bulk_end: Tensor) -> Tensor:
+        longest = bulk_end.unflatten(-1, (-1, ROW_TILE)).amax(-1, keepdim=True)
+        return self.some & (self.end >= self.sink_end) & (self.begin <= longest)
+
+    def _shortest(self, bulk_end: Tensor, *, counted: Tensor) -> Tensor:
+        """Smallest bulk end of each tile's rows that count, [batch, kv_heads, tiles, 1]."""
+        ends = torch.where(counted, bulk_end, _BEYOND)
+        return ends.unflatten(-1, (-1, ROW_TILE)).amin(-1, keepdim=True)
+
+
+def open_first(opened: Tensor) -> tuple[Tensor, Tensor]:
+    """Order rows so that the open ones of each KV head come first; both parts keep their order.
+
+    With the open rows together, a pass reads the bulk keys of as many tiles as open rows fill, wherever they came from,
+    and each tile's keys stay one contiguous range.
+
+    Args:
+        opened: [batch, kv_heads, rows] bool.
+
+    Returns:
+        The row at each place and the place of each row, both [batch, kv_heads, rows] int64.
+    """
+    count = opened.cumsum(2)
+    rows = torch.arange(opened.shape[2], device=opened.device).expand(opened.shape)
+    place = torch.where(opened, count - 1, count[:, :, -1:] + rows - count)
+    return torch.zeros_like(place).scatter(2, place, rows), place
 
 
 def block_size(batch: int, heads: int, rows: int, keys: int) -> int:

@@ -1,0 +1,389 @@
+"""Break the library in named ways, one at a time, and see that the tests notice.
+
+    python tests/mutants.py                     # all of them; some minutes
+    python tests/mutants.py window_one_longer   # only these
+    python tests/mutants.py --write             # all, and the table in docs/explanation/testing.md
+
+Each mutant changes one expression in a copy of the package and runs only the tests that should notice. It is caught if
+they fail; the exit code is the number of mutants that were not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/explanation/testing.md"
+_BEGIN, _END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break the library.
+
+    Args:
+        name: Short name.
+        meaning: What is wrong then, in words.
+        file: Path below `patchattn/`.
+        old: Source that occurs exactly once in the file.
+        new: What takes its place.
+        tests: Arguments of pytest: the tests that should notice.
+    """
+
+    name: str
+    meaning: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+REGIONS, GATE, MOMENTS = "tests/unit/test_regions.py", "tests/unit/test_gate.py", "tests/unit/test_moments.py"
+BLOCKWISE, PATCHING = "tests/unit/test_blockwise.py", "tests/integration/test_patching.py"
+FLEX = "tests/unit/test_flex.py -k 'two_passes_equal or block_lists_cover or open_rows'"
+
+MUTANTS = (
+    Mutant(
+        "window_one_longer",
+        "the window holds one key too many",
+        "regions.py",
+        "- keys >= self.window_size",
+        "- keys > self.window_size",
+        REGIONS,
+    ),
+    Mutant(
+        "sink_counts_padding",
+        "the sink is counted from the first slot, not from the first real token",
+        "regions.py",
+        "past_sink = keys - self.first[:, None] >=",
+        "past_sink = keys - 0 * self.first[:, None] >=",
+        REGIONS,
+    ),
+    Mutant(
+        "bulk_one_short",
+        "a query with one bulk key is not asked",
+        "regions.py",
+        "(self.positions + 1 - self.sink_size",
+        "(self.positions - self.sink_size",
+        REGIONS,
+    ),
+    Mutant(
+        "padding_attended",
+        "padding keys are attended",
+        "regions.py",
+        "return self.valid[:, None, :] & (keys",
+        "return torch.ones_like(self.valid)[:, None, :] & (keys",
+        REGIONS,
+    ),
+    Mutant(
+        "nan_closes",
+        "a margin that is not a number closes the gate",
+        "gate.py",
+        "& ~(local_log_mass - bulk_log_mass >= threshold)",
+        "& (local_log_mass - bulk_log_mass < threshold)",
+        GATE,
+    ),
+    Mutant(
+        "threshold_sign",
+        "a higher threshold closes more",
+        "gate.py",
+        "math.log(gate.threshold) - math.log1p(-gate.threshold)",
+        "math.log1p(-gate.threshold) - math.log(gate.threshold)",
+        GATE,
+    ),
+    Mutant(
+        "below_break_even_closes",
+        "queries below break-even are closed instead of open",
+        "gate.py",
+        "(regions.n_bulk < policy.break_even)[:, None], torch.inf,",
+        "(regions.n_bulk < policy.break_even)[:, None], -torch.inf,",
+        GATE,
+    ),
+    Mutant(
+        "static_heads_of_all_layers",
+        "a static gate opens its heads in every layer",
+        "gate.py",
+        "if at == layer",
+        "if at >= 0",
+        GATE,
+    ),
+    Mutant(
+        "wrong_group",
+        "query heads are matched to the wrong KV heads",
+        "gate.py",
+        "(query @ inputs.key.to(inputs.compute_dtype)[:, :, None].mT)",
+        "(query @ inputs.key.flip(1).to(inputs.compute_dtype)[:, :, None].mT)",
+        BLOCKWISE,
+    ),
+    Mutant(
+        "softcap_dropped",
+        "scores are not capped",
+        "gate.py",
+        "scores = inputs.softcap * torch.tanh(scores / inputs.softcap)",
+        "pass",
+        f"{BLOCKWISE} tests/integration/test_models.py",
+    ),
+    Mutant(
+        "variance_not_halved",
+        "the estimate takes the whole variance of the scores",
+        "moments.py",
+        "mass = log_n + mean + variance / 2",
+        "mass = log_n + mean + variance",
+        MOMENTS,
+    ),
+    Mutant(
+        "freezing_point_moved",
+        "the guarded estimate trusts scores that are frozen",
+        "moments.py",
+        "torch.where(variance > 2 * capped",
+        "torch.where(variance > 4 * capped",
+        MOMENTS,
+    ),
+    Mutant(
+        "merge_without_shift",
+        "merged moments ignore that the means differ",
+        "moments.py",
+        "self.covariance.lerp(other.covariance, share[..., None]) + between",
+        "self.covariance.lerp(other.covariance, share[..., None])",
+        MOMENTS,
+    ),
+    Mutant(
+        "reference_key_dropped",
+        "sums are not taken from the first bulk key",
+        "moments.py",
+        "to(self.total.dtype) - reference[:, :, None]",
+        "to(self.total.dtype)",
+        MOMENTS,
+    ),
+    Mutant(
+        "chunk_dropped",
+        "the last full chunk of bulk keys is never counted",
+        "moments.py",
+        "inside = slots < (first_bulk + CHUNK * upto)[:, None]",
+        "inside = slots < (first_bulk + CHUNK * (upto - 1))[:, None]",
+        MOMENTS,
+    ),
+    Mutant(
+        "stale_moments",
+        "moments survive keys that were replaced",
+        "moments.py",
+        "keep = self.chunks <= chunks",
+        "keep = self.chunks >= 0",
+        f"{MOMENTS} {PATCHING}",
+    ),
+    Mutant(
+        "stale_moments_after_crop",
+        "a cache keeps its moments when it is cropped far",
+        "hf/cache.py",
+        "if cropped > getattr(self, _GRID)[1]:",
+        "if cropped > 10**9:",
+        f"{PATCHING} tests/integration/test_stateful.py",
+    ),
+    Mutant(
+        "beams_keep_their_moments",
+        "moments do not follow reordered beams",
+        "hf/cache.py",
+        "            _select(self, beam_idx)",
+        "            pass",
+        PATCHING,
+    ),
+    Mutant(
+        "repeats_in_wrong_order",
+        "moments of repeated rows are interleaved wrongly",
+        "hf/cache.py",
+        "rows.repeat_interleave(repeats)",
+        "rows.repeat(repeats)",
+        PATCHING,
+    ),
+    Mutant(
+        "merge_swapped",
+        "blockwise merges local and bulk results with swapped weights",
+        "backends/blockwise_kernel.py",
+        "share = torch.sigmoid(other.log_mass - one.log_mass)",
+        "share = torch.sigmoid(one.log_mass - other.log_mass)",
+        BLOCKWISE,
+    ),
+    Mutant(
+        "sink_logits_dropped",
+        "blockwise leaves the learned sink logits out of the output",
+        "backends/blockwise_prefill.py",
+        "(part.output * (part.log_mass - total).exp()[..., None])",
+        "part.output",
+        BLOCKWISE,
+    ),
+    Mutant(
+        "dense_groups_ignore_the_gate",
+        "where most pairs of a group are open, blockwise opens all",
+        "backends/blockwise_prefill.py",
+        "torch.where(opened[where][..., None], part.output[0], local.output[where])",
+        "part.output[0]",
+        BLOCKWISE,
+    ),
+    Mutant(
+        "flex_merge_swapped",
+        "flex merges local and bulk results with swapped weights",
+        "backends/flex.py",
+        "torch.sigmoid(bulk_log_mass - log_mass), 0",
+        "torch.sigmoid(log_mass - bulk_log_mass), 0",
+        FLEX,
+    ),
+    Mutant(
+        "flex_rows_left_moved",
+        "flex does not move the results of open rows back",
+        "backends/flex.py",
+        "bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))",
+        "pass",
+        FLEX,
+    ),
+    Mutant(
+        "flex_unstable_order",
+        "flex moves open rows out of their order",
+        "backends/flex_masks.py",
+        "torch.where(opened, count - 1, count[:, :, -1:] + rows - count)",
+        "torch.where(opened, count[:, :, -1:] - count, count[:, :, -1:] + rows - count)",
+        FLEX,
+    ),
+    Mutant(
+        "flex_reads_padding",
+        "flex attends padding among the bulk keys",
+        "backends/flex_masks.py",
+        "return (valid[b, key] != 0) & (key >= sink_end[b])",
+        "return (key >= sink_end[b])",
+        FLEX,
+    ),
+    Mutant(
+        "flex_block_missing",
+        "flex leaves out the last block of a tile's bulk keys",
+        "backends/flex_masks.py",
+        "return self.some & (self.end >= self.sink_end) & (self.begin <= longest)",
+        "return self.some & (self.end >= self.sink_end) & (self.end <= longest)",
+        FLEX,
+    ),
+    Mutant(
+        "flex_unpinned",
+        "flex gives compiled kernels tensors in layouts they do not expect",
+        "backends/flex.py",
+        "grouped = pinned(_rows(query, kv_heads)), pinned(key), pinned(value)",
+        "grouped = _rows(query, kv_heads), key, value",
+        "tests/unit/test_flex.py -k inductor",
+    ),
+    Mutant(
+        "mask_forgets_padding",
+        "the mask function takes every token for real",
+        "hf/attention.py",
+        "padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)",
+        "padding = None",
+        PATCHING,
+    ),
+    Mutant(
+        "phase_ignored",
+        "a policy for one phase gates both",
+        "hf/attention.py",
+        "if phase not in policy.phases:",
+        "if not policy.phases:",
+        PATCHING,
+    ),
+    Mutant(
+        "hook_left_behind",
+        "unpatch leaves its hook on the modules",
+        "hf/patching.py",
+        "        module._forward_pre_hooks.pop(state.hook_id)\n",
+        "",
+        PATCHING,
+    ),
+    Mutant(
+        "risk_without_correction",
+        "thresholds trust the average over the documents at hand",
+        "calibration/risk.py",
+        "return (documents * missed.double() + 1) / (documents + 1) <= alpha",
+        "return missed.double() <= alpha",
+        "tests/unit/test_calibration_risk.py",
+    ),
+)
+
+
+def find_mistakes() -> list[str]:
+    """Say which mutants no longer fit the source."""
+    return [
+        f"{mutant.name}: {n} occurrences in {mutant.file}"
+        for mutant in MUTANTS
+        if (n := (ROOT / "patchattn" / mutant.file).read_text().count(mutant.old)) != 1
+    ]
+
+
+def catcher(mutant: Mutant, copy: Path) -> str | None:
+    """Run the tests against a mutant.
+
+    Args:
+        mutant: What to break.
+        copy: Folder with a copy of the package and the tests.
+
+    Returns:
+        The first test that fails; None if all pass.
+    """
+    path = copy / "patchattn" / mutant.file
+    sound = path.read_text()
+    path.write_text(sound.replace(mutant.old, mutant.new))
+    try:
+        done = subprocess.run(
+            f"{sys.executable} -m pytest -q -x --no-header -p no:cacheprovider {mutant.tests}",
+            shell=True,
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        path.write_text(sound)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or found is None:
+        raise RuntimeError(f"pytest did not run for {mutant.name}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found[1]
+
+
+def main() -> int:
+    """Break, test, print; returns the number of mutants that live."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="mutants to run; all if none is named")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/explanation/testing.md")
+    arguments = parser.parse_args()
+    if mistakes := find_mistakes():
+        sys.exit("These mutants do not fit the source:\n" + "\n".join(mistakes))
+    if unknown := set(arguments.names) - {mutant.name for mutant in MUTANTS}:
+        sys.exit(f"No such mutants: {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
+    rows, alive = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("patchattn", "tests", "docs", "recipes"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / part, copy)
+        for mutant in chosen:
+            test = catcher(mutant, copy)
+            alive += test is None
+            print(f"{mutant.name:32} {'LIVES' if test is None else 'caught by ' + test}", flush=True)
+            caught = "**not caught**" if test is None else f"`{test.removeprefix('tests/')}`"
+            rows.append(f"| `{mutant.file}` | {mutant.meaning} | {caught} |")
+    if arguments.write:
+        head = ["| file | what is wrong | first test that fails |", "|---|---|---|"]
+        page = PAGE.read_text()
+        before, after = page[: page.index(_BEGIN) + len(_BEGIN)], page[page.index(_END) :]
+        PAGE.write_text("\n".join([before, *head, *rows, after]))
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants caught")
+    return alive
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,9 @@
-"""Moments merge exactly, predict the mass of Gaussian scores, and do not depend on how a prompt was cut."""
+"""Moments by example: what they are and what they predict; the properties are in tests/property/test_moments.py."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from patchattn.moments import CHUNK, KeyMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
 from patchattn.regions import Regions
@@ -21,17 +19,6 @@ def assert_same(a, b, **tolerance):
     torch.testing.assert_close(a.count, b.count)
     torch.testing.assert_close(a.mean, b.mean, **tolerance)
     torch.testing.assert_close(a.covariance, b.covariance, **tolerance)
-
-
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 99))
-def test_merging_parts_in_any_order_equals_one_pass(sizes, seed):
-    x = keys(sum(sizes), seed=seed, mean=5.0)
-    parts = [KeyMoments.of(part) for part in x.split(sizes)]
-    for order in (parts, parts[::-1]):
-        merged = order[0]
-        for part in order[1:]:
-            merged = merged.merge(part)
-        assert_same(merged, KeyMoments.of(x), rtol=1e-9, atol=1e-9)
 
 
 def test_moments_are_mean_and_population_covariance():
@@ -154,30 +141,6 @@ def test_prompt_moments_follow_their_definition(sink, window, estimate):
             torch.testing.assert_close(mass[b, :, slot], want, rtol=1e-9, atol=1e-9)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.sampled_from([(0, 33), (5, 64)]))
-def test_cutting_a_prompt_into_calls_changes_nothing(cuts, local):
-    query, key, valid = problem(length=min(sum(cuts), 900), pads=(0, 10))
-    length = key.shape[2]
-
-    def regions(begin, end):
-        return Regions.of(valid[:, :end], query_length=end - begin, sink_size=local[0], window_size=local[1])
-
-    whole, final = bulk_log_mass_from_prompt(query, key, regions(0, length), scale=0.25)
-    state, begin, parts = None, 0, []
-    for cut in cuts:
-        end = min(begin + cut, length)
-        if end == begin:
-            break
-        part, state = bulk_log_mass_from_prompt(
-            query[:, :, begin:end], key[:, :, :end], regions(begin, end), state, scale=0.25
-        )
-        parts.append(part)
-        begin = end
-    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(state.outer, final.outer, rtol=1e-9, atol=1e-9)
-    assert torch.equal(state.chunks, final.chunks)
-
-
 def test_a_bounded_step_that_is_too_small_opens_instead_of_guessing():
     query, key, valid = problem(pads=(0, 0))
     regions = Regions.of(valid, query_length=1, sink_size=4, window_size=64)
@@ -187,17 +150,3 @@ def test_a_bounded_step_that_is_too_small_opens_instead_of_guessing():
     again, _ = bulk_log_mass_from_prompt(query[:, :, -1:], key, regions, state, scale=0.25, max_chunks=1)
     assert mass.isfinite().all()
     assert torch.equal(mass, again)
-
-
-def test_left_padding_of_any_amount_changes_nothing():
-    query, key, valid = problem(batch=1, pads=(0,))
-    want, _ = bulk_log_mass_from_prompt(
-        query, key, Regions.of(valid, query_length=700, sink_size=4, window_size=64), scale=0.25
-    )
-    for pad in (1, 127, 128, 300):
-        padded = [torch.cat([x[:, :, :pad].flip(2) * 100, x], 2) for x in (query, key)]
-        slots = torch.arange(700 + pad)[None] >= pad
-        got, _ = bulk_log_mass_from_prompt(
-            *padded, Regions.of(slots, query_length=700 + pad, sink_size=4, window_size=64), scale=0.25
-        )
-        torch.testing.assert_close(got[:, :, pad:], want, rtol=1e-9, atol=1e-9)

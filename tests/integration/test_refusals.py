@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import patchattn
-from patchattn import MomentGate, Policy, StaticGate
+from patchattn import MomentGate, OpenGate, Policy, StaticGate
 from patchattn.testing import tiny_model
+from patchattn.testing.models import REFUSED_FAMILIES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -15,32 +17,82 @@ def make(kind, auto=AutoModelForCausalLM, **fields):
     return auto.from_config(AutoConfig.for_model(kind, **fields))
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: torch.nn.Linear(2, 2), "PreTrainedModel"),
-        (lambda: "model", "torch.nn.Module"),
-        (lambda: make("bert", AutoModel, **SMALL, intermediate_size=32), "decoder-only"),
-        (
-            lambda: make(
-                "t5", AutoModelForSeq2SeqLM, vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
-            ),
-            "decoder-only",
+class OwnAttention(LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
+
+
+def llama_with(attention, **fields):
+    """A tiny Llama one of whose layers has attention of another class."""
+    model = tiny_model("llama", **fields)
+    layer = model.model.layers[1]
+    own = attention(model.config, 1)
+    own.load_state_dict(layer.self_attn.state_dict())
+    layer.self_attn = own
+    return model
+
+
+def not_causal(model):
+    model.config.is_causal = False
+    return model
+
+
+REFUSED = {
+    "linear": (lambda: torch.nn.Linear(2, 2), "PreTrainedModel"),
+    "string": (lambda: "model", "torch.nn.Module"),
+    "compiled": (lambda: torch.compile(tiny_model("llama"), backend="eager"), "Patch the LlamaForCausalLM inside it"),
+    "encoder": (lambda: make("bert", AutoModel, **SMALL, intermediate_size=32), "decoder-only"),
+    "vision tower": (lambda: tiny_model("gemma3").model.vision_tower, "decoder-only"),
+    "encoder-decoder": (
+        lambda: make(
+            "t5", AutoModelForSeq2SeqLM, vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
         ),
-        (lambda: make("bloom", vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "AttentionInterface"),
-        (lambda: make("gptj", vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4), "AttentionInterface"),
-        (lambda: make("falcon", **SMALL), "AttentionInterface"),
-        (lambda: tiny_model("mistral", sliding_window=32), "sliding"),
-    ],
-    ids=["linear", "string", "bert", "t5", "bloom", "gptj", "falcon", "sliding"],
-)
-def test_unsupported_models_are_refused_with_the_reason(model, reason):
+        "decoder-only",
+    ),
+    "decoder of an encoder-decoder": (
+        lambda: make("bart", vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=4, is_decoder=True),
+        "more than one attention module",
+    ),
+    "both directions": (lambda: not_causal(tiny_model("llama")), "decoder-only"),
+    "own attention": (lambda: llama_with(OwnAttention), "OwnAttention computes attention itself"),
+    "other implementation": (
+        lambda: tiny_model("llama", attn_implementation="flex_attention"),
+        "'flex_attention'; call model.set_attn_implementation",
+    ),
+    "bloom": (lambda: tiny_model("bloom"), "BloomAttention computes attention itself"),
+    "falcon": (lambda: tiny_model("falcon"), "FalconAttention computes attention itself"),
+    "gptj": (lambda: tiny_model("gptj"), "GPTJAttention computes attention itself"),
+    "deepseek_v32": (lambda: tiny_model("deepseek_v32"), "selects or biases keys on its own"),
+    "sliding": (lambda: tiny_model("mistral", sliding_window=32), "all its layers are sliding"),
+    "wide sliding": (lambda: tiny_model("phi3", sliding_window=8192), "model.config.sliding_window = None"),
+}
+
+
+def test_every_refused_family_is_tested():
+    assert set(REFUSED_FAMILIES) <= set(REFUSED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_models_are_refused_with_the_reason(name):
+    model, reason = REFUSED[name]
     model = model()
     support = patchattn.check_support(model)
     assert not support
     assert reason in str(support)
-    with pytest.raises(patchattn.UnsupportedModelError, match=reason):
+    with pytest.raises(patchattn.UnsupportedModelError) as caught:
         patchattn.patch(model)
+    assert all(one in str(caught.value) for one in support.reasons)
+
+
+def test_a_sliding_window_that_covers_everything_can_be_dropped_as_the_reason_says():
+    ids = torch.randint(2, 128, (1, 200), generator=torch.Generator().manual_seed(0))
+    model = tiny_model("phi3", sliding_window=8192)
+    with torch.no_grad():
+        stock = model(ids).logits
+        model.config.sliding_window = None
+        with patchattn.patch(model, OPEN) as handle:
+            assert torch.allclose(model(ids).logits, stock, atol=1e-4)
+    assert handle.report().open_fraction() == 1.0
 
 
 def test_a_model_on_the_meta_device_is_refused():
@@ -48,6 +100,64 @@ def test_a_model_on_the_meta_device_is_refused():
         model = make("llama", **SMALL, intermediate_size=32)
     with pytest.raises(patchattn.UnsupportedModelError, match="meta device"):
         patchattn.patch(model)
+
+
+OPEN = Policy(sink_size=4, window_size=16, min_bulk=0, gate=OpenGate())
+
+
+class UserAttention(LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+class UserModel(LlamaForCausalLM):
+    pass
+
+
+def without_source():
+    names = {}
+    exec(
+        "class Typed(Base):\n    def forward(self, *args, **kwargs):\n"
+        "        return Base.forward(self, *args, **kwargs)\n",
+        {"Base": LlamaAttention},
+        names,
+    )
+    return names["Typed"]
+
+
+def user_model():
+    model = tiny_model("llama")
+    twin = UserModel(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        user_model,
+        lambda: llama_with(UserAttention),
+        lambda: llama_with(without_source()),
+        lambda: tiny_model("llama").model,
+        lambda: tiny_model("gemma3").model.language_model,
+        lambda: tiny_model("gemma3").model,
+    ],
+    ids=["subclass", "attention", "no source", "no head", "text tower", "vision model"],
+)
+def test_classes_of_the_user_and_parts_of_models_are_patched(build, original):
+    ids = torch.randint(2, 120, (1, 200), generator=torch.Generator().manual_seed(0))
+    packed = torch.cat([torch.arange(120), torch.arange(80)])[None]
+    model = build()
+    model.set_attn_implementation(original)
+    with torch.no_grad():
+        stock, apart = model(ids)[0], model(ids, position_ids=packed, use_cache=False)[0]
+        with patchattn.patch(model, OPEN) as handle:
+            assert torch.allclose(model(ids)[0], stock, atol=2e-4)
+            assert handle.report().open_fraction() == 1.0
+            # The masks that stay with the model reach its own function, eager or not.
+            assert torch.equal(model(ids, position_ids=packed, use_cache=False)[0], apart)
+    assert handle.report().dense_calls[max(handle.report().dense_calls)] == {"mask": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,15 @@
 gives it back. Importing the package has no side effects and does not import transformers.
 """
 
+from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.collect import calibrate
 from patchattn.errors import (
     BackendError,
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationHubError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
     PatchAttnError,
     PatchStateError,
     PolicyError,
@@ -15,16 +22,32 @@ from patchattn.errors import (
 )
 from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
-from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import (
+    ClosedGate,
+    MomentGate,
+    OpenFractionTarget,
+    OpenGate,
+    OracleGate,
+    Policy,
+    RiskTarget,
+    StaticGate,
+)
 from patchattn.report import GateReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Calibration",
+    "CalibrationError",
+    "CalibrationFormatError",
+    "CalibrationHubError",
+    "CalibrationMismatchError",
+    "CalibrationNotFoundError",
     "ClosedGate",
     "GateReport",
     "MomentGate",
+    "OpenFractionTarget",
     "OpenGate",
     "OracleGate",
     "PatchAttnError",
@@ -32,12 +55,14 @@ __all__ = [
     "PatchStateError",
     "Policy",
     "PolicyError",
+    "RiskTarget",
     "ShapeError",
     "StaticGate",
     "Supported",
     "Unsupported",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "calibrate",
     "check_support",
     "is_patched",
     "patch",

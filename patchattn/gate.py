@@ -8,6 +8,7 @@ where that can't be said - also where the comparison is NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,41 @@ class Measured:
     Args:
         margins: [heads] nats; the margin from which each head closes. -inf never opens it, +inf never closes it. None
             leaves the one threshold of the policy.
-        moments: Key moments of other text, by length: parts with a leading axis [lengths, kv_heads]; None for none.
-        bulk_counts: [lengths]; the numbers of bulk keys the moments belong to, ascending; None for none.
+        moments: Key moments of other text, for several numbers of bulk keys, ascending: parts with leading axes
+            [lengths, kv_heads]. None for none.
     """
 
     margins: Tensor | None = None
     moments: KeyMoments | None = None
-    bulk_counts: Tensor | None = None
+
+    def of_heads(self, heads: slice, kv_heads: slice) -> Measured:
+        """Return what concerns some of the query heads and KV heads."""
+        margins = None if self.margins is None else self.margins[heads]
+        moments = None
+        if self.moments is not None:
+            parts = (self.moments.count, self.moments.mean, self.moments.covariance)
+            moments = KeyMoments(*(part[:, kv_heads] for part in parts))
+        return Measured(margins, moments)
+
+    def bits(self) -> dict[str, Tensor]:
+        """Return the tensors as the bits of float32 in int32, which casting a module to another dtype leaves alone."""
+        found = {} if self.margins is None else {"measured_margins": self.margins}
+        if self.moments is not None:
+            found["measured_count"] = self.moments.count
+            found |= {"measured_mean": self.moments.mean, "measured_covariance": self.moments.covariance}
+        return {name: tensor.float().contiguous().view(torch.int32) for name, tensor in found.items()}
+
+    @classmethod
+    def of_bits(cls, bits: Mapping[str, Tensor | None]) -> Measured:
+        """Make it again from what `bits` returned; other names are passed over."""
+        margins, *moments = (
+            None if (kept := bits.get(f"measured_{name}")) is None else kept.view(torch.float32)
+            for name in ("margins", "count", "mean", "covariance")
+        )
+        count, mean, covariance = moments
+        if count is None or mean is None or covariance is None:
+            return cls(margins)
+        return cls(margins, KeyMoments(count, mean, covariance))
 
 
 def margin_threshold(gate: Gate) -> float:
@@ -129,9 +158,9 @@ def bulk_log_mass_from_calibration(inputs: AttentionInputs, measured: Measured |
     which opens; -inf without bulk keys.
     """
     n_bulk = inputs.regions.n_bulk[:, None]
-    if measured is None or measured.moments is None or measured.bulk_counts is None:
+    if measured is None or measured.moments is None:
         return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
-    moments, counts = measured.moments, measured.bulk_counts.to(inputs.compute_dtype)
+    moments, counts = measured.moments, measured.moments.count[:, 0].to(inputs.compute_dtype)
     borders = (counts[1:] * counts[:-1]).sqrt()
     nearest = torch.bucketize(n_bulk.to(counts.dtype), borders)
     query = inputs.query.to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1)) * inputs.scale

@@ -286,8 +286,7 @@ class Calibration:
         layers = self.manifest.layers if policy.layers is None else policy.layers
         indices = [self._layer_index(layer) for layer in layers]
         if not isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
-            counts = torch.tensor(self.manifest.bulk_counts)
-            return {layer: Measured(None, self.key_moments(layer), counts) for layer in layers}
+            return {layer: Measured(moments=self.key_moments(layer)) for layer in layers}
         margins = self.thresholds(gate.threshold, estimate=gate.estimate)
         return {layer: Measured(margins[index]) for layer, index in zip(layers, indices, strict=True)}
 

@@ -262,9 +262,10 @@ def _assemble(manifest: Manifest, policy: Policy, totals: Totals) -> Calibration
         covariance = (covariance + covariance.mT) / 2
         deviation, factor, error = files.pack_covariance(covariance)
         found |= {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
-    manifest = manifest.model_copy(
-        update={"bulk_counts": tuple(counts[index] for index in reached), "covariance_error": min(error, 1.0)}
-    )
+    # Two digits: the last ones depend on the order of the sums.
+    error = min(float(f"{error:.1e}"), 1.0)
+    reached_counts = tuple(counts[index] for index in reached)
+    manifest = manifest.model_copy(update={"bulk_counts": reached_counts, "covariance_error": error})
     return Calibration(manifest, policy, found)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from patchattn.errors import CalibrationError
 from patchattn.policy import Estimate, LocalShare
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -39,15 +40,24 @@ class Fingerprint(_Frozen):
 
     @classmethod
     def of(cls, model: Any) -> Fingerprint:
-        """Take the fingerprint of a Hugging Face causal language model."""
+        """Take the fingerprint of a Hugging Face causal language model.
+
+        Raises:
+            CalibrationError: Its layers differ in their number of heads.
+        """
         config = model.config.get_text_config()
         heads = config.num_attention_heads
+        if not isinstance(heads, int):
+            raise CalibrationError(
+                f"The layers of {type(model).__name__} differ in their number of heads: a calibration can't hold that.",
+                fix="use a threshold that is a number",
+            )
         rope = getattr(config, "rope_parameters", None) or {}
         return cls(
             layers=config.num_hidden_layers,
             query_heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=_head_dim(config),
             rope=json.dumps(rope, sort_keys=True, default=str),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -56,6 +66,13 @@ class Fingerprint(_Frozen):
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def _head_dim(config: Any) -> int:
+    for name in ("qk_head_dim", "head_dim"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return config.hidden_size // config.num_attention_heads
 
 
 class Corpus(_Frozen):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from patchattn.backends import Backend, load
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.gate import bulk_log_mass, forced, margin_threshold
+from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
@@ -54,6 +54,7 @@ class LayerState(nn.Module):
         original: The attention implementation to hand other work to.
         gated: Whether the policy names this layer; others attend densely.
         record: `None`, `"summary"` or `"timeline"`.
+        measured: What a calibration says about the layer's heads on this device; None without one.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LayerState(nn.Module):
         *,
         gated: bool,
         record: str | None,
+        measured: Measured | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
@@ -81,6 +83,14 @@ class LayerState(nn.Module):
                 torch.zeros((*shape, heads) if name == "open_pairs" else shape, dtype=torch.long),
                 persistent=False,
             )
+        self.has_measured = measured is not None
+        for name, bits in (measured or Measured()).bits().items():
+            self.register_buffer(name, bits, persistent=False)
+
+    @property
+    def measured(self) -> Measured | None:
+        """What a calibration says about the layer's heads, on the layer's device."""
+        return Measured.of_bits(self._buffers) if self.has_measured else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a model that was patched in another process find its functions."""
@@ -99,6 +109,11 @@ class LayerState(nn.Module):
     def note_dense_call(self, reason: str) -> None:
         """Count a call that does not go through the gate."""
         self.dense_calls[DENSE_REASONS.index(reason)] += 1
+
+    def reset_counters(self) -> None:
+        """Set every counter back to zero."""
+        for name in _COUNTERS:
+            self.get_buffer(name).zero_()
 
     def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
@@ -288,10 +303,10 @@ def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Attended:
         mass = forced(state.replay.pop(0), inputs)
     else:
         grid = (policy.sink_size, policy.window_size)
-        uses_moments = isinstance(policy.gate, MomentGate)
+        uses_moments = isinstance(policy.gate, MomentGate) and policy.gate.moments == "prompt"
         moments = load_moments(cache, state.layer, inputs.key, grid) if uses_moments else None
         bound = _chunk_bound(inputs, has_state=moments is not None)
-        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound)
+        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound, measured=state.measured)
         if moments is not None:
             store_moments(cache, state.layer, moments, grid)
     attended = attend(inputs, mass, state.threshold)

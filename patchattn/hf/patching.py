@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any, Literal
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
+from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
+from patchattn.gate import Measured
 from patchattn.hf.attention import STATE, LayerState, install_cache_hook, install_mask_hook, register, remove_mask_hook
 from patchattn.hf.offload import compute_device
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
-from patchattn.policy import Policy, StaticGate
+from patchattn.policy import MomentGate, Policy, StaticGate
 from patchattn.report import GateReport
 
 Record = Literal["summary", "timeline"] | None
@@ -50,8 +53,7 @@ class PatchHandle:
         """Set every counter of the report back to zero."""
         for state in self._states.values():
             state.timeline.clear()
-            for counter in state.buffers():
-                counter.zero_()
+            state.reset_counters()
 
     def __enter__(self) -> PatchHandle:
         """Return the handle."""
@@ -65,7 +67,12 @@ class PatchHandle:
 
 
 def patch(
-    model: Any, policy: Policy | None = None, *, backend: str = "auto", record: Record = "summary"
+    model: Any,
+    policy: Policy | None = None,
+    *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    record: Record = "summary",
 ) -> PatchHandle:
     """Make a model's heads decide, query by query, whether they need the long context.
 
@@ -74,7 +81,9 @@ def patch(
     Args:
         model: A Hugging Face causal language model that goes through transformers' attention interface; of a
             vision-language model the text tower is patched, of a PEFT wrapper the model inside.
-        policy: What to do; None means `Policy()`.
+        policy: What to do; None means the policy of the calibration, or `Policy()` without one.
+        calibration: What was measured about this model: a `Calibration`, its folder, or its repository on the Hub.
+            Only gates with a target for a threshold, or with moments from the calibration, use it.
         backend: `"auto"` (`"flex"` on CUDA, `"blockwise"` elsewhere), `"flex"`, `"blockwise"` or `"reference"`.
         record: What the report needs: `"summary"` counts, `"timeline"` keeps every decision too, None keeps nothing.
 
@@ -83,7 +92,9 @@ def patch(
 
     Raises:
         UnsupportedModelError: The model's attention can't be taken over; says why.
-        PolicyError: The policy names layers or heads that the model does not have.
+        PolicyError: The policy names layers or heads that the model does not have, or needs a calibration.
+        CalibrationMismatchError: The calibration is of another model, or of another sink or window than the policy's.
+        CalibrationError: The calibration can't be found or read, or can't carry what the policy asks of it.
         PatchStateError: The model is patched already.
         BackendError: The backend does not run here or disagrees with the reference.
 
@@ -99,7 +110,15 @@ def patch(
     """
     if record not in ("summary", "timeline", None):
         raise PolicyError(f"Unknown record {record!r}.", fix='use "summary", "timeline" or None')
-    policy = Policy() if policy is None else policy
+    if isinstance(calibration, str | os.PathLike):
+        calibration = Calibration.from_pretrained(calibration)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise PolicyError(
+            f"Expected a patchattn.Calibration, a folder or a repository, got {type(calibration).__name__}.",
+            fix="pass what patchattn.calibrate returned, or the name of a folder or repository",
+        )
+    if policy is None:
+        policy = Policy() if calibration is None else calibration.policy
     if not isinstance(policy, Policy):
         raise PolicyError(
             f"Expected a patchattn.Policy, got {type(policy).__name__}.", fix="pass patchattn.Policy(...)"
@@ -116,11 +135,12 @@ def patch(
     layers = _layers(policy, support)
     heads = {index: _query_heads(module) for index, module in modules.items()}
     _check_heads(policy, layers, heads)
+    measured = _measured(policy.model_copy(update={"layers": layers}), calibration, model)
     chosen = _check_backend(backend, modules, heads, layers)
     min_bulk = BREAK_EVEN_BULK_KEYS[chosen] if policy.min_bulk == "auto" else policy.min_bulk
     policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
     register()
-    _apply(model, modules, heads, policy, chosen, record)
+    _apply(model, modules, heads, policy, chosen, record, measured)
     return PatchHandle(model, policy, chosen)
 
 
@@ -182,6 +202,20 @@ def _check_heads(policy: Policy, layers: tuple[int, ...], heads: dict[int, int])
         )
 
 
+def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> dict[int, Measured]:
+    """Return what a calibration says about each layer; empty where the gate has no use for it."""
+    if calibration is not None:
+        calibration.check_model(underlying(model))
+        return calibration.measured(policy)
+    if isinstance(policy.gate, MomentGate) and policy.gate.needs_calibration:
+        raise PolicyError(
+            "The policy's gate needs a calibration: "
+            + ('moments="calibration".' if policy.gate.moments == "calibration" else f"{policy.gate.threshold!r}."),
+            fix="pass calibration=..., or use a threshold that is a number with prompt moments",
+        )
+    return {}
+
+
 def _query_heads(module: Any) -> int:
     """Count the query heads of a layer, on all devices together."""
     heads = module.config.num_attention_heads
@@ -225,13 +259,21 @@ def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int],
 
 
 def _apply(
-    model: Any, modules: dict[int, Any], heads: dict[int, int], policy: Policy, backend: Backend, record: Record
+    model: Any,
+    modules: dict[int, Any],
+    heads: dict[int, int],
+    policy: Policy,
+    backend: Backend,
+    record: Record,
+    measured: dict[int, Measured],
 ) -> None:
     originals = {index: module.config._attn_implementation for index, module in modules.items()}
     gated = set(policy.layers or ())
     slices, rank = _head_slices(underlying(model))
     for index, module in modules.items():
         here = heads[index] // slices
+        kv_here = max(here // _group_size(module, heads[index]), 1)
+        of_layer = measured.get(index)
         state = LayerState(
             _policy_of_heads(policy, range(rank * here, (rank + 1) * here)),
             index,
@@ -240,6 +282,7 @@ def _apply(
             originals[index],
             gated=index in gated,
             record=record,
+            measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
         ).to(compute_device(module))
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
@@ -262,6 +305,10 @@ def _head_slices(model: Any) -> tuple[int, int]:
         return 1, 0
     mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
     return mesh.size(), mesh.get_local_rank()
+
+
+def _slice(rank: int, size: int) -> slice:
+    return slice(rank * size, (rank + 1) * size)
 
 
 def _policy_of_heads(policy: Policy, heads: range) -> Policy:

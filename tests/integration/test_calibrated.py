@@ -1,0 +1,248 @@
+"""`patch(model, calibration=...)`: thresholds per head and moments from a calibration decide as they should."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import patchattn
+from patchattn import (
+    CalibrationError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
+    MomentGate,
+    OpenFractionTarget,
+    OracleGate,
+    Policy,
+    PolicyError,
+    RiskTarget,
+    StaticGate,
+)
+from patchattn.calibration import Calibration
+from patchattn.gate import Measured, bulk_log_mass, margin_threshold, with_margins
+from patchattn.inputs import AttentionInputs
+from patchattn.moments import KeyMoments
+from patchattn.reference import attend
+from patchattn.regions import Regions
+from patchattn.testing import recorded_gates, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from test_calibration_collect import Letters, texts
+
+TARGET = RiskTarget(alpha=0.2)
+POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=TARGET), min_bulk=0)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return patchattn.calibrate(tiny_model("llama"), Letters(), texts(), POLICY, lengths=(300,))
+
+
+def tokens(rows: int = 2) -> torch.Tensor:
+    return torch.tensor([[1, *Letters()(text)["input_ids"]][:300] for text in texts()[:rows]])
+
+
+def run(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs)
+
+
+def with_gate(gate, **fields) -> Policy:
+    return POLICY.model_copy(update={"gate": gate} | fields)
+
+
+def test_the_calibration_brings_its_own_policy_and_hits_its_open_fraction(calibration, tmp_path: Path) -> None:
+    calibration.save_pretrained(tmp_path, card=False)
+    model = tiny_model("llama")
+    with patchattn.patch(model, calibration=str(tmp_path)) as handle:
+        for text in texts():
+            run(model, torch.tensor([[1, *Letters()(text)["input_ids"]][:300]]), use_cache=False)
+    assert handle.policy.gate == MomentGate(threshold=TARGET)
+    want = calibration.expected(calibration.thresholds(TARGET)).open_fraction
+    got = torch.tensor(list(handle.report().head_open_fractions("prefill").values()))
+    # The first layer sees dense activations; above it they differ a little.
+    torch.testing.assert_close(got[0], want[0], atol=1e-3, rtol=0)
+    assert 0.05 < float(want.mean()) < 0.95
+    torch.testing.assert_close(got, want, atol=0.15, rtol=0)
+    assert not any(handle.report().dense_calls.values())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("target", [TARGET, RiskTarget(alpha=0.3, scope="model"), OpenFractionTarget(fraction=0.4)])
+def test_each_head_closes_from_its_own_margin(calibration, backend, target) -> None:
+    """With one head's margin for all heads, that head decides as it does with the margins of all."""
+    model = tiny_model("llama").double()
+    model.config.dtype = torch.float32
+    margins = calibration.thresholds(target)
+    policy = with_gate(MomentGate(threshold=target))
+    fits = Calibration(
+        calibration.manifest.model_copy(
+            update={"fingerprint": calibration.manifest.fingerprint.model_copy(update={"dtype": "float64"})}
+        ),
+        calibration.policy,
+        calibration.tensors,
+    )
+    with patchattn.patch(model, policy, calibration=fits, backend=backend, record="timeline") as handle:
+        run(model, tokens(), use_cache=False)
+    gates = recorded_gates(handle)[0][0]
+    finite = 0
+    for head, margin in enumerate(margins[0].tolist()):
+        if abs(margin) == float("inf"):
+            assert gates[:, head, 36:].all() if margin > 0 else not gates[:, head].any()
+            continue
+        finite += 1
+        alone = with_gate(MomentGate(threshold=torch.tensor(margin).double().sigmoid().item()))
+        with patchattn.patch(model, alone, backend=backend, record="timeline") as handle:
+            run(model, tokens(), use_cache=False)
+        assert torch.equal(recorded_gates(handle)[0][0][:, head], gates[:, head])
+    assert finite
+
+
+def test_prefill_and_decode_take_the_same_decisions(calibration) -> None:
+    for gate in (MomentGate(threshold=TARGET), MomentGate(threshold=0.5, moments="calibration")):
+        model = tiny_model("llama")
+        with patchattn.patch(model, with_gate(gate), calibration=calibration, record="timeline") as handle:
+            run(model, tokens(), use_cache=False)
+            whole = recorded_gates(handle)
+            handle.reset_report()
+            cache = run(model, tokens()[:, :290]).past_key_values
+            for at in range(290, 300):
+                run(model, tokens()[:, at : at + 1], past_key_values=cache)
+            pieces = recorded_gates(handle)
+        for layer, calls in whole.items():
+            assert torch.equal(torch.cat(pieces[layer], dim=2), calls[0])
+            assert calls[0].any()
+            assert not calls[0][:, :, 36:].all()
+
+
+def test_margins_survive_casts_copies_pickles_and_resets(calibration) -> None:
+    model = tiny_model("llama")
+    with patchattn.patch(model, calibration=calibration, record="timeline") as handle:
+        run(model, tokens(), use_cache=False)
+        want = recorded_gates(handle)
+        handle.reset_report()
+        run(model, tokens(), use_cache=False)
+        assert all(torch.equal(recorded_gates(handle)[layer][0], want[layer][0]) for layer in want)
+        state = model.model.layers[0].self_attn._modules["patchattn_layer"]
+        margins = state.measured.margins.clone()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).bfloat16()):
+            kept = twin.model.layers[0].self_attn._modules["patchattn_layer"].measured.margins
+            assert torch.equal(kept, margins)
+        assert not [name for name in model.state_dict() if "patchattn" in name]
+    assert torch.equal(margins, calibration.thresholds(TARGET)[0])
+
+
+def make_inputs(length=400) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(0)
+    regions = Regions.of(torch.ones(1, length), query_length=length, sink_size=4, window_size=32)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    return AttentionInputs(query, key, value, regions, 0.4)
+
+
+def test_moments_of_a_calibration_are_those_of_the_nearest_length() -> None:
+    inputs = make_inputs()
+    parts = [KeyMoments.of(inputs.key[0, :, 4 : 4 + n]) for n in (64, 256)]
+    moments = KeyMoments(
+        torch.tensor([[64.0, 64.0], [256.0, 256.0]]),
+        torch.stack([part.mean for part in parts]),
+        torch.stack([part.covariance for part in parts]),
+    )
+    policy = with_gate(MomentGate(threshold=0.5, moments="calibration"))
+    mass, state = bulk_log_mass(policy, 0, inputs, measured=Measured(moments=moments))
+    assert state is None
+    n_bulk = inputs.regions.n_bulk[0]
+    assert (mass[0, :, n_bulk == 0] == -torch.inf).all()
+    for row, part in ((36 + 100, 0), (36 + 140, 1), (399, 1)):
+        for head in range(4):
+            kv_head = slice(head // 2, head // 2 + 1)
+            one = KeyMoments(parts[part].count[kv_head], parts[part].mean[kv_head], parts[part].covariance[kv_head])
+            want = one.log_mass(inputs.query[0, head, row][None, None], n_bulk[row], scale=0.4)
+            torch.testing.assert_close(mass[0, head, row], want[0, 0])
+    missing, _ = bulk_log_mass(policy, 0, inputs)
+    assert attend(inputs, missing, margin_threshold(policy.gate)).open[:, :, 36:].all()
+
+
+def test_a_margin_of_minus_infinity_closes_and_of_plus_infinity_opens() -> None:
+    mass = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.0]).expand(1, 3, 4)
+    margins = torch.tensor([-torch.inf, torch.inf, 1.0])
+    folded = with_margins(mass, margins)[0]
+    local = torch.zeros(4)
+    closes = local - folded >= 0
+    assert closes.tolist() == [[True] * 4, [False] * 4, [False, True, False, False]]
+
+
+def test_slices_of_heads_for_tensor_parallel_ranks() -> None:
+    moments = KeyMoments(torch.ones(3, 2), torch.randn(3, 2, 8), torch.randn(3, 2, 8, 8))
+    measured = Measured(torch.arange(8.0), moments)
+    part = measured.of_heads(slice(4, 8), slice(1, 2))
+    assert part.margins.tolist() == [4, 5, 6, 7]
+    assert torch.equal(part.moments.mean, moments.mean[:, 1:])
+
+
+def changed(calibration: Calibration, **fields) -> Calibration:
+    fingerprint = calibration.manifest.fingerprint.model_copy(update=fields)
+    return Calibration(
+        calibration.manifest.model_copy(update={"fingerprint": fingerprint}), calibration.policy, calibration.tensors
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("layers", 4), ("rope", '{"rope_theta": 1.0}'), ("dtype", "bfloat16")])
+def test_another_model_is_refused_and_named(calibration, field, value) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationMismatchError, match=f"{field}: {value}".replace("{", r"\{")):
+        patchattn.patch(model, calibration=changed(calibration, **{field: value}))
+    assert not patchattn.is_patched(model)
+
+
+def test_models_with_other_heads_are_refused(calibration) -> None:
+    for family in ("gpt_oss", "deepseek_v3"):
+        with pytest.raises(CalibrationMismatchError, match="differs from this model"):
+            patchattn.patch(tiny_model(family), calibration=calibration)
+
+
+def test_policies_the_calibration_cannot_carry_are_refused(calibration) -> None:
+    model = tiny_model("llama")
+    wrong = {
+        "needs a calibration": (POLICY, None, PolicyError),
+        'moments="calibration"': (with_gate(MomentGate(moments="calibration")), None, PolicyError),
+        "window 32; the policy has sink 4 and window 64": (
+            POLICY.model_copy(update={"window_size": 64}),
+            calibration,
+            CalibrationMismatchError,
+        ),
+        "needs 99 documents": (with_gate(MomentGate(threshold=RiskTarget(alpha=0.01))), calibration, CalibrationError),
+        "no-such-folder": (None, "./no-such-folder", CalibrationNotFoundError),
+    }
+    for words, (policy, given, kind) in wrong.items():
+        with pytest.raises(kind, match=words):
+            patchattn.patch(model, policy, calibration=given)
+        assert not patchattn.is_patched(model)
+
+
+def test_a_layer_that_was_not_measured_is_refused() -> None:
+    model = tiny_model("llama")
+    some = patchattn.calibrate(
+        model, Letters(), texts(2), POLICY.model_copy(update={"layers": (0, 2)}), lengths=(300,), key_moments=False
+    )
+    with pytest.raises(CalibrationError, match="Layer 1 was not measured"):
+        patchattn.patch(model, with_gate(MomentGate(threshold=OpenFractionTarget(fraction=0.3))), calibration=some)
+    with pytest.raises(CalibrationError, match="no key moments"):
+        patchattn.patch(model, with_gate(MomentGate(moments="calibration"), layers=(0,)), calibration=some)
+
+
+def test_gates_without_targets_work_beside_a_calibration(calibration) -> None:
+    model = tiny_model("llama")
+    static = StaticGate.from_calibration(calibration, heads=5)
+    for gate in (OracleGate(), static, MomentGate(threshold=0.5)):
+        with patchattn.patch(model, with_gate(gate), calibration=calibration) as handle:
+            run(model, tokens(), use_cache=False)
+        assert 0 < handle.report().open_fraction() < 1
+    assert len(static.open_heads) == 5

@@ -1,0 +1,254 @@
+"""Tests of `patchattn.calibration.collect`: the sums are those of the definitions, whatever way they were reached."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import patchattn
+from patchattn import CalibrationError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn.calibration.collect import calibrate
+from patchattn.calibration.statistics import MARGINS, Settings, Totals
+from patchattn.gate import attention_scores, bulk_log_mass
+from patchattn.inputs import AttentionInputs
+from patchattn.moments import KeyMoments
+from patchattn.reference import attend, masked_log_mass
+from patchattn.regions import Regions
+from patchattn.testing import tiny_model
+
+POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=RiskTarget(alpha=0.3)))
+
+
+class Letters:
+    """A tokenizer of one token for each character."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [2 + ord(letter) % 120 for letter in text]}
+
+
+def texts(count: int = 6, length: int = 330) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 120, (count, length), generator=generator)
+    return ["".join(map(chr, row)) for row in ids.tolist()]
+
+
+def measure(model=None, **fields):
+    model = tiny_model("llama") if model is None else model
+    return calibrate(model, Letters(), texts(), POLICY, **({"lengths": (300,), "corpus": "letters"} | fields))
+
+
+def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    regions = Regions.of(torch.ones(1, length), query_length=length, sink_size=4, window_size=32)
+    query, key, value = spread * normal(1, 6, length, 16), normal(1, 2, length, 16) + 0.3, normal(1, 2, length, 8)
+    return AttentionInputs(query, key, value, regions, 0.25, softcap, normal(6) if sinks else None)
+
+
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True)])
+def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several slabs.
+    monkeypatch.setitem(patchattn.calibration.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
+    inputs = make_inputs(softcap=softcap, sinks=sinks)
+    settings = Settings((3,), 6, 2, 16, (100, 300), 0.4)
+    totals = Totals(settings)
+    output = totals.add_document(1).attend(3, inputs).output
+    torch.testing.assert_close(output, dense_output(inputs), rtol=1e-10, atol=1e-10)
+
+    scores = attention_scores(inputs)
+    local = masked_log_mass(scores, inputs.regions.local_mask()[:, None], inputs.sink_logits)
+    bulk = masked_log_mass(scores, inputs.regions.bulk_mask()[:, None], None)
+    asked = inputs.regions.asked[0]
+    share = torch.sigmoid(bulk - local)[0][:, asked]
+    needed = (local - bulk)[0][:, asked] < 0.4
+    for index, estimate in enumerate(("guarded", "saturating", "lognormal")):
+        mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=MomentGate(estimate=estimate), min_bulk=0), 0, inputs)
+        margin = (local - mass)[0][:, asked]
+        rungs = [-math.inf, *MARGINS.tolist(), math.inf]
+        for rung in (0, 1, 20, 30, len(rungs) - 2, len(rungs) - 1):
+            # The first rung closes every query, whatever the estimate, the last one none.
+            closed = margin >= rungs[rung] if 0 < rung < len(rungs) - 1 else torch.full_like(needed, rung == 0)
+            missed = totals.sums["missed_mass"][1, index, 0, :, rung]
+            torch.testing.assert_close(missed, (share * closed).mean(-1), rtol=1e-9, atol=1e-12)
+            opened = totals.sums["open_fraction"][index, 0, :, rung]
+            torch.testing.assert_close(opened, (~closed).double().mean(-1), rtol=1e-9, atol=1e-12)
+            assert torch.equal(totals.sums["hits"][index, 0, :, rung], (~closed & needed).sum(-1).double())
+        known = mass.isfinite()[0][:, asked]
+        error = torch.where(known, (mass - bulk)[0][:, asked], 0)
+        torch.testing.assert_close(totals.sums["errors"][1, index, 0], error.sum(-1), rtol=1e-9, atol=1e-9)
+    assert torch.equal(totals.sums["oracle_pairs"][0], needed.sum(-1).double())
+    assert (totals.sums["missed_mass"][0] == 0).all()
+    for index, count in enumerate((100, 300)):
+        want = KeyMoments.of(inputs.key[0, :, 4 : 4 + count])
+        mean = totals.sums["key_total"][index, 0] / count
+        outer = totals.sums["key_outer"][index, 0] / count
+        torch.testing.assert_close(mean, want.mean)
+        torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
+
+
+def local_sizes():
+    return {"sink_size": 4, "window_size": 32}
+
+
+def dense_output(inputs: AttentionInputs) -> torch.Tensor:
+    mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=OpenGate(), min_bulk=0), 0, inputs)
+    return attend(inputs, mass, 0.0).output
+
+
+def test_nan_opens_and_extreme_masses_do_not_break_the_sums() -> None:
+    inputs = make_inputs(spread=60.0)
+    totals = Totals(Settings((0,), 6, 2, 16, (), 0.4))
+    assert totals.add_document(0).attend(0, inputs).output.isfinite().all()
+    for values in totals.sums.values():
+        assert values.isfinite().all()
+
+
+def test_the_calibration_agrees_with_what_the_patched_model_does() -> None:
+    # In the first layer the patched model has the activations of the dense one, so open fractions must agree.
+    model = tiny_model("llama")
+    calibration = measure(model)
+    margin = -2.5
+    share = torch.tensor(margin, dtype=torch.float64).sigmoid().item()
+    want = calibration.expected(torch.full((3, 6), margin)).open_fraction[0]
+    policy = POLICY.model_copy(update={"gate": MomentGate(threshold=share), "min_bulk": 0})
+    with patchattn.patch(model, policy) as handle, torch.no_grad():
+        for text in texts():
+            ids = [1, *Letters()(text)["input_ids"]][:300]
+            model(torch.tensor([ids]), use_cache=False)
+    got = torch.tensor(handle.report().head_open_fractions("prefill")[0])
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+    assert 0.05 < got.mean() < 0.95
+
+
+def test_documents_are_cut_in_turn_and_the_manifest_says_what_was_measured() -> None:
+    calibration = calibrate(
+        tiny_model("llama"),
+        Letters(),
+        ["a" * 600, "b" * 90, "c" * 30, "d" * 250],
+        POLICY,
+        lengths=(200, 100),
+        corpus="letters",
+        model_name="org/tiny",
+    )
+    # 3 of 200 tokens, 1 of 91, none of 31 (too short), 2 of 100.
+    assert calibration.manifest.n_documents == 6
+    assert calibration.manifest.corpus.tokens == 600 - 3 + 3 + 91 - 1 + 1 + 200 - 3 + 3
+    assert calibration.manifest.model == "org/tiny"
+    assert calibration.manifest.bulk_counts == (164,)
+    assert calibration.policy == POLICY
+
+
+def test_two_runs_are_the_same_and_another_seed_is_not() -> None:
+    first, again, other = measure(documents=4), measure(documents=4), measure(documents=4, seed=1)
+    assert first.manifest == again.manifest
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
+    assert first.manifest.corpus.sha256 != other.manifest.corpus.sha256
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_from_the_last_finished_document(tmp_path: Path) -> None:
+    kept = tmp_path / "sums"
+    finished = []
+
+    def die(done: int, of: int) -> None:
+        finished.append(done)
+        if done == 3:
+            raise Killed
+
+    model = tiny_model("llama")
+    with pytest.raises(Killed):
+        measure(model, checkpoint=kept, progress=die)
+    assert not patchattn.is_patched(model)
+    assert kept.exists()
+    resumed = measure(model, checkpoint=kept, progress=lambda done, of: finished.append(done))
+    assert finished == [1, 2, 3, 4, 5, 6]
+    assert not kept.exists()
+    whole = measure(model)
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    kept = tmp_path / "sums"
+
+    def die(*_: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        measure(checkpoint=kept, progress=die)
+    with pytest.raises(CalibrationError, match="of a run with another model"):
+        measure(checkpoint=kept, seed=1)
+    kept.write_bytes(b"nothing")
+    with pytest.raises(CalibrationError, match="can't be read"):
+        measure(checkpoint=kept)
+
+
+def test_what_cannot_be_measured_is_refused_with_the_model_untouched() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match="0 documents of more than 36 tokens"):
+        calibrate(model, Letters(), ["short"], POLICY, lengths=(300,))
+    with pytest.raises(CalibrationError, match=r"6 documents of more than 36 tokens .*; 7 were asked for"):
+        measure(model, documents=7)
+    with pytest.raises(CalibrationError, match="no keys beyond sink 4 and window 32"):
+        measure(model, lengths=(36,))
+    with pytest.raises(CalibrationError, match="oracle_threshold"):
+        measure(model, oracle_threshold=1.0)
+    with pytest.raises(patchattn.UnsupportedModelError):
+        calibrate(torch.nn.Linear(2, 2), Letters(), texts(), POLICY)
+    model.train()
+    with pytest.raises(CalibrationError, match="training mode"):
+        measure(model)
+    assert not patchattn.is_patched(model)
+
+
+def test_curves_of_an_oracle_policy_are_those_of_prompt_moments() -> None:
+    oracle = POLICY.model_copy(update={"gate": OracleGate()})
+    first, second = (
+        measure(documents=2),
+        calibrate(tiny_model("llama"), Letters(), texts(), oracle, lengths=(300,), documents=2),
+    )
+    assert torch.equal(first.tensors["missed_mass"], second.tensors["missed_mass"])
+
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{here!r}]
+from test_calibration_collect import measure
+rank, port = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{{port}}", rank=rank, world_size=2)
+calibration = measure()
+calibration.save_pretrained(sys.argv[3] + str(rank), card=False)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) -> None:
+    code = textwrap.dedent(RANKS).format(here=str(Path(__file__).parent))
+    arguments = [str(tmp_path / "meeting"), str(tmp_path / "out")]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    zero, one = (patchattn.Calibration.from_pretrained(tmp_path / f"out{rank}") for rank in range(2))
+    alone = measure()
+    assert zero.manifest == one.manifest == alone.manifest
+    for name, tensor in alone.tensors.items():
+        assert torch.equal(zero.tensors[name], one.tensors[name])
+        # Sums in another order: a rounding of float64 may cross a rounding of half precision.
+        torch.testing.assert_close(zero.tensors[name].float(), tensor.float(), rtol=1e-3, atol=1e-6)

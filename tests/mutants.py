@@ -46,7 +46,9 @@ class Mutant:
     tests: str
 
 
-REGIONS, GATE, MOMENTS = "tests/unit/test_regions.py", "tests/unit/test_gate.py", "tests/unit/test_moments.py"
+REGIONS, GATE, MOMENTS = (
+    f"tests/unit/test_{name}.py tests/property/test_{name}.py" for name in ("regions", "gate", "moments")
+)
 BLOCKWISE, PATCHING = "tests/unit/test_blockwise.py", "tests/integration/test_patching.py"
 FLEX = "tests/unit/test_flex.py -k 'two_passes_equal or block_lists_cover or open_rows'"
 

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import CHUNK
-from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import (
+    ClosedGate,
+    Gate,
+    MomentGate,
+    OpenFractionTarget,
+    OpenGate,
+    OracleGate,
+    Policy,
+    RiskTarget,
+    StaticGate,
+)
 from patchattn.regions import Regions
 
 try:
@@ -266,32 +276,44 @@ def decisions(draw: st.DrawFn, inputs: AttentionInputs) -> Tensor:
     return torch.rand(rows, generator=generator) < share
 
 
-def gates(*, layers: int = 32, heads: int = 32) -> SearchStrategy[Gate]:
+def gates(*, layers: int = 32, heads: int = 32, calibrated: bool = False) -> SearchStrategy[Gate]:
     """Draw a gate of any kind.
 
     Args:
         layers: Static gates name layers below this.
         heads: Static gates name query heads below this.
+        calibrated: Whether gates that need a calibration are among them.
     """
     shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
     pairs = st.tuples(st.integers(0, layers - 1), st.integers(0, heads - 1))
     estimates = st.sampled_from(["guarded", "saturating", "lognormal"])
+    targets = st.builds(RiskTarget, alpha=shares, scope=st.sampled_from(["head", "model"])) | st.builds(
+        OpenFractionTarget, fraction=shares
+    )
+    from_calibration = [
+        st.builds(MomentGate, threshold=targets, estimate=estimates),
+        st.builds(MomentGate, threshold=shares, moments=st.just("calibration"), estimate=estimates),
+    ]
     return st.one_of(
         st.builds(MomentGate, threshold=shares, estimate=estimates),
         st.builds(OracleGate, threshold=shares),
         st.builds(StaticGate, open_heads=st.lists(pairs, max_size=6).map(tuple)),
         st.just(OpenGate()),
         st.just(ClosedGate()),
+        *(from_calibration if calibrated else []),
     )
 
 
-def policies(*, layers: int = 32, heads: int = 32, max_size: int = 2**20) -> SearchStrategy[Policy]:
+def policies(
+    *, layers: int = 32, heads: int = 32, max_size: int = 2**20, calibrated: bool = False
+) -> SearchStrategy[Policy]:
     """Draw a policy that is valid for a model of at least this many layers and query heads.
 
     Args:
         layers: Number of layers of the model.
         heads: Number of query heads of the model.
         max_size: Largest sink, window and break-even, in tokens.
+        calibrated: Whether gates that need a calibration are among them.
     """
 
     def consistent(policy: Policy) -> Policy:
@@ -307,7 +329,7 @@ def policies(*, layers: int = 32, heads: int = 32, max_size: int = 2**20) -> Sea
         Policy,
         sink_size=sizes,
         window_size=st.integers(1, max_size),
-        gate=gates(layers=layers, heads=heads),
+        gate=gates(layers=layers, heads=heads, calibrated=calibrated),
         layers=st.none() | st.lists(st.integers(0, layers - 1), min_size=1, max_size=6).map(tuple),
         phases=st.frozensets(st.sampled_from(["prefill", "decode"]), min_size=1),
         min_bulk=sizes | st.just("auto"),

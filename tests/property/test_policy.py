@@ -11,7 +11,7 @@ from patchattn import Policy
 from patchattn.testing.strategies import policies
 
 
-@given(policies())
+@given(policies(calibrated=True))
 def test_json_round_trip(policy: Policy) -> None:
     assert Policy.model_validate_json(policy.model_dump_json()) == policy
     assert Policy.model_validate_json(json.dumps(policy.model_dump(mode="json"))) == policy

@@ -7,38 +7,9 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
-
-counts = st.integers(0, 2**20)
-shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
-heads = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=6).map(tuple)
-gates = st.one_of(
-    st.builds(MomentGate, threshold=shares, estimate=st.sampled_from(["guarded", "saturating", "lognormal"])),
-    st.builds(OracleGate, threshold=shares),
-    st.builds(StaticGate, open_heads=heads),
-    st.just(OpenGate()),
-    st.just(ClosedGate()),
-)
-policies = st.builds(
-    Policy,
-    sink_size=counts,
-    window_size=st.integers(1, 2**20),
-    gate=gates,
-    layers=st.none() | st.lists(st.integers(0, 200), max_size=6).map(tuple),
-    phases=st.frozensets(st.sampled_from(["prefill", "decode"]), min_size=1),
-    min_bulk=counts | st.just("auto"),
-)
-
-
-@given(policies)
-def test_json_round_trip(policy: Policy) -> None:
-    assert Policy.model_validate_json(policy.model_dump_json()) == policy
-    assert Policy.model_validate_json(json.dumps(policy.model_dump(mode="json"))) == policy
-    assert hash(policy) == hash(Policy.model_validate(policy.model_dump()))
+from patchattn.policy import MomentGate, OracleGate, Policy, StaticGate
 
 
 def test_json_names_gate_and_version() -> None:

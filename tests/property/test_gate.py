@@ -19,8 +19,7 @@ from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, gates, s
 
 SOME = settings(max_examples=max(1, settings().max_examples // 2))
 calls = attention_inputs(shape=shapes(max_keys=300))
-finite_SOME = settings(max_examples=max(1, settings().max_examples // 2))
-calls = attention_inputs(shape=shapes(max_keys=300), key_kinds=FINITE_KEYS)
+finite_calls = attention_inputs(shape=shapes(max_keys=300), key_kinds=FINITE_KEYS)
 
 
 def decided(inputs: AttentionInputs, gate: Any) -> torch.Tensor:

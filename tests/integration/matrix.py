@@ -43,6 +43,9 @@ CACHES = {
 ON_CUDA_ONLY = ("offloaded", "offloaded_static")
 """Caches that transformers itself can't make without a CUDA device."""
 
+TENSOR_PARALLEL = ("qwen3", "olmo2", "gpt_oss", "deepseek_v3", "gpt_neox")
+"""Families that two processes share: with heads cut in slices, and with plans that gather them again."""
+
 PACKED = (120, 80)
 IGNORES_PACKING = ("gpt_oss",)
 """Families that transformers gives no packed mask: their stock model lets packed sequences see each other."""

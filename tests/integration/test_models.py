@@ -35,6 +35,7 @@ from matrix import (
     policy,
     with_image,
 )
+from models_page import BEGIN, END, PAGE, written_part
 
 
 @pytest.fixture(scope="module", params=MATRIX)
@@ -200,3 +201,10 @@ def test_images(case):
     assert all(report.dense_calls[layer] == {"mask": 1} for layer in case.full)
     assert all(report.layers[layer]["decode"].gated_calls == NEW_TOKENS - 1 for layer in case.full)
     assert report.open_fraction() == 1.0
+
+
+def test_the_page_says_what_the_matrix_does():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(BEGIN)[2].partition(END)[0].strip() == written_part(), (
+        "run python tests/integration/models_page.py"
+    )

@@ -10,6 +10,7 @@ Source: arXiv 2502.09647, section 3 (QAdA: log-normal mean of a Gaussian score);
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -164,6 +165,23 @@ class PromptMoments:
     def _parts(self) -> tuple[Tensor, ...]:
         return self.chunks, self.count, self.reference, self.total, self.outer
 
+    @cached_property
+    def key_moments(self) -> KeyMoments:
+        """Count, mean and covariance of the covered keys, computed once; not for compiled code."""
+        divisor = self.count.clamp(min=1)[:, None, None]
+        shift = self.total / divisor
+        covariance = self.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
+        return KeyMoments(self.count[:, None].expand(self.total.shape[:2]), self.reference + shift, covariance)
+
+    @cached_property
+    def _chunks_on_host(self) -> list[int]:
+        return self.chunks.tolist()
+
+    def is_complete(self, regions: Regions) -> bool:
+        """Say whether the sums cover exactly what the last query asks for, in every row; reads the device."""
+        needed = [n // CHUNK for n in regions.last_n_bulk]
+        return self._chunks_on_host == needed and min(needed, default=0) > 0
+
     def rewound(self, chunks: Tensor) -> PromptMoments:
         """Start afresh in the rows that cover more than `chunks` [batch] chunks: their keys may have been replaced."""
         keep = self.chunks <= chunks
@@ -254,6 +272,9 @@ def bulk_log_mass_from_prompt(
         The estimate, [batch, heads, query] nats in float32 (float64 for float64 keys): -inf without bulk keys, +inf
         (which opens the gate) before the first chunk is full. And the state after the last query.
     """
+    on_host = key.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and regions.query_length == 1 and state is not None and state.is_complete(regions):
+        return _decode_step(query, regions, state, scale, softcap, estimate), state
     n_bulk = regions.n_bulk
     needed = n_bulk // CHUNK
     state = PromptMoments.empty(key) if state is None else state.rewound(needed[:, 0])
@@ -262,6 +283,8 @@ def bulk_log_mass_from_prompt(
         max_chunks = int((upto - state.chunks).max())
     if regions.query_length == 1:
         state = state.advanced(key, regions, upto, max_chunks)
+        if on_host and state.is_complete(regions):
+            return _decode_step(query, regions, state, scale, softcap, estimate), state
         mass = _evaluate(query[:, :, None, :], _with_chunk_axis(state), n_bulk[:, None], scale, softcap, estimate)[
             :, :, 0
         ]
@@ -270,6 +293,19 @@ def bulk_log_mass_from_prompt(
         mass, state, known = _prefill(query, key, regions, state, max_chunks, scale, softcap, estimate)
     mass = torch.where(known[:, None], mass, torch.inf)
     return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
+
+
+def _decode_step(
+    query: Tensor, regions: Regions, state: PromptMoments, scale: float, softcap: float | None, estimate: Estimate
+) -> Tensor:
+    """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
+    moments = state.key_moments
+    batch, kv_heads, dim = moments.mean.shape
+    q = query.reshape(batch, kv_heads, -1, dim).to(moments.mean.dtype) * scale
+    variance = ((q @ moments.covariance) * q).sum(-1)
+    n = torch.tensor(regions.last_n_bulk, device=query.device)[:, None, None]
+    mass = log_mass_of_gaussian(n, (q @ moments.mean[..., None])[..., 0], variance, softcap=softcap, estimate=estimate)
+    return mass.flatten(1)[..., None]
 
 
 def _with_chunk_axis(state: PromptMoments) -> PromptMoments:

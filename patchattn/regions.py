@@ -40,6 +40,23 @@ class HostRegions:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a report needs to know of a call, whatever its gates decide.
+
+    Args:
+        above: [batch, query] bool; queries that are asked, those below break-even left out.
+        n_above: [] int64; number of them.
+        n_below: [] int64; number of queries that have bulk keys but fewer than break-even.
+        n_causal: [] int64; real (query, key) pairs that a dense model scores, for one head.
+    """
+
+    above: Tensor
+    n_above: Tensor
+    n_below: Tensor
+    n_causal: Tensor
+
+
+@dataclass(frozen=True)
 class Regions:
     """Sink, window and bulk of one attention call.
 
@@ -101,6 +118,12 @@ class Regions:
         is_plain = int(self.valid[:, :filled].sum()) == n_real
         return HostRegions(first, query_slot, filled, max(first, default=0), is_plain, self.asked)
 
+    @cached_property
+    def last_n_bulk(self) -> list[int]:
+        """Number of bulk slots of each sequence's last query row; read on the host, not for compiled code."""
+        beyond = self.host.query_slot + self.query_length - self.sink_size - self.window_size
+        return [max(beyond - first, 0) for first in self.host.first]
+
     @property
     def query_slots(self) -> Tensor:
         """Slots of the query rows, [query] int64."""
@@ -127,6 +150,19 @@ class Regions:
         """Number of real keys that each real query row sees in a dense model, [batch, query] int64; 0 for padding."""
         slots = self.query_slots.clamp(max=self.key_length - 1)
         return self.valid.cumsum(1).index_select(1, slots) * self.valid.index_select(1, slots)
+
+    def count(self, break_even: int) -> Counts:
+        """Count the queries above and below break-even, and the causal pairs."""
+        asked = self.asked
+        above = asked & (self.n_bulk >= break_even)
+        return Counts(above, above.sum(), (asked & ~above).sum(), self.n_causal.sum())
+
+    def counted(self, break_even: int) -> Counts:
+        """Return `count(break_even)`, computed once for each number; not for compiled code."""
+        known: dict[int, Counts] = self.__dict__.setdefault("_counted", {})
+        if break_even not in known:
+            known[break_even] = self.count(break_even)
+        return known[break_even]
 
     def causal_mask(self, rows: slice = slice(None)) -> Tensor:
         """Keys a dense model attends to, [batch, rows, keys] bool."""

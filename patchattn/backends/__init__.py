@@ -56,6 +56,20 @@ def load(backend: Backend) -> Attend:
     return import_module(module).attend
 
 
+def load_dense(backend: Backend) -> Callable[[AttentionInputs], Tensor]:
+    """Return the function with which a backend attends to every causal key; gates forced open if it has no other."""
+    attend = load(backend)
+    own = getattr(import_module(attend.__module__), "attend_densely", None)
+    if own is not None:
+        return own
+
+    def densely(inputs: AttentionInputs) -> Tensor:
+        everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
+        return attend(inputs, forced(everything, inputs), 0.0).output
+
+    return densely
+
+
 def self_check(
     backend: Backend,
     *,

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from patchattn.backends.blockwise_decode import add_bulk_decode, attend_local_decode, is_plain_decode
+from patchattn.backends.blockwise_dense import is_eager, plain_dense
 from patchattn.backends.blockwise_kernel import Part, with_unit_stride
 from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local, with_sink_logits
 from patchattn.errors import UnsupportedCallError
-from patchattn.gate import decide
+from patchattn.gate import decide, forced
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.regions import Regions
 
@@ -44,8 +45,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
             before training.
     """
     regions = inputs.regions
-    tensors = (inputs.query, inputs.key, inputs.value)
-    if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if is_eager(inputs.query, inputs.key, inputs.value):
         # The operator is for compilers and for the refusal of a backward pass; it costs more than a short decode step.
         return _attend(inputs, bulk_log_mass, threshold)
     return Attended(
@@ -65,6 +65,23 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
             regions.window_size,
         )
     )
+
+
+def attend_densely(inputs: AttentionInputs) -> Tensor:
+    """Attend to every causal key, with nothing computed for a gate.
+
+    Args:
+        inputs: The attention call.
+
+    Returns:
+        [batch, heads, query, value_dim] in the query's dtype; zeros for rows that see no key.
+    """
+    if is_eager(inputs.query, inputs.key, inputs.value):
+        output = plain_dense(_with_unit_strides(inputs))
+        if output is not None:
+            return output
+    everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
+    return attend(inputs, forced(everything, inputs), 0.0).output
 
 
 @torch.library.custom_op("patchattn::blockwise", mutates_args=())

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from patchattn.backends import Backend, load
+from patchattn.backends import Backend, load, load_dense
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
@@ -24,6 +24,7 @@ CACHE_ARGUMENT = "patchattn_cache"
 """Keyword under which the cache reaches the attention function."""
 
 _LAYOUT_ROWS = 3
+_REGIONS = "_patchattn_regions"
 _KNOWN_ARGUMENTS = frozenset(
     {CACHE_ARGUMENT, "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
     | {"return_dict", "cache_position", "num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
@@ -72,7 +73,7 @@ class LayerState(nn.Module):
         super().__init__()
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
         self.gated, self.record = gated, record
-        self.attend = load(backend)
+        self.attend, self.attend_densely = load(backend), load_dense(backend)
         self.threshold = margin_threshold(policy.gate)
         self.timeline: list[tuple[str, Tensor]] = []
         self.replay: list[Tensor] | None = None
@@ -118,12 +119,13 @@ class LayerState(nn.Module):
     def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
         row, regions, heads = PHASES.index(phase), inputs.regions, inputs.query.shape[1]
-        above = regions.asked & (regions.n_bulk >= self.policy.break_even)
-        self.open_pairs[row] += (attended.open & above[:, None]).sum((0, 2))
-        self.asked[row] += above.sum()
-        self.below[row] += (regions.asked & ~above).sum()
-        self.scored[row] += attended.scored_keys
-        self.causal[row] += regions.n_causal.sum() * heads
+        eager = not torch.compiler.is_compiling()
+        facts = regions.counted(self.policy.break_even) if eager else regions.count(self.policy.break_even)
+        self.open_pairs[row].add_((attended.open & facts.above[:, None]).sum((0, 2)))
+        self.asked[row].add_(facts.n_above)
+        self.below[row].add_(facts.n_below)
+        self.scored[row].add_(attended.scored_keys)
+        self.causal[row].add_(facts.n_causal, alpha=heads)
 
 
 def install_cache_hook(module: nn.Module) -> Any:
@@ -286,18 +288,16 @@ def attention(
     regions = _regions(attention_mask, state.policy, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
-    attended = _attend(state, inputs, cache)
-    return attended.output.transpose(1, 2).contiguous(), None
+    return _attend(state, inputs, cache).transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Attended:
+def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Tensor:
     policy, attend = state.policy, state.attend
     phase = "decode" if inputs.query.shape[2] == 1 else "prefill"
     reason = _dense_reason(state, inputs, phase)
     if reason is not None:
         state.note_dense_call(reason)
-        everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
-        return attend(inputs, forced(everything, inputs), 0.0)
+        return state.attend_densely(inputs)
     state.gated_calls[PHASES.index(phase)] += 1
     if state.replay is not None:
         mass = forced(state.replay.pop(0), inputs)
@@ -314,7 +314,7 @@ def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Attended:
         state.count(phase, inputs, attended)
     if state.record == "timeline":
         state.timeline.append((phase, attended.open.detach().cpu()))
-    return attended
+    return attended.output
 
 
 def _dense_reason(state: LayerState, inputs: AttentionInputs, phase: str) -> str | None:
@@ -347,6 +347,18 @@ def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:
 
 
 def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
+    """Read the layout; all layers of a forward pass share it, and outside of a graph they share what is read too."""
+    if torch.compiler.is_compiling():
+        return _read_layout(layout, policy, query_length)
+    known: Regions | None = getattr(layout, _REGIONS, None)
+    sizes = (policy.sink_size, policy.window_size, query_length)
+    if known is None or (known.sink_size, known.window_size, known.query_length) != sizes:
+        known = _read_layout(layout, policy, query_length)
+        setattr(layout, _REGIONS, known)
+    return known
+
+
+def _read_layout(layout: Tensor, policy: Policy, query_length: int) -> Regions:
     return Regions(
         policy.sink_size,
         policy.window_size,

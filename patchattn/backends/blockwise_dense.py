@@ -1,0 +1,47 @@
+"""Plain dense attention, straight to the fused kernel: what a call costs that does not go through the gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from patchattn.backends.blockwise_kernel import attend_to, is_fused, merge_visible
+from patchattn.inputs import AttentionInputs
+
+
+def plain_dense(inputs: AttentionInputs) -> Tensor | None:
+    """Attend densely where no key needs a mask beyond the causal one.
+
+    Args:
+        inputs: The attention call.
+
+    Returns:
+        [batch, heads, query, value_dim]; None where the call needs the general path: padding, sink logits, a softcap,
+        another device.
+    """
+    host, query = inputs.regions.host, inputs.query
+    if not host.is_plain or host.last_first or inputs.sink_logits is not None or not is_fused(inputs):
+        return None
+    key, value, filled = inputs.key, inputs.value, host.filled
+    if filled < inputs.regions.key_length:
+        key, value = key.narrow(2, 0, filled), value.narrow(2, 0, filled)
+    batch, heads, length, dim = query.shape
+    if length == 1:
+        # Heads of a group as rows: their keys are read once.
+        rows = query.reshape(batch, key.shape[1], inputs.group_size, dim)
+        return attend_to(inputs, rows, key, value).output.reshape(batch, heads, 1, -1)
+    before = host.query_slot
+    if before == 0:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=inputs.scale, enable_gqa=inputs.group_size > 1
+        )
+    own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
+    return merge_visible(attend_to(inputs, query, key[:, :, :before], value[:, :, :before]), own).output
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Say whether the host may look at tensors and no backward pass is asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

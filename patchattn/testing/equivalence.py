@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchattn.hf.patching import patch
+from patchattn.hf.support import attention_modules
 from patchattn.moments import CHUNK
 from patchattn.policy import ClosedGate, OpenGate, Phase, Policy
 from patchattn.testing.budget import error_budget
@@ -80,8 +81,8 @@ def assert_equivalent(
     the stock model's; and the patched model with the policy's gates. In both patched runs each attention call is
     computed again, from the queries, keys and values that the layer was given, as dense attention in float64 under the
     token-level mask that the recorded decisions amount to, and the decisions are compared with float64 too. Errors may
-    reach `2 * (err_of_plain + eps * max|truth|)`, with the plain computation in the model's dtype, so float32 proves
-    more than bfloat16.
+    reach `2 * (err_of_plain + eps * max|truth|)`, with the plain computation in the model's dtype, over the calls of
+    the layer so far; so float32 proves more than bfloat16.
 
     Slow and hungry: scores are computed densely in float64, and the stock logits are judged by a copy of the model in
     the next wider dtype, which takes two (float32) or two (16 bits) times the memory of the weights. The model itself
@@ -122,7 +123,7 @@ def assert_equivalent(
     text = _Text.of(model, policy, inputs, length, new_tokens, seed)
     with torch.no_grad():
         stock = _run(model, text)
-        truth = _run(copy.deepcopy(model).to(wider), text)
+        truth = _run(_without_padding_rows(copy.deepcopy(model).to(wider), text), text)
         opened = _patched_run(
             model, policy.model_copy(update={"gate": OpenGate(), "min_bulk": 0}), text, backend, "With all gates open"
         )
@@ -150,6 +151,7 @@ class _Text:
     mask: Tensor
     prompt: int
     decoded: bool = False
+    step: slice = field(default_factory=lambda: slice(0, 0))
 
     @classmethod
     def of(
@@ -218,6 +220,7 @@ def _run(model: Any, text: _Text, watch: Watch | None = None) -> list[Tensor]:
     """
     cache, logits, first_run = None, [], not text.decoded
     for step in text.steps():
+        text.step = step
         if watch is not None:
             watch.begin = step.start
         extra = {} if cache is None else {"past_key_values": cache}
@@ -235,6 +238,22 @@ def _run(model: Any, text: _Text, watch: Watch | None = None) -> list[Tensor]:
     return logits
 
 
+def _without_padding_rows(model: Any, text: _Text) -> Any:
+    """Have the attention of a copy give zeros for padding rows, which reach nobody.
+
+    Eager attention of transformers 5.23 gives NaN in float64 for rows that see no key, and as keys and values of the
+    next layer they would spoil the real rows too.
+    """
+
+    def zeros_for_padding(module: Any, args: Any, output: Any) -> Any:
+        real = text.mask[:, text.step].bool()[..., None].to(output[0].device)
+        return (torch.where(real, output[0], 0), *output[1:])
+
+    for module in attention_modules(model).values():
+        module.register_forward_hook(zeros_for_padding)
+    return model
+
+
 def _patched_run(model: Any, policy: Policy, text: _Text, backend: str, when: str) -> _PatchedRun:
     watch = Watch(policy, when, text.mask)
     with patch(model, policy, backend=backend) as handle:
@@ -245,11 +264,12 @@ def _patched_run(model: Any, policy: Policy, text: _Text, backend: str, when: st
 
 def _compare_logits(got: list[Tensor], plain: list[Tensor], truth: list[Tensor], text: _Text) -> float:
     """Compare the logits of all calls at the real tokens; returns the largest error as a share of the budget."""
-    worst = 0.0
+    worst = budget = 0.0
     for step, *logits in zip(text.steps(), got, plain, truth, strict=True):
         real = text.mask[:, step].bool()
         here, stock, exact = (x[real] for x in logits)
-        budget = error_budget(stock, exact, here.dtype)
+        # As for the layers: one decoded token is too little to tell how far the stock model errs.
+        budget = max(budget, error_budget(stock, exact, here.dtype))
         error = (here.double() - exact.double()).abs().amax(-1)
         beyond = ~(error <= budget)
         if beyond.any():

@@ -78,8 +78,7 @@ def add_bulk_decode(inputs: AttentionInputs, opened: Tensor, local: Part) -> int
         # Open heads that lie side by side are taken as a view.
         where = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
         bulk = _one_kv_head(inputs, row, kv_head, where, begin, end)
-        near = Part(local.output[row, where, 0], local.log_mass[row, where, 0])
-        local.output[row, where, 0] = merge_visible(near, Part(bulk.output[0, 0], bulk.log_mass[0, 0])).output
+        _merge_in_place(local, row, where, bulk)
         scored += len(heads) * (end - begin)
     return scored
 
@@ -107,7 +106,7 @@ def _one_kv_head(
     if not is_fused(inputs):
         splits = 1
     size = n_keys // splits
-    query = inputs.query[row, where, 0][None, None]
+    query = inputs.query[row, where].transpose(0, 1).unsqueeze(0)
 
     def stretches(x: Tensor, count: int, length: int, start: int) -> Tensor:
         stride = x.stride()
@@ -116,15 +115,28 @@ def _one_kv_head(
 
     def attend(count: int, length: int, start: int) -> Part:
         keys, values = (stretches(x, count, length, start) for x in (inputs.key, inputs.value))
-        return attend_to(inputs, query.expand(count, -1, -1, -1), keys, values)
+        return attend_to(inputs, query if count == 1 else query.expand(count, -1, -1, -1), keys, values)
 
-    together = attend(splits, size, begin)
-    part = Part(together.output[:1], together.log_mass[:1])
-    for split in range(1, splits):
-        part = merge_visible(part, Part(together.output[split, None], together.log_mass[split, None]))
+    part = attend(splits, size, begin)
+    if splits > 1:
+        outputs, masses = part.output.split(1), part.log_mass.split(1)
+        part = Part(outputs[0], masses[0])
+        for output, mass in zip(outputs[1:], masses[1:], strict=True):
+            part = merge_visible(part, Part(output, mass))
     if splits * size < n_keys:
         part = merge_visible(part, attend(1, n_keys - splits * size, begin + splits * size))
     return part
+
+
+def _merge_in_place(local: Part, row: int, where: slice | list[int], bulk: Part) -> None:
+    """Merge the bulk [1, 1, heads, ...] of some heads into the local output."""
+    near = local.output[row, where].transpose(0, 1)
+    share = torch.sigmoid(bulk.log_mass[0] - local.log_mass[row, where].T).unsqueeze(-1)
+    if isinstance(where, slice) and near.dtype == share.dtype:
+        near.lerp_(bulk.output[0], share)
+        return
+    merged = torch.lerp(near.to(share.dtype), bulk.output[0].to(share.dtype), share)
+    local.output[row, where] = merged.transpose(0, 1).to(near.dtype)
 
 
 def _grouped(inputs: AttentionInputs) -> Tensor:

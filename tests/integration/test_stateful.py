@@ -16,10 +16,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
+from patchattn.hf import cache as tracking
 from patchattn.moments import CHUNK, bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.testing import gates_of_chunks, recorded_gates, replay_gates, tiny_model
@@ -282,5 +283,61 @@ def test_whatever_users_do(machine):
     # One example is a story of many calls.
     run_state_machine_as_test(
         machine,
-        settings=settings(default, max_examples=max(4, default.max_examples // 12), stateful_step_count=14),
+        settings=settings(default, max_examples=max(6, default.max_examples // 10), stateful_step_count=16),
     )
+
+
+has_tables = pytest.mark.skipif(
+    not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"), reason="this version of transformers has no such table"
+)
+
+
+def test_crops_add_up_over_calls_that_the_gate_does_not_see():
+    """Two crops, each within the window, reach below it together, and dense calls grow other keys there."""
+    story = MixedModel()
+    story.start("llama")
+    story.switch_cache(slot=0, kind="dynamic", rows=2, seed=0)
+    talk = story.talks[0]
+    # The last token is the first that has two chunks of bulk keys.
+    story.say(talk, SINK + WINDOW + 2 * CHUNK - talk.length, seed=1)
+    assert (talk.cache.layers[0]._patchattn_moments.chunks == 2).all()
+    story.crop(slot=0, count=WINDOW - 1)
+    story.crop(slot=0, count=WINDOW - 1)
+    story.read_without_the_patch(slot=0, length=60, seed=2)
+    story.moments_equal_recomputation()
+    story.carry_on(slot=0, length=17, seed=3)
+    story.moments_equal_recomputation()
+    story.teardown()
+
+
+@has_tables
+def test_tracking_a_cache_changes_nothing_for_other_models():
+    """Entries look like those of transformers, have no methods that those lack, and are not registered with it."""
+    registered = (dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING), dict(cache_utils.STATIC_LAYER_TYPE_MAPPING))
+    model = tiny_model("llama")
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=300)):
+        stock = type(cache.layers[0])
+        with patchattn.patch(model, policy(MixedModel.gate)), torch.no_grad():
+            model(torch.arange(2, 102)[None].repeat(1, 2), past_key_values=cache)
+        tracked = type(cache.layers[0])
+        assert tracked is not stock
+        assert issubclass(tracked, stock)
+        assert repr(cache.layers[0]) == stock.__name__
+        assert {name for name in dir(stock) if not name.startswith("_")} >= {
+            name for name in dir(tracked) if not name.startswith("_") and name != "tracks_moments"
+        }
+    assert registered == (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
+
+
+@has_tables
+def test_a_cache_entry_with_a_layer_type_of_its_own_stays_the_one_for_it():
+    class Own(cache_utils.DynamicLayer):
+        _layer_type = "own_attention_of_this_test"
+
+    try:
+        tracked = tracking._tracking(Own)
+        assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[Own._layer_type] is Own
+        assert tracked._layer_type == Own._layer_type
+    finally:
+        del cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[Own._layer_type]
+        tracking._TRACKING.pop(Own, None)

@@ -99,7 +99,7 @@ def check_support(model: Any) -> Supported | Unsupported:
         reason = f"{name} has no attention module that goes through transformers' AttentionInterface."
         return Unsupported(tuple(reasons or [reason]))
     reasons += _reasons_of_implementation(name, modules)
-    reasons += _reasons_of_layer_types(modules)
+    reasons = reasons or _reasons_of_layer_types(modules)
     local = tuple(index for index, module in modules.items() if is_local(module))
     layers = tuple(index for index in modules if index not in local)
     if not layers:
@@ -216,6 +216,10 @@ def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
         f"{name} uses the attention implementation {original!r}; call model.set_attn_implementation('sdpa') first."
         for original in sorted(originals - {*ORIGINALS, *ORIGINALS.values()}, key=str)
     ]
+    if originals & {"sdpa", ORIGINALS["sdpa"]} and any(_needs_more_than_sdpa(module) for module in modules.values()):
+        reasons.append(
+            f"{name} has a softcap or sink logits, which sdpa drops; call model.set_attn_implementation('eager') first."
+        )
     eager = originals & {"eager", ORIGINALS["eager"]}
     if eager and any(eager_attention(module) is None for module in modules.values()):
         reasons.append(
@@ -223,6 +227,11 @@ def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
             "model.set_attn_implementation('sdpa') first."
         )
     return reasons
+
+
+def _needs_more_than_sdpa(module: Any) -> bool:
+    # transformers 5.17 gives Gemma 2 sdpa by default, and its sdpa ignores the softcap without a word.
+    return getattr(module, "attn_logit_softcapping", None) is not None or hasattr(module, "sinks")
 
 
 def _reasons_of_layer_types(modules: dict[int, Any]) -> list[str]:

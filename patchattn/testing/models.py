@@ -63,7 +63,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "gemma2": {**_HYBRID, **_GEMMA, "attn_logit_softcapping": 4.0},
+    "gemma2": {**_HYBRID, **_GEMMA, "attn_logit_softcapping": 4.0, "attn_implementation": "eager"},
     "gemma3_text": {**_HYBRID, **_GEMMA},
     "phi3": {},
     "granite": {

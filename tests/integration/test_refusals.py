@@ -37,6 +37,11 @@ def not_causal(model):
     return model
 
 
+def in_sdpa(model):
+    model.config._attn_implementation_internal = "sdpa"  # newer versions refuse set_attn_implementation
+    return model
+
+
 REFUSED = {
     "linear": (lambda: torch.nn.Linear(2, 2), "PreTrainedModel"),
     "string": (lambda: "model", "torch.nn.Module"),
@@ -59,6 +64,7 @@ REFUSED = {
         lambda: tiny_model("llama", attn_implementation="flex_attention"),
         "'flex_attention'; call model.set_attn_implementation",
     ),
+    "softcap in sdpa": (lambda: in_sdpa(tiny_model("gemma2")), "set_attn_implementation('eager')"),
     "bloom": (lambda: tiny_model("bloom"), "BloomAttention computes attention itself"),
     "falcon": (lambda: tiny_model("falcon"), "FalconAttention computes attention itself"),
     "gptj": (lambda: tiny_model("gptj"), "GPTJAttention computes attention itself"),

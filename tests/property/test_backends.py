@@ -28,9 +28,10 @@ def note_what_it_shows(inputs: AttentionInputs, opened: torch.Tensor) -> None:
     event("open and closed" if mixed else "one kind of decision" if asked.any() else "nothing asked")
 
 
+@pytest.mark.parametrize("decode", [True, None], ids=["decode", "any"])
 @given(st.data())
-def test_blockwise_equals_the_reference(data: st.DataObject) -> None:
-    inputs = data.draw(attention_inputs())
+def test_blockwise_equals_the_reference(decode: bool | None, data: st.DataObject) -> None:
+    inputs = data.draw(attention_inputs(shape=shapes(decode=decode)))
     opened = data.draw(decisions(inputs))
     note_what_it_shows(inputs, opened)
     expected, actual = (backend.attend(inputs, forced(opened, inputs), 0.0) for backend in (reference, blockwise))

@@ -11,7 +11,7 @@ from patchattn.inputs import AttentionInputs
 
 
 def plain_dense(inputs: AttentionInputs) -> Tensor | None:
-    """Attend densely where no key needs a mask beyond the causal one.
+    """Attend densely where no key needs a mask beyond the causal one, as a model does that is not patched.
 
     Args:
         inputs: The attention call.

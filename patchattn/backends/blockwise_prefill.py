@@ -15,9 +15,12 @@ SLAB = 4096
 # Queries per chunk of the local pass: more score more keys beyond their windows, fewer copy more keys per query.
 _LOCAL_ROWS = 64
 _MOST_LOCAL_ROWS = 128
-# Open rows per chunk of the bulk pass: more score more keys beyond their bulk, fewer make the kernel calls small.
-_BULK_ROWS = 128
-_FEWEST_BULK_ROWS = 32
+# Open rows per chunk of the bulk pass. More read the keys less often, for the kernel's tiles grow with them (from 192
+# and from 768 rows on; the last is a multiple of that tile, so that two cores get the same). Fewer score fewer keys
+# beyond their bulk: a chunk should not span more than this many positions, or this share of the keys.
+_BULK_ROWS = (32, 128, 256, 1024)
+_SPAN = 640
+_SPAN_SHARE = 1 / 8
 # From this share of open pairs on, one dense causal call is faster than gathering rows and merging.
 _DENSE_FROM = 0.8
 
@@ -147,7 +150,7 @@ def _compacted(
     # Where padding lies between real tokens every chunk is masked.
     real = None if regions.host.is_plain else regions.valid[row]
     ends = bulk_ends[position]
-    size = min(max(len(position) // 8, _FEWEST_BULK_ROWS), _BULK_ROWS)
+    size = _bulk_rows(len(position), rows.stop - rows.start, int(ends[-1]) - bulk_begin)
     full, ragged, scored = [], [], 0
     for begin in range(0, len(position), size):
         chunk = slice(begin, begin + size)
@@ -167,6 +170,13 @@ def _compacted(
     near = Part(local.output[row, head, position], local.log_mass[row, head, position])
     local.output[row, head, position] = merge([near, *pieces]).output
     return scored
+
+
+def _bulk_rows(n_open: int, n_positions: int, n_keys: int) -> int:
+    """Choose the open rows per chunk, for `n_open` rows spread over a number of positions and their longest bulk."""
+    span = max(_SPAN, n_keys * _SPAN_SHARE)
+    fitting = [size for size in _BULK_ROWS if size * n_positions <= span * n_open]
+    return max(fitting, default=_BULK_ROWS[0])
 
 
 def _rows_against(

@@ -28,7 +28,7 @@ def compare(
     attend = load(resolve(options.backend, device))
     dense = dense_baselines(inputs, compiled_flex=options.flex or device.type == "cuda")
     calls = {name: gated(attend, inputs, opened) for name, opened in gates.items()}
-    timed = measure(dense | calls, device=device, repeats=options.repeats)
+    timed = measure(dense | calls, device=device, repeats=options.repeats, clock=options.clock)
     best = timed.fastest(list(dense))
     rows = []
     for name, call in calls.items():

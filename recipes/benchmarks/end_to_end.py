@@ -104,7 +104,7 @@ def rows_of(options, model: Any, tokens: torch.Tensor, policies: dict[str, Polic
     for phase, variants, unit in (("prefill", prefills, 1), ("decode", decodes, options.steps)):
         for handle in handles.values():
             handle.reset_report()
-        timed = measure(variants, device=tokens.device, repeats=options.repeats)
+        timed = measure(variants, device=tokens.device, repeats=options.repeats, clock=options.clock)
         for label in policies:
             report, (dense, patched) = handles[label].report(), (timed.timings[key] for key in ("dense", label))
             ratios = sorted(a / b for a, b in zip(dense.samples, patched.samples, strict=True))

@@ -73,7 +73,7 @@ def parts(options, device: torch.device, inputs: AttentionInputs, phase: str) ->
             max_chunks=bound if device.type == "cuda" else None,
         ),
     }
-    timed = measure(variants, device=device, repeats=options.repeats)
+    timed = measure(variants, device=device, repeats=options.repeats, clock=options.clock)
     ms = {name: timing.median for name, timing in timed.timings.items()}
     best = timed.fastest(list(dense))
     return {

@@ -72,7 +72,12 @@ class Timed:
 
 
 def measure(
-    variants: dict[str, Callable[[], Any]], *, device: torch.device, repeats: int = 7, at_least_ms: float = 20.0
+    variants: dict[str, Callable[[], Any]],
+    *,
+    device: torch.device,
+    repeats: int = 7,
+    at_least_ms: float = 20.0,
+    clock: str = "wall",
 ) -> Timed:
     """Time variants in turn, so that what slows the machine down slows all of them.
 
@@ -81,35 +86,38 @@ def measure(
         device: Device to wait for.
         repeats: Number of repeats wanted; as many again are made where other programs disturb.
         at_least_ms: A repeat calls a variant so often that it takes about this long.
+        clock: `"wall"`, or `"cpu"` for the CPU time of this program: what a busy machine leaves to measure with one
+            thread.
     """
+    now = time.process_time if clock == "cpu" else time.perf_counter
     calls = {}
     for name, variant in variants.items():
         variant()
-        calls[name] = max(1, min(1000, round(at_least_ms / max(_milliseconds(variant, 1, device), 1e-3))))
+        calls[name] = max(1, min(1000, round(at_least_ms / max(_milliseconds(variant, 1, device, now), 1e-3))))
     quiet: list[dict[str, float]] = []
     every: list[dict[str, float]] = []
     while len(quiet) < repeats and len(every) < 2 * repeats:
         before = _foreign_seconds()
         begin = time.perf_counter()
-        sample = {name: _milliseconds(variant, calls[name], device) for name, variant in variants.items()}
+        sample = {name: _milliseconds(variant, calls[name], device, now) for name, variant in variants.items()}
         foreign = _foreign_seconds() - before
         every.append(sample)
-        if foreign <= _BUSY * (time.perf_counter() - begin) * (os.cpu_count() or 1):
+        if clock == "cpu" or foreign <= _BUSY * (time.perf_counter() - begin) * (os.cpu_count() or 1):
             quiet.append(sample)
     is_quiet = len(quiet) >= min(3, repeats)
     chosen = quiet if is_quiet else every
     return Timed({name: Timing.of([sample[name] for sample in chosen]) for name in variants}, is_quiet)
 
 
-def _milliseconds(variant: Callable[[], Any], calls: int, device: torch.device) -> float:
+def _milliseconds(variant: Callable[[], Any], calls: int, device: torch.device, now: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = now()
     for _ in range(calls):
         variant()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - begin) / calls
+    return 1e3 * (now() - begin) / calls
 
 
 def _foreign_seconds() -> float:
@@ -128,6 +136,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each variant")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread, busy machines")
     parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"), help="folder of the results")
     parser.add_argument("--name", default="", help="name of the result files; the benchmark's own by default")
     return parser
@@ -135,6 +144,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def prepare(options: argparse.Namespace) -> torch.device:
     """Apply the options that all benchmarks have."""
+    if options.clock == "cpu":
+        options.threads = 1
     if options.threads:
         torch.set_num_threads(options.threads)
     return torch.device(options.device)
@@ -189,7 +200,7 @@ def save(
     device = torch.device(options.device)
     folder, stem = options.out, options.name or name
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"benchmark": name, "environment": environment(device), "rows": rows}
+    found = {"benchmark": name, "environment": environment(device) | {"clock": options.clock}, "rows": rows}
     (folder / f"{stem}.json").write_text(json.dumps(found, indent=1, default=asdict) + "\n", encoding="utf-8")
     text = f"# {title}\n\n{notes}\n\n{described(found['environment'])}\n\n{table(rows)}\n"
     if figure is not None:
@@ -202,7 +213,8 @@ def save(
 def described(environment: dict[str, Any]) -> str:
     """Say in one sentence where the numbers come from."""
     return (
-        f"{environment['device']}, {environment['threads']} threads of {environment['cores']} cores, "
+        f"{environment['device']}, threads: {environment['threads']}, cores: {environment['cores']}, "
+        f"clock: {environment['clock']}, "
         f"{environment['cpu_capability']}; patchattn {environment['patchattn']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}, Python {environment['python']}."
     )

@@ -247,6 +247,107 @@ def test_local_log_mass_equals_reference(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+PATHS: dict[str, dict[str, Any]] = {
+    "prefill": {"queries": 300},
+    "left padding": {"queries": 300, "left": (0, 75)},
+    "chunked prefill": {"queries": 200, "keys": 330, "left": (0, 20)},
+    "holes": {"queries": 300, "holes": (slice(100, 120),)},
+    "groups of 7": {"queries": 300, "group": 7, "kv_heads": 2},
+    "groups of 3, value dim": {"queries": 300, "group": 3, "value_dim": 24},
+    "no groups": {"queries": 300, "group": 1, "kv_heads": 4},
+    "sink logits": {"queries": 300, "sink_logits": True},
+    "softcap": {"queries": 200, "softcap": 2.0},
+    "static cache": {"queries": 150, "keys": 400, "query_slot": 70},
+}
+
+
+@pytest.mark.parametrize("first_head_open", [True, False])
+@pytest.mark.parametrize("slab", [129, 4096])
+@pytest.mark.parametrize("case", PATHS.values(), ids=PATHS.keys())
+def test_slabs_and_heads_done_densely_equal_reference(
+    case: dict[str, Any], slab: int, first_head_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "SLAB", slab)
+    densely = 0
+    real = blockwise_prefill._densely
+
+    def counted(*args: Any) -> Any:
+        nonlocal densely
+        densely += 1
+        return real(*args)
+
+    monkeypatch.setattr(blockwise_prefill, "_densely", counted)
+    inputs = make_call(**case)
+    inputs.key[:, :, inputs.regions.host.filled :] = torch.nan
+    inputs.value[:, :, inputs.regions.host.filled :] = torch.nan
+    opened = torch.rand(inputs.query.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.3
+    if first_head_open:
+        # All but a few pairs of the first KV head, so that closed pairs of it must keep their local output.
+        opened[:, : inputs.group_size] = True
+        opened[:, 0, ::11] = False
+    bulk = gate.forced(opened, inputs)
+    filled = inputs.regions.host.filled
+    clean = dataclasses.replace(
+        inputs,
+        key=inputs.key[:, :, :filled],
+        value=inputs.value[:, :, :filled],
+        regions=dataclasses.replace(inputs.regions, valid=inputs.regions.valid[:, :filled]),
+    )
+    expected, actual = reference.attend(clean, bulk, 0.0), blockwise.attend(inputs, bulk, 0.0)
+    assert_mixed(expected.open, clean)
+    assert torch.equal(actual.open, expected.open)
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
+    assert (densely > 0) == (first_head_open and not inputs.softcap and not case.get("holes"))
+
+
+DECODES: dict[str, dict[str, Any]] = {
+    "batch": {"batch": 3},
+    "one sequence": {"batch": 1, "group": 3},
+    "left padding": {"batch": 2, "left": (0, 500)},
+    "holes": {"batch": 1, "holes": (slice(900, 910),)},
+    "static cache": {"batch": 1, "query_slot": 1400},
+    "value dim": {"batch": 1, "value_dim": 24},
+    "sink logits": {"batch": 2, "sink_logits": True},
+    "no sink": {"batch": 1, "sink": 0},
+    "softcap": {"batch": 1, "softcap": 2.0},
+    "groups of 7": {"batch": 1, "group": 7},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("heads", ["one head", "one group", "first and last of a group", "all but one", "all"])
+@pytest.mark.parametrize("case", DECODES.values(), ids=DECODES.keys())
+def test_every_way_of_decoding_equals_reference(
+    case: dict[str, Any], heads: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = make_call(**({"queries": 1, "keys": 1637, "group": 3} | case))
+    group, opened = inputs.group_size, torch.zeros(inputs.query.shape[:3], dtype=torch.bool)
+    match heads:
+        case "one head":
+            opened[0, 1] = True
+        case "one group":
+            opened[:, :group] = True
+        case "first and last of a group":
+            opened[:, 0] = opened[:, group - 1] = True
+        case "all but one":
+            opened[:, 1:] = True
+        case _:
+            opened[:] = True
+    bulk = gate.forced(opened, inputs)
+    expected, actual = reference.attend(inputs, bulk, 0.0), blockwise.attend(inputs, bulk, 0.0)
+    assert torch.equal(actual.open, expected.open)
+    torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", {**PATHS, **MIXED, **DENSE}.values(), ids={**PATHS, **MIXED, **DENSE}.keys())
+def test_dense_attention_equals_reference(case: dict[str, Any]) -> None:
+    inputs = make_call(**case)
+    everything = gate.forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
+    expected = reference.attend(inputs, everything, 0.0).output
+    torch.testing.assert_close(blockwise.attend_densely(inputs), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("slot", [2, 70])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_key_opens_gates_and_spoils_only_rows_that_attend_to_it(slot: int, bad: float) -> None:

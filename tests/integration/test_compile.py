@@ -1,0 +1,284 @@
+"""Compiled models: one graph without breaks, no recompilation as lengths grow, and the path that CUDA devices take."""
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import DynamicCache, StaticCache
+
+import patchattn
+from patchattn import ClosedGate, MomentGate, OpenGate, Policy
+from patchattn.backends import flex
+from patchattn.inputs import AttentionInputs
+from patchattn.moments import CHUNK, bulk_log_mass_from_prompt
+from patchattn.regions import Regions
+from patchattn.testing import assert_within_budget, recorded_gates, replay_gates, tiny_model
+
+SINK, WINDOW = 4, 32
+MOMENTS = MomentGate(threshold=0.2, estimate="saturating")
+
+
+def policy(gate, **fields):
+    return Policy(**({"sink_size": SINK, "window_size": WINDOW, "min_bulk": 0, "gate": gate} | fields))
+
+
+def tokens(length, batch=2, seed=0):
+    return torch.randint(2, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def forward(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def make_cache(kind, model):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=480)
+    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
+
+
+def assert_gated(report, phases=("prefill", "decode")):
+    for phase in phases:
+        assert 0 < report.open_fraction(phase) < 1
+    assert not any(report.dense_calls.values())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    trace = logging.getLogger("torch.__trace")
+    level = trace.level
+    trace.setLevel(logging.WARNING)  # pytest would format and keep every line
+    yield
+    trace.setLevel(level)
+    flex._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+def moments_of(entry):
+    return entry._patchattn_moments
+
+
+def assert_moments_equal_recomputation(cache, length):
+    """What the cache carries after `length` tokens is what a pass over its keys gives."""
+    for entry in cache.layers:
+        keys = entry.keys[:, :, :length]
+        regions = Regions.of(
+            torch.ones(keys.shape[0], length), query_length=1, sink_size=SINK, window_size=WINDOW, query_slot=length - 1
+        )
+        query = keys.repeat_interleave(3, 1)[:, :, -1:]
+        _, want = bulk_log_mass_from_prompt(query, keys, regions, scale=1.0)
+        got = moments_of(entry)
+        assert torch.equal(got.chunks, want.chunks)
+        assert (got.chunks == (length - SINK - WINDOW) // CHUNK).all()
+        for part in ("count", "reference", "total", "outer"):
+            assert torch.allclose(getattr(got, part), getattr(want, part), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefill"),
+    [("static", "eager"), ("static", "compiled"), ("dynamic", "eager"), ("lazy", "compiled")],
+)
+def test_decode_over_growing_lengths_compiles_nothing_after_warm_up(kind, prefill):
+    ids, first, last = tokens(432), 412, 432  # the third chunk of bulk keys is complete at 420
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    counter = CompileCounterWithBackend("eager")
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        want = forward(model, ids)
+        handle.reset_report()
+        cache = make_cache(kind, model)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        start = forward(compiled if prefill == "compiled" else model, ids[:, :first], past_key_values=cache)
+        assert torch.allclose(start, want[:, :first], atol=1e-9)
+        for entry in cache.layers:
+            assert (moments_of(entry).chunks == 2).all()
+        seen = []
+        for at in range(first, last):
+            got = forward(compiled, ids[:, at : at + 1], past_key_values=cache)
+            assert torch.allclose(got, want[:, at : at + 1], atol=1e-9)
+            seen.append(counter.frame_count)
+        assert_gated(handle.report())
+    # The second call of a dynamic cache makes its length a symbol, as without the patch.
+    assert seen[2] == seen[-1] <= 3
+    assert_moments_equal_recomputation(cache, last)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_rows_of_a_cache_whose_first_call_was_compiled_are_followed(kind):
+    ids, rows = tokens(400, batch=3), torch.tensor([2, 0, 0])
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    with patchattn.patch(model, policy(MOMENTS)):
+        cache = make_cache(kind, model)
+        forward(torch.compile(model, backend="eager", fullgraph=True), ids, past_key_values=cache)
+        cache.reorder_cache(rows)
+        assert_moments_equal_recomputation(cache, 400)
+        more = tokens(30, batch=3, seed=1)
+        want = forward(model, torch.cat([ids[rows], more], 1))[:, 400:]
+        assert torch.allclose(forward(model, more, past_key_values=cache), want, atol=1e-9)
+        copied = copy.deepcopy(cache)
+        cache.reset()
+        assert moments_of(cache.layers[0]) is None
+        assert moments_of(copied.layers[0]) is not None
+
+
+def test_a_compiled_call_without_a_cache_is_gated():
+    ids = tokens(420)
+    model = tiny_model("qwen3", num_hidden_layers=1).double()
+    counter = CompileCounterWithBackend("eager")
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        want = forward(model, ids, use_cache=False)
+        handle.reset_report()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for length in (420, 400, 300):
+            got = forward(compiled, ids[:, :length], use_cache=False)
+            assert torch.allclose(got, want[:, :length], atol=1e-9)
+        assert_gated(handle.report(), ["prefill"])
+        embedded = forward(compiled, None, inputs_embeds=model.model.embed_tokens(ids).detach(), use_cache=False)
+        assert torch.allclose(embedded, want, atol=1e-9)
+        assert_gated(handle.report(), ["prefill"])
+        frames = counter.frame_count
+        # Positions of the caller's own could be those of packed sequences: dense, and counted.
+        forward(compiled, ids, position_ids=torch.arange(420)[None], use_cache=False)
+        assert handle.report().dense_calls[0] == {"mask": 1}
+    # One graph for the first length, one for all others of as many chunks, one for embeddings, one for positions.
+    assert frames <= 3
+    assert not model.model._forward_pre_hooks
+
+
+def test_generate_compiles_decode_by_itself():
+    from transformers import CompileConfig
+
+    ids = tokens(400)
+    model = tiny_model("llama", num_hidden_layers=1)
+    graphs = torch._dynamo.utils.counters["stats"]
+    settings = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    settings._compile_all_devices = True  # transformers leaves CPU out
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+    static = {"cache_implementation": "static", "compile_config": settings}
+    stock = model.generate(ids, **options)
+    with patchattn.patch(model, policy(OpenGate())):
+        assert torch.equal(model.generate(ids, **options, **static), stock)
+    # transformers keeps the compiled call with the model, over patch and unpatch.
+    assert torch.equal(model.generate(ids, **options, **static), stock)
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        want = model.generate(ids, **options)
+        handle.reset_report()
+        before = graphs["unique_graphs"]
+        assert torch.equal(model.generate(ids, **options, **static), want)
+        assert_gated(handle.report())
+        assert graphs["unique_graphs"] == before + 1
+        assert torch.equal(model.generate(ids, **options, **static), want)
+        assert graphs["unique_graphs"] == before + 1
+    assert torch.equal(model.generate(ids, **options, **static), stock)
+    assert not torch.equal(want, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, 2.13
+def test_inductor():
+    ids = tokens(300)
+    model = tiny_model("llama", num_hidden_layers=1)
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        want = forward(model, ids)
+        handle.reset_report()
+        cache = StaticCache(config=model.config, max_cache_len=320)
+        start = forward(model, ids[:, :290], past_key_values=cache)
+        compiled = torch.compile(model, fullgraph=True)
+        steps = [forward(compiled, ids[:, at : at + 1], past_key_values=cache) for at in range(290, 300)]
+        assert_gated(handle.report())
+    assert torch.allclose(torch.cat([start, *steps], 1), want, atol=1e-4)
+
+
+def through_cuda_path(handle):
+    """Let a patched model attend as it would on a CUDA device: two passes of FlexAttention, merged by log-sum-exp."""
+    for state in handle._states.values():
+        state.attend = functools.partial(flex.attend_with, compiler="aot_eager")
+
+
+def padded(lengths=(300, 243)):
+    ids = tokens(max(lengths), batch=len(lengths), seed=2)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    return ids * mask, mask
+
+
+def prefill_and_decode(model, ids, mask):
+    """Read all but the last three tokens at once and those one by one; returns the logits of the real tokens."""
+    cache, cut = DynamicCache(config=model.config), ids.shape[1] - 3
+    logits = [forward(model, ids[:, :cut], attention_mask=mask[:, :cut], past_key_values=cache)]
+    for end in range(cut + 1, ids.shape[1] + 1):
+        step = {"attention_mask": mask[:, :end], "past_key_values": cache}
+        logits.append(forward(model, ids[:, end - 1 : end], **step))
+    return torch.cat(logits, 1)[mask.bool()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cuda_path_of_flex(dtype):
+    batch = padded()
+    # All in one test: the families' calls are of one kind, which takes long to compile.
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        model = tiny_model(family, dtype=dtype)
+        double = copy.deepcopy(model).double()
+        for gate in (OpenGate(), ClosedGate(), MOMENTS):
+            with patchattn.patch(model, policy(gate), record="timeline") as handle:
+                through_cuda_path(handle)
+                got = prefill_and_decode(model, *batch)
+            gates, report = recorded_gates(handle), handle.report()
+            if gate is MOMENTS:
+                assert_gated(report)
+            else:
+                assert report.open_fraction() == float(isinstance(gate, OpenGate))
+                assert not any(report.dense_calls.values())
+            results = []
+            for twin in (model, double):
+                with patchattn.patch(twin, policy(gate), backend="reference") as handle:
+                    replay_gates(handle, gates)
+                    results.append(prefill_and_decode(twin, *batch))
+            assert_within_budget(got, *results, what=f"{family}, {gate.kind}")
+            if isinstance(gate, OpenGate):
+                stock = [prefill_and_decode(twin, *batch) for twin in (model, double)]
+                assert_within_budget(got, *stock, what=f"{family}, stock")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_the_cuda_path_of_flex_inside_a_compiled_model():
+    ids = tokens(300)
+    model = tiny_model("llama", num_hidden_layers=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        want = forward(model, ids)
+        handle.reset_report()
+        cache = StaticCache(config=model.config, max_cache_len=320)
+        logits = [forward(model, ids[:, :290], past_key_values=cache)]
+        through_cuda_path(handle)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        logits += [forward(compiled, ids[:, at : at + 1], past_key_values=cache) for at in range(290, 300)]
+        assert_gated(handle.report())
+    assert counter.frame_count == 1
+    assert torch.allclose(torch.cat(logits, 1), want, atol=1e-4)
+
+
+def test_inputs_of_the_moments_helper_are_what_the_backends_get():
+    """The recomputation above is on the grid that the model's calls use."""
+    ids = tokens(300)
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        cache, seen = DynamicCache(), []
+        state = handle._states[0]
+        attend = state.attend
+
+        def watch(inputs: AttentionInputs, *rest):
+            seen.append(inputs)
+            return attend(inputs, *rest)
+
+        state.attend = watch
+        forward(model, ids, past_key_values=cache)
+    assert torch.equal(seen[0].key, cache.layers[0].keys)
+    assert_moments_equal_recomputation(cache, 300)

@@ -55,11 +55,13 @@ def attend_to(
     """
     if is_fused(inputs):
         part = _fused(inputs, query, key, value, None if seen is None else _bias(seen, query.dtype), causal=causal)
-        if seen is None:
+        # Without a mask the kernel takes a row in which no score is a number, such as that of a single NaN key, for
+        # one without keys: output and log mass 0, which could close a gate.
+        if seen is None and (causal or not (part.log_mass == 0).any()):
             return part
         # The kernel adds the bias to the score, so a key that is not finite spoils rows that mask it: only then are
         # the scores computed again, and masked by selection.
-        if not (part.output.isnan().any() or part.log_mass.isnan().any()):
+        if seen is not None and not (part.output.isnan().any() or part.log_mass.isnan().any()):
             return _without_blind_rows(part, seen)
     part = _by_products(inputs, query, key, value, seen)
     return part if seen is None else _without_blind_rows(part, seen)

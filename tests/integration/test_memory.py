@@ -6,44 +6,77 @@ import sys
 
 import pytest
 
-SCRIPT = """
+SETUP = """
 import resource, sys, torch, patchattn
-from patchattn.testing import tiny_model
-length, backend = int(sys.argv[1]), sys.argv[2]
+from patchattn.testing import assert_within_budget, recorded_gates, replay_gates, tiny_model
+
+backend, lengths = sys.argv[1], [int(length) for length in sys.argv[2:]]
 model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=32768)
 policy = patchattn.Policy(sink_size=4, window_size=128, min_bulk=0, gate=patchattn.MomentGate(threshold=0.3))
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
-with torch.no_grad(), patchattn.patch(model, policy, backend=backend) as handle:
-    model.model(torch.ones(1, 600, dtype=torch.long))
+def tokens(length):
+    return torch.randint(2, 128, (1, length), generator=torch.Generator().manual_seed(0))
+
+def run(length):
+    with torch.no_grad():
+        return model.model(tokens(length), use_cache=True).last_hidden_state
+"""
+
+GROWTH = """
+with patchattn.patch(model, policy, backend=backend) as handle:
+    run(600)
     before = peak()
-    ids = torch.randint(2, 128, (1, length), generator=torch.Generator().manual_seed(0))
-    model.model(ids, use_cache=True)
+    for length in lengths:
+        run(length)
+        print(peak() - before)
 fraction = handle.report().open_fraction()
 assert 0.0 < fraction < 1.0, fraction
-print(peak() - before)
+"""
+
+EQUAL = """
+with patchattn.patch(model, policy, backend=backend, record="timeline") as handle:
+    got = run(1000)
+gates, report = recorded_gates(handle), handle.report()
+assert report.backend == backend and not any(report.dense_calls.values())
+assert 0.0 < report.open_fraction() < 1.0
+results = []
+for dtype in (torch.float32, torch.float64):
+    with patchattn.patch(model.to(dtype), policy, backend="reference") as handle:
+        replay_gates(handle, gates)
+        results.append(run(1000))
+assert_within_budget(got, *results)
 """
 
 
-def growth(length, backend):
-    """Growth of the peak resident memory in MiB, in a process of its own with few allocator arenas."""
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
+def run_alone(code, backend, *lengths):
+    """Run in a process with few allocator arenas; returns the numbers it printed."""
+    environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(length), backend],
+        [sys.executable, "-W", "ignore", "-c", code, backend, *map(str, lengths)],
         capture_output=True,
         text=True,
-        check=True,
-        env=environment,
+        check=False,
+        env=os.environ | environment,
     )
-    return int(done.stdout.split()[-1])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [int(number) for number in done.stdout.split()]
 
 
 @pytest.mark.slow
 def test_memory_of_blockwise_is_linear():
-    short, long = growth(4096, "blockwise"), growth(16384, "blockwise")
+    (short,), (long,) = (run_alone(SETUP + GROWTH, "blockwise", length) for length in (4096, 16384))
     # The scores of one layer alone would take 6 * 16384^2 * 4 bytes = 6 GiB.
     assert long < 512
     # Four times the tokens: linear growth, with half as much again for what the allocator keeps.
+    assert long <= 6 * max(short, 16)
+
+
+@pytest.mark.slow
+def test_memory_of_flex_is_linear_and_its_answers_equal_the_reference():
+    # One process, because compiling takes longest: each length is compiled for before its tensors are made.
+    short, long = run_alone(SETUP + GROWTH + EQUAL, "flex", 4096, 16384)
+    assert long < 512
     assert long <= 6 * max(short, 16)

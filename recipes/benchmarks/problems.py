@@ -71,6 +71,20 @@ def gated(attend: Callable[..., Attended], inputs: AttentionInputs, opened: Tens
     return lambda: attend(inputs, mass, 0.0)
 
 
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Capture a call in a CUDA graph; the result replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def facts(attended: Attended, inputs: AttentionInputs) -> dict[str, float]:
     """Say how many pairs were open and how many keys were scored."""
     regions, heads = inputs.regions, inputs.query.shape[1]

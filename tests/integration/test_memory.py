@@ -76,7 +76,7 @@ def test_memory_of_blockwise_is_linear():
 
 @pytest.mark.slow
 def test_memory_of_flex_is_linear_and_its_answers_equal_the_reference():
-    # One process, because compiling takes longest: each length is compiled for before its tensors are made.
+    # One process, because compiling takes longest. The memory of the compiler is counted too.
     short, long = run_alone(SETUP + GROWTH + EQUAL, "flex", 4096, 16384)
     assert long < 512
     assert long <= 6 * max(short, 16)

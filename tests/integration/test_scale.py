@@ -104,8 +104,7 @@ def test_a_patched_model_can_be_offloaded_afterwards(tmp_path):
 def test_weights_that_nothing_fetches_are_refused():
     from accelerate import cpu_offload
 
-    with torch.device("meta"):
-        model = tiny_model("llama")
+    model = tiny_model("llama").to("meta")
     with pytest.raises(patchattn.UnsupportedModelError, match="meta device"):
         patchattn.patch(model, policy(OpenGate()))
     model = tiny_model("llama")

@@ -85,9 +85,12 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, thresho
         threshold: Margin in nats from which a gate closes.
 
     Returns:
-        [batch, heads, query] bool; True means open. NaN opens.
+        [batch, heads, query] bool; True means open. A margin that is not finite opens, except where the bulk log mass
+        is -inf, which closes for certain.
     """
-    return asked[:, None] & ~(local_log_mass - bulk_log_mass >= threshold)
+    closed = local_log_mass - bulk_log_mass >= threshold
+    # An infinite local mass says nothing about the bulk keys, unless they are certain to have none.
+    return asked[:, None] & ~(closed & ((local_log_mass != torch.inf) | (bulk_log_mass == -torch.inf)))
 
 
 def bulk_log_mass(

@@ -21,7 +21,7 @@ settings.register_profile(
     "deep",
     deadline=None,
     database=None,
-    max_examples=2000,
+    max_examples=500,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("fixed")

@@ -53,18 +53,18 @@ def attend_to(
     Returns:
         Output [batch, heads, rows, value_dim] and log mass [batch, heads, rows] in nats.
     """
+    blind = None if seen is None else ~seen.any(3)
     if is_fused(inputs):
         part = _fused(inputs, query, key, value, None if seen is None else _bias(seen, query.dtype), causal=causal)
-        # Without a mask the kernel takes a row in which no score is a number, such as that of a single NaN key, for
-        # one without keys: output and log mass 0, which could close a gate.
-        if seen is None and (causal or not (part.log_mass == 0).any()):
-            return part
-        # The kernel adds the bias to the score, so a key that is not finite spoils rows that mask it: only then are
-        # the scores computed again, and masked by selection.
-        if seen is not None and not (part.output.isnan().any() or part.log_mass.isnan().any()):
-            return _without_blind_rows(part, seen)
+        # The kernel takes a row in which no score is a number, or all are -inf, for one without keys: output and log
+        # mass 0, which could close a gate. It adds the bias to the score, so a key that is not finite spoils rows that
+        # mask it. Only then are the scores computed again, and masked by selection.
+        lost = part.log_mass == 0 if blind is None else (part.log_mass == 0) & ~blind
+        spoilt = seen is not None and (part.output.isnan().any() or part.log_mass.isnan().any())
+        if causal or not (spoilt or lost.any()):
+            return part if blind is None else _without_rows(part, blind)
     part = _by_products(inputs, query, key, value, seen)
-    return part if seen is None else _without_blind_rows(part, seen)
+    return _without_rows(part, part.log_mass == -torch.inf)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -122,9 +122,8 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     return Part(output.to(query.dtype), scores.logsumexp(-1))
 
 
-def _without_blind_rows(part: Part, seen: Tensor) -> Part:
+def _without_rows(part: Part, blind: Tensor) -> Part:
     """Zero the rows that see no key, in place: the kernels give them NaN, or the log mass 0."""
-    blind = ~seen.any(3)
     if blind.any():
         part.output.masked_fill_(blind[..., None], 0)
         part.log_mass.masked_fill_(blind, -torch.inf)

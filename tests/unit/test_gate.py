@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, ShapeError, StaticGate
-from patchattn.gate import attention_scores, bulk_log_mass, forced, margin_threshold
+from patchattn.gate import attention_scores, bulk_log_mass, decide, forced, margin_threshold
 from patchattn.inputs import AttentionInputs
 from patchattn.reference import attend, masked_log_mass
 from patchattn.regions import Regions
@@ -77,6 +77,26 @@ def test_queries_below_break_even_open_without_asking():
     got = opened(ClosedGate(), inputs, min_bulk=100)
     n_bulk = inputs.regions.n_bulk[:, None].expand_as(got)
     assert torch.equal(got, (n_bulk > 0) & (n_bulk < 100))
+
+
+@pytest.mark.parametrize(
+    ("local", "bulk", "opens"),
+    [
+        (0.0, -1.0, False),
+        (0.0, 1.0, True),
+        (torch.nan, 0.0, True),
+        (0.0, torch.nan, True),
+        (torch.inf, 0.0, True),
+        (-torch.inf, 0.0, True),
+        (torch.inf, torch.inf, True),
+        (torch.nan, -torch.inf, True),
+        (torch.inf, -torch.inf, False),
+        (0.0, -torch.inf, False),
+    ],
+)
+def test_a_margin_that_is_not_finite_opens_unless_closed_for_certain(local: float, bulk: float, opens: bool):
+    masses = (torch.tensor(mass).view(1, 1, 1) for mass in (local, bulk))
+    assert decide(*masses, torch.tensor([[True]]), 0.0).item() is opens
 
 
 def test_replaying_decisions_gives_the_same_output():

@@ -19,7 +19,6 @@ from patchattn.testing import (
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTHS = (300, 243, 160)
 
 

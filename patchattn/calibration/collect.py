@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
 from patchattn.calibration.statistics import ESTIMATES, MARGINS, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
+from patchattn.gate import Measured, with_margins
 from patchattn.hf.attention import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
+from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import OpenGate, Policy
 
 Progress = Callable[[int, int], None]
@@ -82,7 +85,7 @@ def calibrate(
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
-    settings, fingerprint = _settings(model, policy, lengths, oracle_threshold, key_moments=key_moments)
+    settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
     digest = _digest(cut)
@@ -93,12 +96,12 @@ def calibrate(
     ).hexdigest()
     totals, done = _resume(Totals(settings), kept, key)
     mine = range(rank, len(cut), world)
-    with _Collecting(model, policy, settings) as attend_with:
+    with Collecting(model, policy, settings) as collecting:
         for count, index in enumerate(mine):
             if count < done:
                 continue
-            attend_with(totals, index)
-            _read(model, cut[index])
+            collecting.start_document(totals, index)
+            read_document(model, cut[index])
             if kept is not None:
                 _keep(totals, kept, key, count + 1)
             if progress is not None:
@@ -159,9 +162,15 @@ def cut_documents(
     return found[:documents]
 
 
-def _settings(
+def settings_of(
     model: Any, policy: Policy, lengths: Sequence[int] | None, oracle_threshold: float, *, key_moments: bool
 ) -> tuple[Settings, Fingerprint]:
+    """Check that a model can be measured, and say what will be; see `calibrate`.
+
+    Raises:
+        UnsupportedModelError: The model can't be patched.
+        CalibrationError: It is in training mode, or the documents are too short for the policy.
+    """
     support = check_support(model)
     if not isinstance(support, Supported):
         raise UnsupportedModelError(
@@ -193,11 +202,20 @@ def _moment_lengths(most: int) -> tuple[int, ...]:
     return tuple(sorted({count for count in counts if count >= min(128, most)}))
 
 
-class _Collecting:
-    """Patch a model so that its layers attend densely and add to totals; undone on exit."""
+class Collecting:
+    """Patch a model so that its layers add to totals; undone on exit.
 
-    def __init__(self, model: Any, policy: Policy, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    Args:
+        model: The model.
+        policy: Sink and window.
+        settings: What is measured.
+        measured: Thresholds per head by layer, to measure on gated activations; None measures on dense ones.
+    """
+
+    def __init__(
+        self, model: Any, policy: Policy, settings: Settings, *, measured: dict[int, Measured] | None = None
+    ) -> None:
+        self.model, self.settings, self.measured = model, settings, measured or {}
         self.policy = policy.model_copy(
             update={
                 "gate": OpenGate(),
@@ -207,30 +225,39 @@ class _Collecting:
             }
         )
 
-    def __enter__(self) -> Callable[[Totals, int], None]:
+    def __enter__(self) -> Collecting:
+        """Patch the model."""
         self.handle = patch(self.model, self.policy, backend="reference", record=None)
-        return self._start_document
+        return self
 
     def __exit__(self, *_: object) -> None:
+        """Give the model back."""
         self.handle.unpatch()
 
-    def _start_document(self, totals: Totals, index: int) -> None:
+    def start_document(self, totals: Totals, index: int) -> None:
+        """Let the calls that follow add to a new document of the totals."""
         document = totals.add_document(index)
         for layer, module in attention_modules(self.model).items():
             if layer in self.settings.layers:
-                module._modules[STATE].attend = _attend_into(document, layer)
+                module._modules[STATE].attend = _attend_into(document, layer, self.measured.get(layer))
 
 
-def _attend_into(document: Any, layer: int) -> Callable[..., Any]:
+def _attend_into(document: Any, layer: int, measured: Measured | None) -> Callable[..., Any]:
     def attend(inputs: Any, bulk_log_mass: Tensor, threshold: float) -> Any:
-        return document.attend(layer, inputs)
+        dense = document.attend(layer, inputs)
+        if measured is None or measured.margins is None:
+            return dense
+        mass, _ = bulk_log_mass_from_prompt(
+            inputs.query, inputs.key, inputs.regions, scale=inputs.scale, softcap=inputs.softcap
+        )
+        return blockwise_attend(inputs, with_margins(mass, measured.margins), 0.0)
 
     return attend
 
 
 @torch.no_grad()
-def _read(model: Any, ids: Tensor) -> None:
-    # The base model: logits of every position can take more memory than everything else.
+def read_document(model: Any, ids: Tensor) -> None:
+    """Read a document, [tokens] ids, without making logits: those of every position can take more than all else."""
     reader = getattr(model, "base_model", model)
     reader(input_ids=ids[None].to(model.device), use_cache=False)
 

@@ -55,6 +55,9 @@ def risk_figure(calibration: Calibration) -> Figure:
     price.set_xlabel("open pairs, % (mean over heads)")
     price.set_ylabel("missed mass (mean over heads)")
     promise.set_xscale("log")
+    shown = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    promise.set_xticks(shown, [f"{alpha:g}" for alpha in shown])
+    promise.minorticks_off()
     promise.set_xlabel("alpha of the risk target")
     promise.set_ylabel("open pairs, %")
     for axes in (price, promise):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from patchattn.cli import calibrate as calibrate_command
 from patchattn.cli import demo as demo_command
 from patchattn.cli import doctor as doctor_command
 from patchattn.cli.problems import explained
@@ -103,3 +104,143 @@ def doctor(
     """
     with explained():
         raise typer.Exit(0 if doctor_command.run(as_json=json) else 1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a causal language model. Default: the shipped model.")
+    ] = None,
+    *,
+    texts: Annotated[str, typer.Option(help="A text file, a folder with .txt files, or a quoted pattern of files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibration, its card and its plots.")],
+    lengths: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a document; repeat for several lengths, used in turn.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents to measure. Default: all the texts give.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy as a JSON file; the calibration brings it along.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First tokens that are always attended.")] = None,
+    window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option(help="Which documents are drawn, and their order.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
+    key_moments: Annotated[bool, typer.Option(help="Also measure moments of the keys.")] = True,
+    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Measure what each head of a model misses when it is closed, and write a calibration.
+
+    Goes on where an earlier run into the same folder was broken off. Under torchrun the processes share the documents.
+
+    **Examples**
+
+    - `patchattn calibrate Qwen/Qwen3-0.6B --texts "books/*.txt" --lengths 8192 --out calibrations/qwen3-0.6b`
+    - `patchattn calibrate --texts notes --window 256 --documents 64 --out calibrations/demo`: the shipped model
+    - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --out calibrations/model`
+    """
+    with explained():
+        calibrate_command.run(
+            calibrate_command.Choice(
+                model=model,
+                texts=texts,
+                out=out,
+                lengths=tuple(lengths or ()),
+                documents=documents,
+                policy=policy,
+                sink=sink,
+                window=window,
+                alpha=alpha,
+                seed=seed,
+                name=name,
+                corpus=corpus,
+                key_moments=key_moments,
+                device=device,
+                json=json,
+            )
+        )
+
+
+@app.command()
+def inspect(
+    calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
+    *,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write the plots and the card into.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Show what a calibration holds: what was measured, what a risk costs, and a row for each layer.
+
+    **Examples**
+
+    - `patchattn inspect calibrations/patchattn-demo`
+    - `patchattn inspect org/model-patchattn --revision v1 --plots plots`
+    """
+    with explained():
+        found = calibrate_command.read(calibration, revision=revision)
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+            calibrate_command.write_card(found, plots)
+        calibrate_command.show(found, where=calibration, as_json=json)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a calibration.")],
+    repo: Annotated[str, typer.Argument(help="Hub id: namespace/name.")],
+    *,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    pull_request: Annotated[bool, typer.Option(help="Open a pull request in place of a commit.")] = False,
+) -> None:
+    """Publish a calibration with its card; prints the commit.
+
+    **Examples**
+
+    - `patchattn push calibrations/my-model org/my-model-patchattn`
+    - `patchattn push calibrations/my-model org/my-model-patchattn --private --message "128k tokens"`
+    """
+    with explained():
+        commit = calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request)
+    typer.echo(commit)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="Hub id: namespace/name.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the calibration into.")],
+    *,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Get a calibration from the Hub, check it, and write it into a folder.
+
+    **Examples**
+
+    - `patchattn pull org/my-model-patchattn calibrations/my-model --revision v1`
+    """
+    with explained():
+        calibrate_command.read(repo, revision=revision).save_pretrained(folder)
+
+
+@app.command()
+def card(
+    calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
+    *,
+    write: Annotated[bool, typer.Option("--write", help="Write card and plots into the folder.")] = False,
+) -> None:
+    """Print the model card of a calibration, or write it again.
+
+    **Examples**
+
+    - `patchattn card calibrations/my-model`
+    - `patchattn card calibrations/my-model --write`
+    """
+    with explained():
+        if write:
+            calibrate_command.write_cards(Path(calibration))
+        else:
+            typer.echo(calibrate_command.text_of_card(calibration))

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from patchattn import demo
+from patchattn.cli.models import load
 from patchattn.cli.problems import stop
 from patchattn.evaluation.compare import Comparison, compare
 from patchattn.policy import Policy
@@ -50,7 +51,7 @@ def run(choice: Choice) -> None:
     errors = Console(stderr=True)
     with _progress(errors) as tell:
         tell("loading the model", 0.0)
-        model, tokenizer = _load(choice)
+        model, tokenizer = load(choice.model, choice.device)
         comparison = compare(
             model,
             tokenizer,
@@ -108,42 +109,6 @@ def _check_out(path: Path) -> None:
     if not path.resolve().parent.is_dir():
         raise stop(f"The folder {path.resolve().parent} does not exist.", fix="Make it, or choose another --out.")
     import matplotlib  # noqa: F401
-
-
-def _load(choice: Choice) -> tuple[Any, Any]:
-    try:
-        device = torch.device(choice.device)
-    except RuntimeError:
-        raise stop(f"Unknown device {choice.device!r}.", fix="Use cpu, cuda, cuda:1 or mps.") from None
-    from transformers.utils import logging
-
-    # Two progress bars at a time tear each other apart.
-    logging.disable_progress_bar()
-    if choice.model is None:
-        model, tokenizer = demo.load()
-    else:
-        model, tokenizer = _load_by_name(choice.model)
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise stop(
-            f"Can't move the model to {choice.device}: {str(error).splitlines()[0]}",
-            fix="Choose a device that `patchattn doctor` lists.",
-        ) from None
-
-
-def _load_by_name(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise stop(
-            f"Can't load {name!r} as a causal language model: {str(error).strip().splitlines()[0]}",
-            fix="Give a folder made by save_pretrained, or the Hub id of a causal language model.",
-        ) from None
-    return model.eval(), tokenizer
 
 
 def _default_length(model: Any) -> int:

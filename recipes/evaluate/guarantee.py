@@ -1,0 +1,164 @@
+"""Check the promise of `RiskTarget` on the shipped model: thresholds from one half of the documents, risk on the other.
+
+python recipes/evaluate/guarantee.py --out docs/results/guarantee
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "calibrate")]
+
+from documents import documents
+
+from patchattn import Policy, RiskTarget, demo
+from patchattn.calibration.collect import Collecting, read_document, settings_of
+from patchattn.calibration.risk import Curves, documents_needed, rungs
+from patchattn.calibration.statistics import MARGINS, Totals
+from patchattn.gate import Measured
+
+ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+SCOPES = ("head", "model")
+POLICY = Policy(sink_size=16, window_size=128, min_bulk=0)
+INFINITY = torch.tensor([torch.inf])
+RUNGS = torch.cat([-INFINITY, MARGINS, INFINITY])
+
+
+def measure(model: Any, tokens: list[Tensor], kept: Path) -> tuple[Tensor, Tensor]:
+    """Measure each document by itself on dense activations: missed mass and open fraction.
+
+    Returns:
+        Both [documents, layers, query_heads, rungs], of the guarded estimate.
+    """
+    settings, _ = settings_of(model, POLICY, (len(tokens[0]),), 0.6, key_moments=False)
+    done = torch.load(kept, weights_only=True) if kept.exists() else []
+    with Collecting(model, POLICY, settings) as collecting:
+        for at in range(len(done), len(tokens)):
+            totals = Totals(settings)
+            collecting.start_document(totals, 0)
+            read_document(model, tokens[at])
+            done.append((totals.sums["missed_mass"][0, 0].float(), totals.sums["open_fraction"][0].float()))
+            if at % 32 == 31:
+                torch.save(done, kept)
+                print(f"{at + 1} documents measured", flush=True)
+    missed, opened = (torch.stack(part) for part in zip(*done, strict=True))
+    return missed, opened
+
+
+def choose(missed: Tensor, opened: Tensor, target: RiskTarget) -> Tensor:
+    """Choose a rung for each head from the documents of one half."""
+    halves = torch.stack([missed[::2].mean(0), missed[1::2].mean(0)])
+    counts = (len(missed[::2]), len(missed[1::2]))
+    return rungs(Curves(RUNGS, halves, opened.mean(0), counts), target)
+
+
+def splits(missed: Tensor, opened: Tensor, target: RiskTarget, count: int) -> dict[str, Any]:
+    """Split the documents at random, choose on one half and look at the other."""
+    risks, worst, fractions = [], [], []
+    for split in range(count):
+        order = torch.randperm(len(missed), generator=torch.Generator().manual_seed(split))
+        here, there = order[: len(order) // 2], order[len(order) // 2 :]
+        chosen = choose(missed[here], opened[here], target)[..., None]
+        lost = missed[there].mean(0).gather(-1, chosen)
+        risks.append(lost[..., 0])
+        worst.append(float(lost.max()))
+        fractions.append(float(opened[there].mean(0).gather(-1, chosen).mean()))
+    by_head = torch.stack(risks)
+    return {
+        "alpha": target.alpha,
+        "scope": target.scope,
+        # What the promise is about: the mean over splits, per head or of the mean over heads.
+        "mean_over_heads": by_head.mean().item(),
+        "worst_head": by_head.mean(0).max().item(),
+        "open_fraction": sum(fractions) / count,
+        "by_split": by_head.mean((1, 2)).tolist(),
+        "worst_head_by_split": worst,
+    }
+
+
+def on_patched(model: Any, tokens: list[Tensor], margins: Tensor, settings: Any) -> tuple[float, float, float]:
+    """Measure missed mass and open fraction where every layer runs on gated activations.
+
+    Returns:
+        Missed mass, mean over heads and of the worst head, and the open fraction.
+    """
+    missed, opened = [], []
+    measured = {layer: Measured(margins[at]) for at, layer in enumerate(settings.layers)}
+    with Collecting(model, POLICY, settings, measured=measured) as collecting:
+        for ids in tokens:
+            totals = Totals(settings)
+            collecting.start_document(totals, 0)
+            read_document(model, ids)
+            at = torch.searchsorted(RUNGS, margins.contiguous(), right=True)[..., None] - 1
+            at = torch.where(margins[..., None] == torch.inf, len(RUNGS) - 1, at)
+            missed.append(totals.sums["missed_mass"][0, 0].gather(-1, at)[..., 0])
+            opened.append(totals.sums["open_fraction"][0].gather(-1, at)[..., 0])
+    by_head = torch.stack(missed).mean(0)
+    return by_head.mean().item(), by_head.max().item(), torch.stack(opened).mean().item()
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the distribution over splits as a share of alpha."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, scope in zip(figure.subplots(1, 2, sharey=True), SCOPES, strict=True):
+        chosen = [row for row in rows if row["scope"] == scope]
+        axes.boxplot([[value / row["alpha"] for value in row["by_split"]] for row in chosen], widths=0.5)
+        means = [row["mean_over_heads"] / row["alpha"] for row in chosen]
+        axes.plot(range(1, len(chosen) + 1), means, "D", color="tab:green", label="mean over splits, mean over heads")
+        worst = [row["worst_head"] / row["alpha"] for row in chosen]
+        axes.plot(range(1, len(chosen) + 1), worst, "^", color="tab:red", label="mean over splits, worst head")
+        if all("patched" in row for row in chosen):
+            patched = [row["patched"] / row["alpha"] for row in chosen]
+            axes.plot(range(1, len(chosen) + 1), patched, "x", color="black", label="patched model, mean over heads")
+        axes.axhline(1, color="grey", linestyle=":")
+        axes.set_xticks(range(1, len(chosen) + 1), [f"{row['alpha']:g}" for row in chosen])
+        axes.set_xlabel("alpha")
+        axes.set_title(f'scope "{scope}"', fontsize=10)
+        axes.set_ylim(0, 2.2 if scope == "model" else None)
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("missed mass on held-out documents / alpha")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, split, measure on the patched model, write page and picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--documents", type=int, default=512)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--splits", type=int, default=100)
+    parser.add_argument("--patched", type=int, default=64, help="documents of the other half to read patched")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/guarantee"), help="without suffix")
+    arguments = parser.parse_args()
+    model, _ = demo.load()
+    made = documents(arguments.documents, arguments.length, seed="guarantee")
+    tokens = [torch.tensor(document.token_ids) for document in made]
+    missed, opened = measure(model, tokens, arguments.out.with_suffix(".documents.pt"))
+    settings, _ = settings_of(model, POLICY, (arguments.length,), 0.6, key_moments=False)
+    half = len(tokens) // 2
+    rows = []
+    for scope in SCOPES:
+        for alpha in ALPHAS:
+            target = RiskTarget(alpha=alpha, scope=scope)
+            if documents_needed(target) > half:
+                continue
+            row = splits(missed, opened, target, arguments.splits)
+            margins = RUNGS[choose(missed[:half], opened[:half], target)]
+            found = on_patched(model, tokens[half : half + arguments.patched], margins, settings)
+            row |= dict(zip(("patched", "patched_worst_head", "patched_open_fraction"), found, strict=True))
+            rows.append(row)
+            print({name: value for name, value in row.items() if "by_split" not in name}, flush=True)
+    arguments.out.with_suffix(".json").write_text(json.dumps(rows))
+    plot(rows, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

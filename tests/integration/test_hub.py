@@ -1,0 +1,278 @@
+"""Calibrations on the Hub, with the real client against a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub.file_download
+import huggingface_hub.hf_api
+import pytest
+import torch
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+import patchattn
+from patchattn.calibration import Calibration, files, plots
+from patchattn.cli.app import app
+from patchattn.errors import (
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationHubError,
+    CalibrationNotFoundError,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hub_server import TOKEN, FakeHub
+from made_up import made_up_calibration
+
+REPO = "me/made-up-patchattn"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    server = FakeHub()
+    # The client reads these when it is imported, so the environment comes too late.
+    for module in (constants, huggingface_hub.file_download, huggingface_hub.hf_api):
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # Drawing takes most of the time of a push, and what is drawn is tested elsewhere.
+    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    yield server
+    server.close()
+
+
+def push(calibration=None, **fields) -> str:
+    calibration = made_up_calibration() if calibration is None else calibration
+    return calibration.push_to_hub(REPO, **fields)
+
+
+def pull(revision: str | None = "main", **fields) -> Calibration:
+    return Calibration.from_pretrained(REPO, revision=revision, **fields)
+
+
+def same(one: Calibration, other: Calibration) -> bool:
+    tensors = all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    return tensors and one.manifest == other.manifest and one.policy == other.policy
+
+
+def test_push_and_pull_by_branch_tag_and_commit(hub: FakeHub) -> None:
+    first, second = made_up_calibration(seed=1), made_up_calibration(seed=2)
+    commit = push(first)
+    hub.repos[REPO].names["v1"] = commit
+    later = push(second, commit_message="Second")
+    assert hub.repos[REPO].messages == ["Calibration of org/made-up on 100 documents", "Second"]
+    assert same(pull("main"), second)
+    assert same(pull("v1"), first)
+    assert same(pull(commit), first)
+    assert same(pull(later), second)
+    names = set(hub.repos[REPO].commits[commit])
+    assert names == {files.FILE, files.POLICY_FILE, "README.md", "plots/risk.png"}
+    card = hub.repos[REPO].commits[commit]["README.md"].decode()
+    assert f'calibration="{REPO}"' in card
+    assert "base_model: org/made-up" in card
+
+
+def test_without_a_revision_a_warning_names_the_commit(hub: FakeHub) -> None:
+    commit = push()
+    with pytest.warns(UserWarning, match=f"revision='{commit}'"):
+        pull(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pull(commit)
+
+
+def test_both_files_come_from_one_commit_when_the_branch_moves(hub: FakeHub) -> None:
+    push(made_up_calibration(seed=1))
+    asked = len(hub.requests)
+    pull("main")
+    wanted = [line for line in hub.requests[asked:] if files.POLICY_FILE in line]
+    commit = hub.repos[REPO].names["main"]
+    assert wanted
+    assert all(commit in line for line in wanted)
+
+
+def test_private_repositories_need_a_token(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(private=True)
+    assert hub.repos[REPO].private
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(CalibrationNotFoundError, match="private") as caught:
+        pull(token=False)
+    assert "token=" in caught.value.fix
+    assert pull(token=TOKEN).manifest.model == "org/made-up"
+
+
+def test_what_is_missing_is_named(hub: FakeHub) -> None:
+    commit = push()
+    with pytest.raises(CalibrationNotFoundError, match="no repository me/nothing"):
+        Calibration.from_pretrained("me/nothing", revision="main")
+    with pytest.raises(CalibrationNotFoundError, match="no revision 'v9'"):
+        pull("v9")
+    without = hub.repos[REPO].commits[commit]
+    del without[files.POLICY_FILE]
+    with pytest.raises(CalibrationNotFoundError, match=r"no policy\.json"):
+        pull(commit)
+    with pytest.raises(CalibrationNotFoundError, match="neither a folder nor the name of a repository"):
+        Calibration.from_pretrained("../up/and/away")
+
+
+def test_offline_the_cache_is_enough(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibrationNotFoundError, match="not in the cache"):
+        pull("main", local_files_only=True)
+    commit = push()
+    pull("main")
+    hub.fail_with = 500
+    assert same(pull("main", local_files_only=True), made_up_calibration())
+    assert same(pull(commit), made_up_calibration())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(pull("main"), made_up_calibration())
+    with pytest.raises(CalibrationNotFoundError, match="switched off"):
+        pull("v9")
+
+
+def test_server_errors_and_broken_downloads_are_typed_and_leave_nothing_behind(hub: FakeHub, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    push()
+    for status in (500, 503):
+        hub.fail_with = status
+        with pytest.raises(CalibrationHubError):
+            pull()
+        with pytest.raises(CalibrationHubError):
+            push()
+    hub.fail_with = None
+    hub.cut_off = True
+    with pytest.raises(CalibrationHubError):
+        pull()
+    hub.cut_off = False
+    assert same(pull(), made_up_calibration())
+
+
+def test_a_slow_server_times_out_or_is_waited_for(hub: FakeHub, monkeypatch) -> None:
+    push()
+    hub.delay = 0.3
+    assert same(pull(), made_up_calibration())
+
+
+def test_a_hub_that_hangs_up_is_typed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    push()
+    hub.hang_up = True
+    with pytest.raises(CalibrationHubError):
+        pull()
+
+
+def test_a_changed_file_under_a_pinned_commit_is_noticed_or_not_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    first = made_up_calibration(seed=1)
+    commit = push(first)
+    pull(commit)
+    # Changed on the server: what is pinned and in the cache stays what it was.
+    other = files.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
+    kept = hub.repos[REPO].commits[commit]
+    kept[files.FILE] = other
+    assert same(pull(commit), first)
+    # Changed in the cache: the file is not what its digest says.
+    blob = next(path.resolve() for path in (tmp_path / "cache").rglob(files.FILE))
+    blob.chmod(0o644)
+    blob.write_bytes(other)
+    with pytest.raises(CalibrationFormatError, match="not the file that its digest"):
+        pull(commit)
+
+
+def test_a_repository_with_something_else_in_it_is_refused(hub: FakeHub) -> None:
+    push()
+    hub.repos[REPO].commit({files.FILE: b"\x80\x04pickle" * 20})
+    with pytest.raises(CalibrationFormatError):
+        pull()
+
+
+def test_pull_requests_leave_the_branch_alone(hub: FakeHub) -> None:
+    commit = push(made_up_calibration(seed=1))
+    push(made_up_calibration(seed=2), create_pr=True)
+    assert hub.repos[REPO].names["main"] == commit
+    assert same(pull("main"), made_up_calibration(seed=1))
+
+
+def test_pushing_without_the_right_is_refused(hub: FakeHub) -> None:
+    with pytest.raises(CalibrationError):
+        push(token="hf_wrong")
+    assert REPO not in hub.repos
+
+
+def test_patch_takes_a_repository(hub: FakeHub) -> None:
+    from patchattn.testing import tiny_model
+
+    sys.path[:0] = [str(Path(__file__).parents[1] / "unit")]
+    from test_calibration_collect import POLICY, Letters, texts
+
+    model = tiny_model("llama")
+    patchattn.calibrate(model, Letters(), texts(), POLICY, lengths=(300,)).push_to_hub(REPO)
+    with pytest.warns(UserWarning, match="was taken at commit"), patchattn.patch(model, calibration=REPO) as handle:
+        assert handle.policy.gate == POLICY.gate
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/calibrate-and-share.md"])
+def test_the_documented_way_from_measuring_to_patching_runs(hub: FakeHub, page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "push_to_hub" in block]
+    assert len(blocks) == 1
+    names: dict[str, object] = {}
+    exec(compile(blocks[0], page, "exec"), names)
+    assert names["calibration"].manifest == Calibration.from_pretrained("me/demo-patchattn", revision="main").manifest
+    assert 0 < names["handle"].report().open_fraction("prefill") < 1
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_commands_push_pull_inspect_and_card(hub: FakeHub, tmp_path: Path) -> None:
+    made_up_calibration().save_pretrained(tmp_path / "here", card=False)
+    result = run("push", tmp_path / "here", REPO, "--message", "Try")
+    assert result.exit_code == 0, result.output
+    commit = result.stdout.strip()
+    assert hub.repos[REPO].names["main"] == commit
+    assert hub.repos[REPO].messages == ["Try"]
+    result = run("pull", REPO, tmp_path / "there", "--revision", commit)
+    assert result.exit_code == 0, result.output
+    assert same(Calibration.from_pretrained(tmp_path / "there"), made_up_calibration())
+    result = run("inspect", REPO, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["manifest"]["model"] == "org/made-up"
+    assert commit in result.stderr
+    assert "# patchattn calibration of org/made-up" in run("card", REPO).stdout
+    result = run("inspect", "me/nothing")
+    assert result.exit_code == 2
+    assert "Fix: " in result.stderr
+
+
+def test_environment_variables_of_the_hub_are_respected(hub: FakeHub, tmp_path: Path) -> None:
+    commit = push()
+    code = (
+        f"import patchattn; print(patchattn.Calibration.from_pretrained({REPO!r}, revision={commit!r}).manifest.model)"
+    )
+
+    def run_with(**more: str) -> subprocess.CompletedProcess[str]:
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | home | more
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+    found = run_with()
+    assert found.stdout.strip() == "org/made-up", found.stderr
+    assert list((tmp_path / "home").rglob(files.FILE))
+    hub.fail_with = 500
+    assert run_with(HF_HUB_OFFLINE="1").stdout.strip() == "org/made-up"

@@ -1,0 +1,128 @@
+"""Tests of the commands that measure, show and describe calibrations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from patchattn import demo
+from patchattn.calibration import Calibration, plots
+from patchattn.cli.app import app
+from patchattn.policy import OpenFractionTarget, RiskTarget
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from made_up import made_up_calibration
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time, and one test that looks at the pictures is enough."""
+    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for at in range(4):
+        (folder / f"{at}.txt").write_text(demo.sample_text()[5000 * at : 5000 * at + 2000])
+    return folder
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--lengths", 256, "--window", 64, "--alpha", 0.25, "--corpus", "source")
+    result = run("calibrate", "--texts", texts, "--out", out, *options, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["manifest"]["model"] == "patchattn-demo"
+    assert found["manifest"]["corpus"]["name"] == "source"
+    assert sum(found["manifest"]["documents"]) >= 4
+    calibration = Calibration.from_pretrained(out)
+    assert calibration.policy.window_size == 64
+    assert calibration.policy.gate.threshold == RiskTarget(alpha=0.25)
+    assert not list(out.glob(".*"))
+    assert (out / "README.md").exists()
+    model, _ = demo.load()
+    calibration.check_model(model)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    gate = {"kind": "moment", "threshold": OpenFractionTarget(fraction=0.3).model_dump()}
+    policy.write_text(json.dumps({"window_size": 100, "gate": gate}))
+    options = ("--policy", policy, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4)
+    result = run("calibrate", demo.model_folder(), "--texts", f"{texts}/[01].txt", "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "heads always open" in result.stdout
+    calibration = Calibration.from_pretrained(tmp_path / "out")
+    assert (calibration.policy.sink_size, calibration.policy.window_size) == (4, 100)
+    assert calibration.manifest.bulk_counts == ()
+    assert calibration.manifest.model == "model"
+    assert calibration.manifest.n_documents == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--texts", "nothing*.txt"), "No text file fits 'nothing*.txt'"),
+        (("--texts", "{texts}", "--lengths", "64"), "no keys beyond sink 16 and window 1024"),
+        (("--texts", "{texts}", "--lengths", "256", "--window", "64", "--documents", "99"), "99 were asked for"),
+        (("--texts", "{texts}", "--window", "0"), "window_size"),
+        (("--texts", "{texts}", "--alpha", "2"), "alpha"),
+        (("--texts", "{texts}", "--policy", "nothing.json"), "Can't read nothing.json"),
+        (("--texts", "picture.png"), "not UTF-8"),
+        (("./nothing", "--texts", "{texts}"), "Can't load './nothing'"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message, texts: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    filled = [argument.replace("{texts}", str(texts)) for argument in arguments]
+    result = run("calibrate", *filled, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Fix: " in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_inspect_shows_tables_and_writes_plots(tmp_path: Path) -> None:
+    made_up_calibration().save_pretrained(tmp_path / "in", card=False)
+    result = run("inspect", tmp_path / "in", "--plots", tmp_path / "plots")
+    assert result.exit_code == 0, result.output
+    for words in ("org/made-up", "100 documents", "each head", "mean over heads", "needs 199 documents", "layer"):
+        assert words in result.stdout
+    made = {path.name for path in (tmp_path / "plots" / "plots").iterdir()}
+    assert made == {"risk.png", "heads.png", "estimate.png"}
+    result = run("inspect", tmp_path / "in", "--json")
+    risks = {(row["scope"], row["alpha"]): row for row in json.loads(result.stdout)["risks"]}
+    assert risks["head", 0.005]["open_fraction"] is None
+    assert 0 < risks["head", 0.1]["open_fraction"] <= 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_card_is_printed_or_written(tmp_path: Path) -> None:
+    made_up_calibration().save_pretrained(tmp_path, card=False)
+    assert "library_name: patchattn" in run("card", tmp_path).stdout
+    assert not (tmp_path / "README.md").exists()
+    assert run("card", tmp_path, "--write").exit_code == 0
+    assert "| 0.02 | head |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "inspect", "push", "pull", "card"])
+def test_help_has_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"patchattn {command}" in result.stdout.split("Examples")[1]

@@ -11,17 +11,12 @@ from patchattn.backends import Backend, load, load_dense
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
+from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
 from patchattn.policy import MomentGate, Policy
 from patchattn.regions import Regions, first_real_slot
-
-STATE = "patchattn_layer"
-"""Name of the submodule that a patched attention module carries."""
-
-CACHE_ARGUMENT = "patchattn_cache"
-"""Keyword under which the cache reaches the attention function."""
 
 _LAYOUT_ROWS = 3
 _REGIONS = "_patchattn_regions"
@@ -109,7 +104,7 @@ class LayerState(nn.Module):
 
     def note_dense_call(self, reason: str) -> None:
         """Count a call that does not go through the gate."""
-        self.dense_calls[DENSE_REASONS.index(reason)] += 1
+        self.dense_calls[DENSE_REASONS.index(reason)].add_(1)
 
     def reset_counters(self) -> None:
         """Set every counter back to zero."""
@@ -126,65 +121,6 @@ class LayerState(nn.Module):
         self.below[row].add_(facts.n_below)
         self.scored[row].add_(attended.scored_keys)
         self.causal[row].add_(facts.n_causal, alpha=heads)
-
-
-def install_cache_hook(module: nn.Module) -> Any:
-    """Let the cache of each call reach the attention function; returns the hook's handle."""
-    return module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
-
-
-def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    state = module._modules[STATE]
-    if module.config._attn_implementation != ORIGINALS[state.original]:
-        raise PatchStateError(
-            f"The model's attention implementation was changed to {module.config._attn_implementation!r} after it was "
-            "patched, which silently switches the patch off.",
-            fix="call patchattn.unpatch(model) before set_attn_implementation, and patch again after it",
-        )
-    if kwargs.get("output_attentions"):
-        raise _no_attention_weights()
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return args, {**kwargs, CACHE_ARGUMENT: cache}
-
-
-def install_mask_hook(decoder: nn.Module) -> None:
-    """Let a compiled call of a decoder say that it is plainly causal; `decoder` is the module that makes the masks.
-
-    Without mask, positions and cache, transformers looks at the positions it made for boundaries of packed sequences.
-    A compiled graph can't look, so it gets the mask of packed sequences always. A padding mask of ones says the same as
-    none and spares the search.
-    """
-    decoder.register_forward_pre_hook(_say_plain, with_kwargs=True)
-
-
-def remove_mask_hook(decoder: nn.Module) -> None:
-    """Undo `install_mask_hook`; does nothing where there is no hook."""
-    # By identity: copies of a patched model have the hook too.
-    for number in [number for number, hook in decoder._forward_pre_hooks.items() if hook is _say_plain]:
-        decoder._forward_pre_hooks.pop(number)
-        decoder._forward_pre_hooks_with_kwargs.pop(number)
-
-
-def _say_plain(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if not torch.compiler.is_compiling() or len(args) > 1:
-        return None
-    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
-        return None
-    tokens = args[0] if args else kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        return None
-    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    return args, {**kwargs, "attention_mask": ones}
-
-
-def _no_attention_weights() -> UnsupportedCallError:
-    return UnsupportedCallError(
-        "output_attentions=True asks for attention weights, which the patched model never forms.",
-        fix="unpatch the model, or drop output_attentions",
-    )
 
 
 def mask(
@@ -225,9 +161,11 @@ def mask(
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is None:
-        valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    else:
-        valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
+        layout = torch.zeros(batch_size, 1, _LAYOUT_ROWS, kv_length, dtype=torch.int32, device=device)
+        layout[:, :, 0] = 1
+        layout[:, :, 1] = q_offset
+        return layout
+    valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
     first = first_real_slot(valid)[:, None].expand(-1, kv_length)
     if isinstance(q_offset, Tensor):
         query_slot = q_offset.to(device)
@@ -381,7 +319,7 @@ def _is_layout(attention_mask: Any) -> TypeGuard[Tensor]:
 
 def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
     if kwargs.get("output_attentions"):
-        raise _no_attention_weights()
+        raise no_attention_weights()
     if dropout:
         raise UnsupportedCallError(
             f"The model asks for attention dropout {dropout}, which the gated path does not have.",

@@ -13,7 +13,8 @@ from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_chec
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
 from patchattn.gate import Measured
-from patchattn.hf.attention import STATE, LayerState, install_cache_hook, install_mask_hook, register, remove_mask_hook
+from patchattn.hf.attention import LayerState, register
+from patchattn.hf.hooks import STATE, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.offload import compute_device
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import MomentGate, Policy, StaticGate

@@ -1,0 +1,77 @@
+"""Hooks on a patched model's modules: what transformers does not hand to attention and mask functions by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchattn.errors import PatchStateError, UnsupportedCallError
+from patchattn.hf.support import ORIGINALS
+
+STATE = "patchattn_layer"
+"""Name of the submodule that a patched attention module carries."""
+
+CACHE_ARGUMENT = "patchattn_cache"
+"""Keyword under which the cache reaches the attention function."""
+
+
+def install_cache_hook(module: nn.Module) -> Any:
+    """Let the cache of each call reach the attention function; returns the hook's handle."""
+    return module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
+
+
+def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    state = module._modules[STATE]
+    if module.config._attn_implementation != ORIGINALS[state.original]:
+        raise PatchStateError(
+            f"The model's attention implementation was changed to {module.config._attn_implementation!r} after it was "
+            "patched, which silently switches the patch off.",
+            fix="call patchattn.unpatch(model) before set_attn_implementation, and patch again after it",
+        )
+    if kwargs.get("output_attentions"):
+        raise no_attention_weights()
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return args, {**kwargs, CACHE_ARGUMENT: cache}
+
+
+def install_mask_hook(decoder: nn.Module) -> None:
+    """Let a compiled call of a decoder say that it is plainly causal; `decoder` is the module that makes the masks.
+
+    Without mask, positions and cache, transformers looks at the positions it made for boundaries of packed sequences.
+    A compiled graph can't look, so it gets the mask of packed sequences always. A padding mask of ones says the same as
+    none and spares the search.
+    """
+    decoder.register_forward_pre_hook(_say_plain, with_kwargs=True)
+
+
+def remove_mask_hook(decoder: nn.Module) -> None:
+    """Undo `install_mask_hook`; does nothing where there is no hook."""
+    # By identity: copies of a patched model have the hook too.
+    for number in [number for number, hook in decoder._forward_pre_hooks.items() if hook is _say_plain]:
+        decoder._forward_pre_hooks.pop(number)
+        decoder._forward_pre_hooks_with_kwargs.pop(number)
+
+
+def _say_plain(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not torch.compiler.is_compiling() or len(args) > 1:
+        return None
+    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
+        return None
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return None
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    return args, {**kwargs, "attention_mask": ones}
+
+
+def no_attention_weights() -> UnsupportedCallError:
+    """Make the error for a call that asks for attention weights."""
+    return UnsupportedCallError(
+        "output_attentions=True asks for attention weights, which the patched model never forms.",
+        fix="unpatch the model, or drop output_attentions",
+    )

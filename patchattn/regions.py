@@ -28,7 +28,6 @@ class HostRegions:
         filled: Number of slots up to the last query row; a static cache may hold anything after them.
         last_first: The largest of `first`.
         is_plain: True where no padding lies between the first real token and the last query row of any sequence.
-        asked: `Regions.asked`, computed once.
     """
 
     first: list[int]
@@ -36,7 +35,6 @@ class HostRegions:
     filled: int
     last_first: int
     is_plain: bool
-    asked: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,12 @@ class Regions:
         first = self.first.tolist()
         n_real = sum(max(filled - begin, 0) for begin in first)
         is_plain = int(self.valid[:, :filled].sum()) == n_real
-        return HostRegions(first, query_slot, filled, max(first, default=0), is_plain, self.asked)
+        return HostRegions(first, query_slot, filled, max(first, default=0), is_plain)
+
+    @cached_property
+    def known_asked(self) -> Tensor:
+        """Return `asked`, computed once; not for compiled code."""
+        return self.asked
 
     @cached_property
     def last_n_bulk(self) -> list[int]:

@@ -138,7 +138,7 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
     if is_plain_decode(inputs):
         local, scored = attend_local_decode(inputs)
         local = _with_sink_logits(inputs, local)
-        opened = decide(local.log_mass, bulk_log_mass, inputs.regions.host.asked, threshold)
+        opened = decide(local.log_mass, bulk_log_mass, inputs.regions.known_asked, threshold)
         if opened.any():
             scored += add_bulk_decode(inputs, opened, local)
         return _attended(inputs, local.output, opened, scored)
@@ -147,7 +147,7 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
         rows = slice(begin, min(begin + SLAB, inputs.query.shape[2]))
         local, triples = attend_local(inputs, rows)
         local = _with_sink_logits(inputs, local)
-        asked = inputs.regions.host.asked[:, rows]
+        asked = inputs.regions.known_asked[:, rows]
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], asked, threshold)
         scored += triples
         if opened.any():

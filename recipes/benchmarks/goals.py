@@ -39,8 +39,8 @@ def main() -> None:
     page = [
         "# Speed: goals and measurements",
         "Made by `python recipes/benchmarks/goals.py` from the files in [benchmarks/](benchmarks/); the command of "
-        "each benchmark is in [recipes/benchmarks](../../recipes/benchmarks/README.md). A speed-up is against the fastest "
-        "dense kernel of the same run.",
+        "each benchmark is in [recipes/benchmarks](../../recipes/benchmarks/README.md). A speed-up is against the "
+        "fastest dense kernel of the same run.",
         "## CPU, one layer",
         "8 query heads over 2 KV heads of 64, sink 16, window 256, batch 1. In each cell: measured / goal; **bold** "
         "where the goal is missed.",

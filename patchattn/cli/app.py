@@ -123,6 +123,9 @@ def calibrate(
     policy: Annotated[Path | None, typer.Option(help="Policy as a JSON file; the calibration brings it along.")] = None,
     sink: Annotated[int | None, typer.Option(help="First tokens that are always attended.")] = None,
     window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
+    min_bulk: Annotated[
+        int | None, typer.Option(help="Queries with fewer far keys attend densely. Default: where patching pays.")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
     ] = 0.02,
@@ -154,6 +157,7 @@ def calibrate(
                 policy=policy,
                 sink=sink,
                 window=window,
+                min_bulk=min_bulk,
                 alpha=alpha,
                 seed=seed,
                 name=name,

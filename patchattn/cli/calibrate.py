@@ -38,6 +38,7 @@ class Choice:
     policy: Path | None
     sink: int | None
     window: int | None
+    min_bulk: int | None
     alpha: float
     seed: int
     name: str | None
@@ -207,7 +208,11 @@ def _policy(choice: Choice) -> Policy:
             fields = Policy.model_validate_json(choice.policy.read_text(encoding="utf-8")).model_dump()
         except (OSError, UnicodeDecodeError):
             raise stop(f"Can't read {choice.policy}.", fix="Give the path of a policy file.") from None
-    for name, value in (("sink_size", choice.sink), ("window_size", choice.window)):
+    for name, value in (
+        ("sink_size", choice.sink),
+        ("window_size", choice.window),
+        ("min_bulk", choice.min_bulk),
+    ):
         if value is not None:
             fields[name] = value
     return Policy.model_validate(fields)

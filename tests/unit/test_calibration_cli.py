@@ -60,15 +60,16 @@ def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("no_pictures")
 def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> None:
-    policy = tmp_path / "policy.json"
+    path = tmp_path / "policy.json"
     gate = {"kind": "moment", "threshold": OpenFractionTarget(fraction=0.3).model_dump()}
-    policy.write_text(json.dumps({"window_size": 100, "gate": gate}))
-    options = ("--policy", policy, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4)
+    path.write_text(json.dumps({"window_size": 100, "gate": gate}))
+    options = ("--policy", path, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4, "--min-bulk", 7)
     result = run("calibrate", demo.model_folder(), "--texts", f"{texts}/[01].txt", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "heads always open" in result.stdout
     calibration = Calibration.from_pretrained(tmp_path / "out")
-    assert (calibration.policy.sink_size, calibration.policy.window_size) == (4, 100)
+    policy = calibration.policy
+    assert (policy.sink_size, policy.window_size, policy.min_bulk) == (4, 100, 7)
     assert calibration.manifest.bulk_counts == ()
     assert calibration.manifest.model == "model"
     assert calibration.manifest.n_documents == 2

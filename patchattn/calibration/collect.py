@@ -21,7 +21,7 @@ from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
 from patchattn.calibration.statistics import ESTIMATES, MARGINS, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gate import Measured, with_margins
-from patchattn.hf.attention import STATE
+from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
 from patchattn.moments import bulk_log_mass_from_prompt

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def calibrate(
     key_moments: bool = True,
     oracle_threshold: float = 0.6,
     checkpoint: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
 ) -> Calibration:
     """Measure what a model's heads miss when they are closed, on documents cut from texts.
 
@@ -73,15 +74,15 @@ def calibrate(
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         checkpoint: File to which the sums are written after each document; a run that finds it there goes on from
             it. Removed at the end. Each of several processes adds its rank to the name.
-        progress: Called after each document.
+        progress: True shows a bar with the time left on standard error; a function is called after each document.
 
     Returns:
         The calibration.
 
     Raises:
         UnsupportedModelError: The model can't be patched.
-        CalibrationError: No document has bulk keys, there are fewer than `documents`, the model is in training mode,
-            or the checkpoint is of another run.
+        CalibrationError: No document has bulk keys, there are fewer than `documents`, the model is in training mode
+            or cut by tensor parallelism, or the checkpoint is of another run.
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
@@ -96,7 +97,7 @@ def calibrate(
     ).hexdigest()
     totals, done = _resume(Totals(settings), kept, key)
     mine = range(rank, len(cut), world)
-    with Collecting(model, policy, settings) as collecting:
+    with _told(progress=progress) as tell, Collecting(model, policy, settings) as collecting:
         for count, index in enumerate(mine):
             if count < done:
                 continue
@@ -104,8 +105,7 @@ def calibrate(
             read_document(model, cut[index])
             if kept is not None:
                 _keep(totals, kept, key, count + 1)
-            if progress is not None:
-                progress(min((count + 1) * world, len(cut)), len(cut))
+            tell(min((count + 1) * world, len(cut)), len(cut))
     _add_up(totals)
     if kept is not None:
         kept.unlink(missing_ok=True)
@@ -179,6 +179,11 @@ def settings_of(
         )
     if model.training:
         raise CalibrationError("The model is in training mode.", fix="call model.eval() first")
+    if getattr(model, "_device_mesh", None) is not None:
+        raise CalibrationError(
+            "The model is cut by tensor parallelism, so that no process holds all of its heads.",
+            fix="load it whole in each process, for instance with device_map",
+        )
     if not 0 < oracle_threshold < 1:
         raise CalibrationError(f"oracle_threshold must lie in (0, 1), got {oracle_threshold}.", fix="for instance 0.6")
     longest = max(lengths or (_default_length(model),))
@@ -333,6 +338,22 @@ def _keep(totals: Totals, kept: Path, key: str, done: int) -> None:
     from safetensors.torch import save
 
     files.write(kept, save(totals.sums, metadata={"key": key, "done": str(done)}))
+
+
+@contextlib.contextmanager
+def _told(*, progress: Progress | bool) -> Iterator[Progress]:
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="measuring documents", unit="document", disable=not progress) as bar:
+
+        def tell(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield tell
 
 
 def _ranks() -> tuple[int, int]:

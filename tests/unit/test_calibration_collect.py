@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import patchattn
 from patchattn import CalibrationError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
-from patchattn.calibration.collect import calibrate
+from patchattn.calibration.collect import _half_upwards, calibrate
 from patchattn.calibration.statistics import MARGINS, Settings, Totals
 from patchattn.gate import attention_scores, bulk_log_mass
 from patchattn.inputs import AttentionInputs
@@ -156,6 +158,25 @@ def test_two_runs_are_the_same_and_another_seed_is_not() -> None:
     assert first.manifest.corpus.sha256 != other.manifest.corpus.sha256
 
 
+def test_progress_is_shown_with_the_time_left(capfd: pytest.CaptureFixture[str]) -> None:
+    measure(documents=2, progress=True)
+    shown = capfd.readouterr().err
+    assert "measuring documents" in shown
+    assert "2/2" in shown
+    measure(documents=2)
+    assert "measuring" not in capfd.readouterr().err
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_missed_mass_is_never_rounded_down(values: list[float]) -> None:
+    exact = torch.tensor(values, dtype=torch.float64)
+    rounded = _half_upwards(exact)
+    assert rounded.dtype == torch.float16
+    assert (rounded.double() >= exact).all()
+    assert (rounded.double() - exact <= 2**-10 * exact + 2**-24).all()
+    assert rounded.max() <= 1
+
+
 class Killed(Exception):
     pass
 
@@ -210,6 +231,9 @@ def test_what_cannot_be_measured_is_refused_with_the_model_untouched() -> None:
         calibrate(torch.nn.Linear(2, 2), Letters(), texts(), POLICY)
     model.train()
     with pytest.raises(CalibrationError, match="training mode"):
+        measure(model)
+    model.eval()._device_mesh = object()
+    with pytest.raises(CalibrationError, match="tensor parallelism"):
         measure(model)
     assert not patchattn.is_patched(model)
 

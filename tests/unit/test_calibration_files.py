@@ -76,7 +76,7 @@ def test_the_same_calibration_gives_the_same_bytes() -> None:
 def test_safetensors_itself_can_read_the_file(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    made_up_calibration().save_pretrained(tmp_path)
+    made_up_calibration().save_pretrained(tmp_path, card=False)
     with safe_open(tmp_path / files.FILE, framework="pt") as file:
         assert Manifest.model_validate_json(file.metadata()["manifest"]) == made_up_manifest()
 
@@ -246,7 +246,7 @@ def test_deeply_nested_headers_are_refused() -> None:
 
 
 def test_missing_folder_files_and_bad_policy(tmp_path: Path) -> None:
-    made_up_calibration().save_pretrained(tmp_path)
+    made_up_calibration().save_pretrained(tmp_path, card=False)
     (tmp_path / "policy.json").write_text('{"window": 3}')
     with pytest.raises(CalibrationFormatError, match="not a valid policy"):
         Calibration.from_pretrained(tmp_path)
@@ -263,8 +263,8 @@ def test_missing_folder_files_and_bad_policy(tmp_path: Path) -> None:
 
 
 def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
-    made_up_calibration().save_pretrained(tmp_path / "real")
-    made_up_calibration().save_pretrained(tmp_path / "linked")
+    made_up_calibration().save_pretrained(tmp_path / "real", card=False)
+    made_up_calibration().save_pretrained(tmp_path / "linked", card=False)
     (tmp_path / "linked" / files.FILE).unlink()
     (tmp_path / "linked" / files.FILE).symlink_to("../real/calibration.safetensors")
     with pytest.raises(CalibrationFormatError, match="leads out of the folder"):

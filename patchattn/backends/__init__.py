@@ -25,7 +25,7 @@ Attend = Callable[[AttentionInputs, Tensor, float], Attended]
 BREAK_EVEN_BULK_KEYS: dict[Backend, int] = {"flex": 4096, "blockwise": 4096, "reference": 0}
 """What `min_bulk="auto"` means: below this many bulk keys the gated path is not expected to be faster than dense.
 
-The value of `blockwise` lies between two measurements on 2 CPU cores, that of `flex` is a guess, see
+The value of `blockwise` rests on measurements on a CPU, that of `flex` is a guess, see
 docs/decisions/0003-break-even.md.
 """
 

@@ -200,6 +200,8 @@ def save(
     device = torch.device(options.device)
     folder, stem = options.out, options.name or name
     folder.mkdir(parents=True, exist_ok=True)
+    # JSON has no NaN, which stands for what was not asked.
+    rows = [{key: None if content != content else content for key, content in row.items()} for row in rows]
     found = {"benchmark": name, "environment": environment(device) | {"clock": options.clock}, "rows": rows}
     (folder / f"{stem}.json").write_text(json.dumps(found, indent=1, default=asdict) + "\n", encoding="utf-8")
     text = f"# {title}\n\n{notes}\n\n{described(found['environment'])}\n\n{table(rows)}\n"
@@ -229,6 +231,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _cell(content: Any) -> str:
+    if content is None:
+        return "-"
     if isinstance(content, bool):
         return "yes" if content else "no"
     if isinstance(content, float):

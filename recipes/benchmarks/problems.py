@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The math kernel makes the whole score matrix.
 _LONGEST_MATH = 4096
 # Baselines slower than this times the fastest are tried once and left out.
-_WORTH_TIMING = 1.1
+_WORTH_TIMING = 2.0
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,14 @@ def main() -> None:
         "is slow: it reads the keys once for every query head, the gated path once for a group.",
         _limits(found),
         "## Whole models, CPU",
-        "Goals: at the full context of 4,096 tokens prefill at least 1.3x and decode at least 1x with `min_bulk=0`; "
+        "Goals: at the full context of 4,096 tokens prefill at least 1.3x, decode at least 1x with `min_bulk=0`; "
         "with `auto` never under 0.95x at any length.",
         *_whole_models(found),
         "## Why goals are missed",
         "- *Decode at 4,096 and 8,192 keys*: a step with all gates closed is two kernel calls, a merge and a decision, "
         "about 0.2 ms of tensor operations against 0.5 ms of dense attention; an open KV head adds another call and "
         "merge. Fewer operations need a fused kernel.\n"
-        "- *Whole model, prefill*: its layers gain 1.1 to 1.7x with replayed gates, the gate takes about a seventh of the "
+        "- *Whole model, prefill*: its layers gain 1.1 to 1.7x with replayed gates, the gate takes a seventh of the "
         "dense time back, and a third of the time is not attention.\n"
         "- *Whole model, decode with `min_bulk=0`*: nearly every step opens both KV heads, so all keys are read, and "
         "local pass, gate and merge come on top.\n"

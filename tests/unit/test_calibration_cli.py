@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+import patchattn
 from patchattn import demo
 from patchattn.calibration import Calibration, plots
 from patchattn.cli.app import app
@@ -18,6 +20,8 @@ from patchattn.policy import OpenFractionTarget, RiskTarget
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from made_up import made_up_calibration
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> Result:
@@ -120,6 +124,21 @@ def test_card_is_printed_or_written(tmp_path: Path) -> None:
     assert not (tmp_path / "README.md").exists()
     assert run("card", tmp_path, "--write").exit_code == 0
     assert "| 0.02 | head |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_shipped_calibration_is_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    block = re.search(r"```python\n(.*?)```", (ROOT / "calibrations/README.md").read_text(), flags=re.DOTALL)
+    assert block is not None
+    names: dict[str, object] = {}
+    exec(block[1], names)
+    assert patchattn.is_patched(names["model"])
+    found = json.loads(run("inspect", "calibrations/patchattn-demo", "--json").stdout)
+    (row,) = [row for row in found["risks"] if (row["scope"], row["alpha"]) == ("head", 0.05)]
+    assert row["missed_mass"] <= 0.05
+    assert 0.3 < row["open_fraction"] < 0.7
+    card = (ROOT / "calibrations/patchattn-demo/README.md").read_text()
+    assert f"| 0.05 | head | {row['open_fraction']:.1%} | {row['missed_mass']:.2%} |" in card
 
 
 @pytest.mark.parametrize("command", ["calibrate", "inspect", "push", "pull", "card"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import patchattn
 from patchattn import CalibrationError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
 from patchattn.calibration.collect import _half_upwards, calibrate
-from patchattn.calibration.statistics import MARGINS, Settings, Totals
+from patchattn.calibration.statistics import MARGINS, Settings, Totals, _closed_sums
 from patchattn.gate import attention_scores, bulk_log_mass
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments
@@ -97,6 +97,13 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
         outer = totals.sums["key_outer"][index, 0] / count
         torch.testing.assert_close(mean, want.mean)
         torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
+
+
+def test_a_margin_on_the_grid_closes_from_there_on() -> None:
+    margin = torch.stack([MARGINS[10], MARGINS[10] - 1e-3, torch.tensor(torch.nan), torch.tensor(torch.inf)])[None]
+    closed = _closed_sums(margin, torch.tensor([[1.0, 10.0, 100.0, 1000.0]], dtype=torch.float64))[0]
+    # Rung 0 closes everything, rung 11 from the eleventh margin on, the last one nothing.
+    assert closed[[0, 10, 11, 12, -2, -1]].tolist() == [1111, 1011, 1001, 1000, 1000, 0]
 
 
 def local_sizes():

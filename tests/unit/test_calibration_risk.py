@@ -63,6 +63,20 @@ def test_a_shared_risk_keeps_its_bound_on_the_documents_that_carry_it(alpha, see
     assert (40 * mean_at(curves.missed_mass[0], chosen) + 1) / 41 <= alpha + 1e-9
 
 
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_documents_that_carry_a_shared_risk_do_not_decide_how_it_is_shared(seed, other) -> None:
+    curves, same_order = random_curves(seed=seed, heads=5), random_curves(seed=seed, heads=5)
+    same_order.missed_mass[0] = random_curves(seed=other, heads=5).missed_mass[0]
+    chosen = [
+        rungs(given, RiskTarget(alpha=alpha, scope="model"))
+        for given in (curves, same_order)
+        for alpha in (0.05, 0.1, 0.2, 0.3)
+    ]
+    # All allocations lie on one path, on which every head opens further or stays.
+    for one, another in itertools.combinations(chosen, 2):
+        assert (one <= another).all() or (one >= another).all()
+
+
 def test_a_shared_risk_opens_everything_where_the_halves_disagree() -> None:
     curves = random_curves()
     curves.missed_mass[1] = 0

@@ -19,6 +19,10 @@ _ATTRIBUTE = "_patchattn_moments"
 _GRID = "_patchattn_grid"
 _CROPPED = "_patchattn_cropped"
 
+# Dynamo of torch 2.11 can't read the attributes of an object one by one.
+COMPILED_CALLS_CAN_TRACK = torch.__version__ >= (2, 13)
+"""Whether a cache whose first call is compiled keeps its moments."""
+
 
 def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> PromptMoments | None:
     """Return the moments kept for a layer, or None where there are none that fit.
@@ -40,7 +44,8 @@ def store_moments(past_key_values: Any, layer: int, moments: PromptMoments, grid
     """Keep the moments of a layer with its cache; a call without one keeps none.
 
     A compiled graph can't make a class: a kind of cache entry that no call outside of a graph has used and that
-    `prepare` did not know keeps no moments there, and they are taken from its keys again on every call.
+    `prepare` did not know keeps no moments there, and they are taken from its keys again on every call. So do all
+    kinds before torch 2.13.
     """
     entry = _entry(past_key_values, layer)
     if entry is None:
@@ -75,7 +80,7 @@ _TRACKING: dict[type, type] = {}
 def _tracked(entry: Any) -> Any:
     """Return a cache entry with the same contents that carries moments along; None where there is no class for it."""
     kind = type(entry)
-    if torch.compiler.is_compiling() and kind not in _TRACKING:
+    if torch.compiler.is_compiling() and (kind not in _TRACKING or not COMPILED_CALLS_CAN_TRACK):
         return None
     # A new object, because a compiled graph can't change the class of an old one.
     tracked = object.__new__(_tracking(kind))

@@ -336,7 +336,7 @@ def catcher(mutant: Mutant, copy: Path) -> str | None:
     path.write_text(sound.replace(mutant.old, mutant.new))
     try:
         done = subprocess.run(
-            f"{sys.executable} -m pytest -q -x --no-header -p no:cacheprovider {mutant.tests}",
+            f"{sys.executable} -m pytest -q -x -n0 --no-header -p no:cacheprovider {mutant.tests}",
             shell=True,
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},

@@ -1,8 +1,8 @@
 """What holds for all tests: hypothesis profiles, and which markers run where.
 
-`pytest` uses the hypothesis profile `fixed`, the same examples each time. `--hypothesis-profile=seeded
---hypothesis-seed=1` uses others, and `--hypothesis-profile=deep` ten times as many. The files of tests are shared out over
-a process for each core; `-n0` runs all in one.
+`pytest` uses the hypothesis profile `fixed`, the same examples each time; `--hypothesis-profile=seeded
+--hypothesis-seed=1` uses others, and `--hypothesis-profile=deep` ten times as many. The files of tests are shared out
+over a process for each core; `-n0` runs all in one.
 """
 
 from __future__ import annotations

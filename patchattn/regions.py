@@ -42,16 +42,16 @@ class Counts:
     """What a report needs to know of a call, whatever its gates decide.
 
     Args:
-        above: [batch, query] bool; queries that are asked, those below break-even left out.
+        above: [batch, query] bool; queries that are asked, those below break-even left out; None where none is below.
         n_above: [] int64; number of them.
         n_below: [] int64; number of queries that have bulk keys but fewer than break-even.
         n_causal: [] int64; real (query, key) pairs that a dense model scores, for one head.
     """
 
-    above: Tensor
-    n_above: Tensor
-    n_below: Tensor
-    n_causal: Tensor
+    above: Tensor | None
+    n_above: Tensor | int
+    n_below: Tensor | int
+    n_causal: Tensor | int
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,25 @@ class Regions:
             query_slot = valid.shape[1] - query_length
         slot = torch.as_tensor(query_slot, device=valid.device).long()
         return cls(sink_size, window_size, query_length, valid, first_real_slot(valid), slot)
+
+    @classmethod
+    def plain(
+        cls,
+        sink_size: int,
+        window_size: int,
+        query_length: int,
+        batch: int,
+        keys: int,
+        device: torch.device,
+    ) -> Regions:
+        """Build the regions of a call without padding whose queries are the last slots; the host knows them all."""
+        slot = keys - query_length
+        valid = torch.ones(batch, keys, dtype=torch.bool, device=device)
+        first = torch.zeros(batch, dtype=torch.long, device=device)
+        query_slot = torch.full((), slot, dtype=torch.long, device=device)
+        regions = cls(sink_size, window_size, query_length, valid, first, query_slot)
+        regions.__dict__["host"] = HostRegions([0] * batch, slot, keys, 0, is_plain=True)
+        return regions
 
     @property
     def key_length(self) -> int:
@@ -164,8 +183,21 @@ class Regions:
         """Return `count(break_even)`, computed once for each number; not for compiled code."""
         known: dict[int, Counts] = self.__dict__.setdefault("_counted", {})
         if break_even not in known:
-            known[break_even] = self.count(break_even)
+            on_host = self.valid.device.type == "cpu" and self.host.is_plain and not any(self.host.first)
+            known[break_even] = self._count_plain(break_even) if on_host else self.count(break_even)
         return known[break_even]
+
+    def _count_plain(self, break_even: int) -> Counts:
+        """Count on the host, where nothing is padding."""
+        batch, begin, end = len(self.host.first), self.host.query_slot, self.host.query_slot + self.query_length
+
+        def with_bulk(least: int) -> int:
+            return batch * max(end - max(begin, least + self.sink_size + self.window_size - 1), 0)
+
+        n_above, n_asked = with_bulk(max(break_even, 1)), with_bulk(1)
+        n_causal = batch * (end * (end + 1) - begin * (begin + 1)) // 2
+        above = None if n_above == n_asked else self.known_asked & (self.n_bulk >= break_even)
+        return Counts(above, n_above, n_asked - n_above, n_causal)
 
     def causal_mask(self, rows: slice = slice(None)) -> Tensor:
         """Keys a dense model attends to, [batch, rows, keys] bool."""

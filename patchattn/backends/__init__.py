@@ -21,6 +21,7 @@ from patchattn.regions import Regions
 
 Backend = Literal["flex", "blockwise", "reference"]
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
+AttendPlainly = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
 
 BREAK_EVEN_BULK_KEYS: dict[Backend, int] = {"flex": 4096, "blockwise": 4096, "reference": 0}
 """What `min_bulk="auto"` means: below this many bulk keys the gated path is not expected to be faster than dense.
@@ -68,6 +69,19 @@ def load_dense(backend: Backend) -> Callable[[AttentionInputs], Tensor]:
         return attend(inputs, forced(everything, inputs), 0.0).output
 
     return densely
+
+
+def load_plain(backend: Backend) -> AttendPlainly:
+    """Return the function with which a backend attends to every causal key where nothing is padding.
+
+    It takes query, key, value and the scale, the queries being the last slots, and gives None where it can't help.
+    """
+    own = getattr(import_module(load(backend).__module__), "attend_plainly", None)
+    return _cannot if own is None else own
+
+
+def _cannot(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Have no function for plain calls."""
 
 
 def self_check(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from patchattn.backends.blockwise_decode import add_bulk_decode, attend_local_decode, is_plain_decode
+from patchattn.backends.blockwise_dense import attend_plainly as attend_plainly
 from patchattn.backends.blockwise_dense import is_eager, plain_dense
 from patchattn.backends.blockwise_kernel import Part, with_unit_stride
 from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local, with_sink_logits

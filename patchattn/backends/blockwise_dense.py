@@ -26,18 +26,36 @@ def plain_dense(inputs: AttentionInputs) -> Tensor | None:
     key, value, filled = inputs.key, inputs.value, host.filled
     if filled < inputs.regions.key_length:
         key, value = key.narrow(2, 0, filled), value.narrow(2, 0, filled)
-    batch, heads, length, dim = query.shape
-    if length == 1:
-        # Heads of a group as rows: their keys are read once.
-        rows = query.reshape(batch, key.shape[1], inputs.group_size, dim)
-        return attend_to(inputs, rows, key, value).output.reshape(batch, heads, 1, -1)
+    output = attend_plainly(query, key, value, inputs.scale)
+    if output is not None:
+        return output
     before = host.query_slot
-    if before == 0:
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=inputs.scale, enable_gqa=inputs.group_size > 1
-        )
     own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
     return merge_visible(attend_to(inputs, query, key[:, :, :before], value[:, :, :before]), own).output
+
+
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    """Attend to every causal key where nothing is padding and the queries are the last slots, in one kernel call.
+
+    Args:
+        query: [batch, heads, query, dim].
+        key: [batch, kv_heads, keys, dim].
+        value: [batch, kv_heads, keys, value_dim].
+        scale: Factor on the dot products.
+
+    Returns:
+        [batch, heads, query, value_dim]; None where one call can't do it: another device, a gradient is asked for, or
+        several queries come after keys that are there already.
+    """
+    batch, heads, length, dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if query.device.type != "cpu" or not (length in (1, keys) and is_eager(query, key, value)):
+        return None
+    if length == 1:
+        # Heads of a group as rows: their keys are read once.
+        rows = query.reshape(batch, kv_heads, -1, dim)
+        return scaled_dot_product_attention(rows, key, value, scale=scale).reshape(batch, heads, 1, -1)
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads > kv_heads)
 
 
 def is_eager(*tensors: Tensor) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchattn.backends import Backend, load, load_dense
+from patchattn.backends import Backend, load, load_dense, load_plain
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
+from patchattn.hf.counters import PHASES, Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
@@ -20,27 +21,15 @@ from patchattn.regions import Regions, first_real_slot
 
 _LAYOUT_ROWS = 3
 _REGIONS = "_patchattn_regions"
+_PLAIN = "_patchattn_plain"
 _KNOWN_ARGUMENTS = frozenset(
     {CACHE_ARGUMENT, "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
     | {"return_dict", "cache_position", "num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
 )
-PHASES = ("prefill", "decode")
-DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
-"""Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
-the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
-or chunked). The last two run the model's own attention implementation."""
-
-_COUNTERS = {"open_pairs": (2,), "asked": (2,), "below": (2,), "scored": (2,), "causal": (2,)} | {
-    "gated_calls": (2,),
-    "dense_calls": (len(DENSE_REASONS),),
-}
 
 
-class LayerState(nn.Module):
+class LayerState(Counters):
     """What one attention module needs while it is patched, and what it has counted.
-
-    The counters are integer buffers: they follow the module's device, are not cast by `model.to(dtype)` and stay out
-    of the state dict.
 
     Args:
         policy: The resolved policy.
@@ -65,20 +54,14 @@ class LayerState(nn.Module):
         record: str | None,
         measured: Measured | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(heads)
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
         self.gated, self.record = gated, record
         self.attend, self.attend_densely = load(backend), load_dense(backend)
+        self.attend_plainly = load_plain(backend)
         self.threshold = margin_threshold(policy.gate)
         self.timeline: list[tuple[str, Tensor]] = []
         self.replay: list[Tensor] | None = None
-        # Counters are tensors, not Python integers: a compiled model would be recompiled whenever one changes.
-        for name, shape in _COUNTERS.items():
-            self.register_buffer(
-                name,
-                torch.zeros((*shape, heads) if name == "open_pairs" else shape, dtype=torch.long),
-                persistent=False,
-            )
         self.has_measured = measured is not None
         for name, bits in (measured or Measured()).bits().items():
             self.register_buffer(name, bits, persistent=False)
@@ -93,34 +76,17 @@ class LayerState(nn.Module):
         super().__setstate__(state)
         register()
 
-    dense_reasons = DENSE_REASONS
-    open_pairs: Tensor
-    asked: Tensor
-    below: Tensor
-    scored: Tensor
-    causal: Tensor
-    gated_calls: Tensor
-    dense_calls: Tensor
-
-    def note_dense_call(self, reason: str) -> None:
-        """Count a call that does not go through the gate."""
-        self.dense_calls[DENSE_REASONS.index(reason)].add_(1)
-
-    def reset_counters(self) -> None:
-        """Set every counter back to zero."""
-        for name in _COUNTERS:
-            self.get_buffer(name).zero_()
-
     def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
-        row, regions, heads = PHASES.index(phase), inputs.regions, inputs.query.shape[1]
+        regions, heads = inputs.regions, inputs.query.shape[1]
         eager = not torch.compiler.is_compiling()
         facts = regions.counted(self.policy.break_even) if eager else regions.count(self.policy.break_even)
-        self.open_pairs[row].add_((attended.open & facts.above[:, None]).sum((0, 2)))
-        self.asked[row].add_(facts.n_above)
-        self.below[row].add_(facts.n_below)
-        self.scored[row].add_(attended.scored_keys)
-        self.causal[row].add_(facts.n_causal, alpha=heads)
+        above = attended.open if facts.above is None else attended.open & facts.above[:, None]
+        self.open_pairs[PHASES.index(phase)].add_(above.sum((0, 2)))
+        self.add("asked", phase, facts.n_above)
+        self.add("below", phase, facts.n_below)
+        self.add("scored", phase, attended.scored_keys)
+        self.add("causal", phase, facts.n_causal * heads)
 
 
 def mask(
@@ -160,10 +126,14 @@ def mask(
             **kwargs,
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is None:
+    is_plain = _is_plain(padding, q_length, kv_length, q_offset)
+    if padding is None or is_plain:
         layout = torch.zeros(batch_size, 1, _LAYOUT_ROWS, kv_length, dtype=torch.int32, device=device)
         layout[:, :, 0] = 1
         layout[:, :, 1] = q_offset
+        if is_plain:
+            # For the layers, which would have to look at the device to know.
+            setattr(layout, _PLAIN, True)
         return layout
     valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
     first = first_real_slot(valid)[:, None].expand(-1, kv_length)
@@ -174,6 +144,13 @@ def mask(
         query_slot = torch.full((), q_offset, device=device)
     slot = query_slot.expand(batch_size, kv_length)
     return torch.stack([valid.int(), slot.int(), first.int()], dim=1)[:, None]
+
+
+def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor) -> bool:
+    """Say whether the host knows that nothing is padding and that the queries are the last slots."""
+    if torch.compiler.is_compiling() or not isinstance(q_offset, int) or q_offset + q_length != kv_length:
+        return False
+    return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
 
 
 def attention(
@@ -212,31 +189,35 @@ def attention(
             f"{type(module).__name__} runs through patchattn but was never patched.",
             fix="patch the whole model with patchattn.patch(model)",
         )
-    if state.asked.device != query.device:
+    if state._buffers["counts"].device != query.device:
         state.to(query.device)
     cache = kwargs.get(CACHE_ARGUMENT)
     if not _is_layout(attention_mask):
-        state.note_dense_call("local" if is_local(module) else "mask")
+        state.add("dense_calls", "local" if is_local(module) else "mask")
         kwargs.pop(CACHE_ARGUMENT, None)
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
         kwargs = {name: given for name, given in kwargs.items() if given is not None}
         forward = original_attention(module, state.original)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _refuse_unknown(kwargs, dropout)
-    regions = _regions(attention_mask, state.policy, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
-    return _attend(state, inputs, cache).transpose(1, 2).contiguous(), None
-
-
-def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Tensor:
-    policy, attend = state.policy, state.attend
-    phase = "decode" if inputs.query.shape[2] == 1 else "prefill"
-    reason = _dense_reason(state, inputs, phase)
+    phase = "decode" if query.shape[2] == 1 else "prefill"
+    reason = _dense_reason(state, key.shape[2], phase)
     if reason is not None:
-        state.note_dense_call(reason)
-        return state.attend_densely(inputs)
-    state.gated_calls[PHASES.index(phase)] += 1
+        state.add("dense_calls", reason)
+        if _is_known_plain(attention_mask) and softcap is None and s_aux is None:
+            output = state.attend_plainly(query, key, value, scale)
+            if output is not None:
+                return output.transpose(1, 2).contiguous(), None
+    regions = _regions(attention_mask, state.policy, query.shape[2])
+    inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
+    output = _attend(state, inputs, phase, cache) if reason is None else state.attend_densely(inputs)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(state: LayerState, inputs: AttentionInputs, phase: str, cache: Any) -> Tensor:
+    policy, attend = state.policy, state.attend
+    state.add("gated_calls", phase)
     if state.replay is not None:
         mass = forced(state.replay.pop(0), inputs)
     else:
@@ -255,14 +236,14 @@ def _attend(state: LayerState, inputs: AttentionInputs, cache: Any) -> Tensor:
     return attended.output
 
 
-def _dense_reason(state: LayerState, inputs: AttentionInputs, phase: str) -> str | None:
+def _dense_reason(state: LayerState, keys: int, phase: str) -> str | None:
     """Say why a call does not go through the gate; None if it does."""
     policy = state.policy
     if not state.gated:
         return "layer"
     if phase not in policy.phases:
         return "phase"
-    reachable = inputs.key.shape[2] - policy.sink_size - policy.window_size
+    reachable = keys - policy.sink_size - policy.window_size
     if reachable < max(1, policy.break_even):
         return "short"
     return None
@@ -291,7 +272,11 @@ def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
     known: Regions | None = getattr(layout, _REGIONS, None)
     sizes = (policy.sink_size, policy.window_size, query_length)
     if known is None or (known.sink_size, known.window_size, known.query_length) != sizes:
-        known = _read_layout(layout, policy, query_length)
+        if _is_known_plain(layout):
+            batch, keys = layout.shape[0], layout.shape[3]
+            known = Regions.plain(policy.sink_size, policy.window_size, query_length, batch, keys, layout.device)
+        else:
+            known = _read_layout(layout, policy, query_length)
         setattr(layout, _REGIONS, known)
     return known
 
@@ -306,6 +291,11 @@ def _read_layout(layout: Tensor, policy: Policy, query_length: int) -> Regions:
         layout[:, 0, 2, 0].long().clone(memory_format=torch.contiguous_format),
         layout[0, 0, 1, 0].long(),
     )
+
+
+def _is_known_plain(layout: Tensor) -> bool:
+    """Say whether `mask` knew that nothing is padding and that the queries are the last slots."""
+    return not torch.compiler.is_compiling() and getattr(layout, _PLAIN, False)
 
 
 def _is_layout(attention_mask: Any) -> TypeGuard[Tensor]:

@@ -1,0 +1,86 @@
+"""What a patched layer counts for the report: in plain integers where the host runs it, in tensors elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+PHASES = ("prefill", "decode")
+DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
+"""Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
+the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
+or chunked). The last two run the model's own attention implementation."""
+
+_BY_PHASE = ("asked", "below", "scored", "causal", "gated_calls")
+_PLACES = [(name, phase) for name in _BY_PHASE for phase in PHASES] + [("dense_calls", why) for why in DENSE_REASONS]
+_PLACE = {what: place for place, what in enumerate(_PLACES)}
+
+
+class Counters(nn.Module):
+    """Counters of one layer.
+
+    A compiled graph and a device count in tensors: integers would recompile the graph, or wait for the device. Eager
+    calls on a CPU count in integers, which costs a tenth. The buffers follow the module's device, are not cast by
+    `model.to(dtype)` and stay out of the state dict.
+
+    Args:
+        heads: Number of query heads on this device.
+    """
+
+    dense_reasons = DENSE_REASONS
+    open_pairs: Tensor
+    counts: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("open_pairs", torch.zeros(len(PHASES), heads, dtype=torch.long), persistent=False)
+        self.register_buffer("counts", torch.zeros(len(_PLACES), dtype=torch.long), persistent=False)
+        self.on_host = [0] * len(_PLACES)
+
+    def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
+        """Add to a counter; `which` is a phase, or the reason of a dense call."""
+        place = _PLACE[name, which]
+        if torch.compiler.is_compiling() or self._buffers["counts"].device.type != "cpu":  # pyright: ignore
+            self.counts[place].add_(amount)
+        else:
+            self.on_host[place] += int(amount)
+
+    def reset_counters(self) -> None:
+        """Set every counter back to zero."""
+        self.open_pairs.zero_()
+        self.counts.zero_()
+        self.on_host = [0] * len(_PLACES)
+
+    def _read(self, name: str, kinds: tuple[str, ...]) -> list[int]:
+        counts = [a + b for a, b in zip(self.counts.tolist(), self.on_host, strict=True)]
+        return [counts[_PLACE[name, kind]] for kind in kinds]
+
+    @property
+    def asked(self) -> list[int]:
+        """Queries whose gates decided, by phase."""
+        return self._read("asked", PHASES)
+
+    @property
+    def below(self) -> list[int]:
+        """Queries below break-even, by phase."""
+        return self._read("below", PHASES)
+
+    @property
+    def scored(self) -> list[int]:
+        """Triples (query head, query, key) whose score was computed, by phase."""
+        return self._read("scored", PHASES)
+
+    @property
+    def causal(self) -> list[int]:
+        """Triples that dense attention has to score, by phase."""
+        return self._read("causal", PHASES)
+
+    @property
+    def gated_calls(self) -> list[int]:
+        """Calls that went through the gate, by phase."""
+        return self._read("gated_calls", PHASES)
+
+    @property
+    def dense_calls(self) -> list[int]:
+        """Calls that did not, by reason."""
+        return self._read("dense_calls", DENSE_REASONS)

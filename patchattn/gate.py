@@ -88,9 +88,9 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, thresho
         [batch, heads, query] bool; True means open. A margin that is not finite opens, except where the bulk log mass
         is -inf, which closes for certain.
     """
-    closed = local_log_mass - bulk_log_mass >= threshold
-    # An infinite local mass says nothing about the bulk keys, unless they are certain to have none.
-    return asked[:, None] & ~(closed & ((local_log_mass != torch.inf) | (bulk_log_mass == -torch.inf)))
+    # An infinite local mass says nothing about the bulk keys. Written so that NaN opens.
+    closed = (local_log_mass - bulk_log_mass >= threshold) & (local_log_mass != torch.inf)
+    return asked[:, None] & ~(closed | (bulk_log_mass == -torch.inf))
 
 
 def bulk_log_mass(

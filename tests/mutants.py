@@ -89,8 +89,8 @@ MUTANTS = (
         "nan_closes",
         "a margin that is not a number closes the gate",
         "gate.py",
-        "closed = local_log_mass - bulk_log_mass >= threshold",
-        "closed = ~(local_log_mass - bulk_log_mass < threshold)",
+        "closed = (local_log_mass - bulk_log_mass >= threshold) &",
+        "closed = ~(local_log_mass - bulk_log_mass < threshold) &",
         GATE,
     ),
     Mutant(

@@ -89,7 +89,7 @@ def test_queries_below_break_even_open_without_asking():
         (torch.inf, 0.0, True),
         (-torch.inf, 0.0, True),
         (torch.inf, torch.inf, True),
-        (torch.nan, -torch.inf, True),
+        (torch.nan, -torch.inf, False),
         (torch.inf, -torch.inf, False),
         (0.0, -torch.inf, False),
     ],

@@ -100,3 +100,15 @@ class CalibrationHubError(CalibrationError):
     """A hub that can't be reached, answers with an error, or breaks off."""
 
     code = "calibration-hub"
+
+
+class ReportError(PatchAttnError, ValueError):
+    """A report that holds nothing of what is asked of it, a text that does not fit it, or a bad path."""
+
+    code = "report"
+
+
+class MissingPackageError(PatchAttnError, ImportError):
+    """An optional package that is not installed."""
+
+    code = "missing-package"

@@ -55,13 +55,16 @@ def demo(
     questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 24,
     backend: Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")] = "auto",
     device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where to save the picture of open heads.")] = Path("heads.png"),
+    out: Annotated[
+        Path, typer.Option(help="Where to save the picture of open heads; report.html goes beside it.")
+    ] = Path("heads.png"),
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
 ) -> None:
     """Ask a model for facts hidden far back in a text: dense, then patched.
 
     Prints one table (right answers, text loss, open fraction, realised density, prefill seconds, decode tokens per
-    second) and saves a picture of the heads that read far keys.
+    second) and saves a picture of the heads that read far keys, and a page to look into: which heads opened for which
+    tokens of the text.
 
     **Examples**
 

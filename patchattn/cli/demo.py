@@ -24,6 +24,7 @@ from patchattn.evaluation.compare import Comparison, compare
 from patchattn.policy import Policy
 
 _SHIPPED_LENGTH = 4096
+_PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Choice:
 
 
 def run(choice: Choice) -> None:
-    """Compare, print and save the picture."""
+    """Compare, print, and save the picture and the page."""
     policy = _policy(choice)
     text = demo.sample_text() if choice.text is None else _read(choice.text)
     _check_out(choice.out)
@@ -62,13 +63,16 @@ def run(choice: Choice) -> None:
             backend=choice.backend,
             progress=tell,
         )
+    name = choice.model or "the shipped model"
     comparison.report.plot(choice.out, title=_title(comparison))
+    page = choice.out.with_name(_PAGE)
+    has_text = _save_page(comparison, page, tokenizer, name)
     if choice.json:
-        found = {"model": choice.model or "shipped", **comparison.to_dict(), "picture": str(choice.out)}
+        saved = {"picture": str(choice.out), "page": str(page)}
+        found = {"model": choice.model or "shipped", **comparison.to_dict(), **saved}
         Console().print_json(json.dumps(found))
         return
     console = Console()
-    name = choice.model or "the shipped model"
     console.print(f"[bold]{escape(name)}, {comparison.length:,} tokens, {choice.questions} questions", highlight=False)
     console.print(_table(comparison))
     for line in _notes(comparison, model):
@@ -76,6 +80,17 @@ def run(choice: Choice) -> None:
     console.print(
         f"\nPicture of the heads that read far keys: [bold]{escape(str(choice.out))}", soft_wrap=True, highlight=False
     )
+    content = "heads and decisions over the text" if has_text else "heads; not the text, as some calls were dense"
+    console.print(f"Page to look into ({content}): [bold]{escape(str(page))}", soft_wrap=True, highlight=False)
+
+
+def _save_page(found: Comparison, path: Path, tokenizer: Any, name: str) -> bool:
+    """Save the page of the patched run; says whether the text is in it, for which every token must have been gated."""
+    report = found.report
+    gated = any(report.timeline.values()) and len(report.timeline_of().phases) == len(found.tokens)
+    tokens = found.tokens if gated else None
+    report.to_html(path, tokens=tokens, tokenizer=tokenizer, title=f"What the gates of {name} did")
+    return gated
 
 
 def _policy(choice: Choice) -> Policy:

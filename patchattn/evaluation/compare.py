@@ -78,7 +78,9 @@ class Comparison:
         furthest: Tokens between the start of the earliest planted fact and the first question.
         questions: Number of questions.
         text_tokens: Tokens that text loss was averaged over.
-        report: The report of the patched run: document, answers and plain text, without the timing runs.
+        report: The report of the patched run with its timeline: document, answers and plain text, without the timing
+            runs.
+        tokens: Ids of the tokens that the patched run read, in order: document, answers as written, plain text.
     """
 
     dense: Measured
@@ -92,6 +94,7 @@ class Comparison:
     questions: int
     text_tokens: int
     report: Any
+    tokens: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, ready for JSON; None for what is not known."""
@@ -160,8 +163,9 @@ def compare(
     with patchattn.patch(model, policy, backend=backend):
         pass  # What can't be patched is refused before the dense run, not after it.
     dense = _measure(model, tokenizer, document, plain, work.named("dense"))
-    with patchattn.patch(model, policy, backend=backend) as handle:
-        answers, loss = _quality(model, tokenizer, document, plain, work.named("patched"))
+    tokens: list[int] = []
+    with patchattn.patch(model, policy, backend=backend, record="timeline") as handle:
+        answers, loss = _quality(model, tokenizer, document, plain, work.named("patched"), tokens)
     report = handle.report()
     with patchattn.patch(model, policy, backend=backend):
         seconds, speed = _times(model, document, work.named("patched"))
@@ -188,6 +192,7 @@ def compare(
         questions=questions,
         text_tokens=_loss_tokens(plain),
         report=report,
+        tokens=tuple(tokens),
     )
 
 
@@ -237,14 +242,16 @@ class _Work:
 
 
 def _measure(model: Any, tokenizer: Any, document: Document, plain: Document, work: _Work) -> Measured:
-    right, loss = _quality(model, tokenizer, document, plain, work)
+    right, loss = _quality(model, tokenizer, document, plain, work, [])
     seconds, speed = _times(model, document, work)
     return Measured(right, loss, seconds, speed, {}, {})
 
 
 @torch.no_grad()
-def _quality(model: Any, tokenizer: Any, document: Document, plain: Document, work: _Work) -> tuple[int, float]:
-    """Count right answers and measure the text loss."""
+def _quality(
+    model: Any, tokenizer: Any, document: Document, plain: Document, work: _Work, read: list[int]
+) -> tuple[int, float]:
+    """Count right answers and measure the text loss; the tokens the model reads are added to `read`."""
     right = 0
     ids = document.token_ids
     cache, given = None, list(ids[: document.questions[0].start])
@@ -253,11 +260,13 @@ def _quality(model: Any, tokenizer: Any, document: Document, plain: Document, wo
         answer = list(ids[question.answer_start : question.answer_end])
         written, cache = _write(model, given, cache, len(answer))
         right += written == answer
+        read += given + written[:-1]
         # What comes next in the conversation: the token that is not in the cache yet, and the line break.
         after = document.questions[index + 1].start if index + 1 < len(document.questions) else len(ids)
         given = written[-1:] + list(ids[question.answer_end : after])
         work.done("answering", (index + 1) / len(document.questions))
     loss = _text_loss(model, plain)
+    read += plain.token_ids
     work.done("reading plain text", 1.0)
     return right, loss
 

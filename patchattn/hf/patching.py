@@ -18,7 +18,7 @@ from patchattn.hf.hooks import STATE, install_cache_hook, install_mask_hook, rem
 from patchattn.hf.offload import compute_device
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import MomentGate, Policy, StaticGate
-from patchattn.report import GateReport
+from patchattn.report import GateReport, HeadShape
 
 Record = Literal["summary", "timeline"] | None
 
@@ -48,7 +48,7 @@ class PatchHandle:
 
     def report(self) -> GateReport:
         """Report what the gates did so far; also after the model was unpatched."""
-        return GateReport.of(self._states, self.policy, self.backend)
+        return GateReport.of(self._states, self.policy, self.backend, shapes=_head_shapes(self.model))
 
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
@@ -239,16 +239,31 @@ def _head_sizes(module: Any, heads: int) -> tuple[int, int]:
     return dim, getattr(module, "v_head_dim", None) or dim
 
 
+def _head_shapes(model: Any) -> dict[int, HeadShape]:
+    """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the weights."""
+    shapes = {}
+    for index, module in attention_modules(model).items():
+        heads = _query_heads(module)
+        dtype = _dtype(module)
+        shapes[index] = HeadShape(*_head_sizes(module, heads), _group_size(module, heads), dtype.itemsize)
+    return shapes
+
+
+def _dtype(module: Any) -> torch.dtype:
+    """Return the dtype attention is computed in; that of quantised weights does not tell."""
+    weight = next(module.parameters())
+    return weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+
+
 def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]) -> Backend:
     index = layers[0] if layers else next(iter(modules))
     module = modules[index]
-    weight = next(module.parameters())
     device = compute_device(module)
     chosen = resolve(backend, device)
     dim, value_dim = _head_sizes(module, heads[index])
     self_check(
         chosen,
-        dtype=weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype(),
+        dtype=_dtype(module),
         head_dim=dim,
         value_dim=value_dim,
         group_size=_group_size(module, heads[index]),

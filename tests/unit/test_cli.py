@@ -43,6 +43,9 @@ def test_demo_prints_one_table_and_saves_the_picture(picture: Path) -> None:
         assert row in result.stdout
     assert str(picture) in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = picture.with_name("report.html")
+    assert str(page) in result.stdout
+    assert '"texts":["<|bos|>"'.replace("<", "\\u003c").replace(">", "\\u003e") in page.read_text(encoding="utf-8")
 
 
 def test_demo_json_with_open_gates_equals_dense(tmp_path: Path, picture: Path) -> None:
@@ -55,6 +58,7 @@ def test_demo_json_with_open_gates_equals_dense(tmp_path: Path, picture: Path) -
     assert found["patched"]["text_loss"] == pytest.approx(found["dense"]["text_loss"], abs=0.01)
     assert found["patched"]["open_fraction"] == {"prefill": 1.0, "decode": 1.0}
     assert found["picture"] == str(picture)
+    assert found["page"] == str(picture.with_name("report.html"))
 
 
 def test_demo_json_with_closed_gates_forgets_the_facts(tmp_path: Path, picture: Path) -> None:
@@ -76,6 +80,8 @@ def test_demo_below_break_even_is_dense_and_has_no_fractions(tmp_path: Path, pic
     result = run("demo", *SMALL, "--out", picture, "--policy", policy)
     assert result.exit_code == 0, result.output
     assert "nan" not in result.stdout
+    assert "not the text, as some calls were dense" in result.stdout
+    assert '"timeline":null' in picture.with_name("report.html").read_text(encoding="utf-8")
 
 
 def test_demo_takes_text_model_and_threshold(tmp_path: Path, picture: Path) -> None:

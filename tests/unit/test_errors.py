@@ -22,6 +22,8 @@ BUILTINS = {
     "CalibrationFormatError": ValueError,
     "CalibrationNotFoundError": ValueError,
     "CalibrationHubError": ValueError,
+    "ReportError": ValueError,
+    "MissingPackageError": ImportError,
 }
 
 

@@ -1,0 +1,7 @@
+"""What the gates did: counts per layer and head, as text, dictionary, pictures and a page."""
+
+from patchattn.report.report import GateReport, LayerCounts
+from patchattn.report.savings import HeadShape, Savings
+from patchattn.report.timeline import Timeline
+
+__all__ = ["GateReport", "HeadShape", "LayerCounts", "Savings", "Timeline"]

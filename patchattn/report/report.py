@@ -1,0 +1,334 @@
+"""What the gates did: counts per layer and head, as text, dictionary, pictures and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchattn.errors import ReportError
+from patchattn.policy import Phase, Policy
+from patchattn.report import pictures
+from patchattn.report.files import check_path, write_text
+from patchattn.report.savings import HeadShape, Savings, of_keys
+from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
+
+if TYPE_CHECKING:
+    from patchattn.calibration.calibration import Calibration
+
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Counts of one layer in one phase.
+
+    Args:
+        open_pairs: Per query head, the pairs that were asked and opened.
+        asked: Queries with enough bulk keys, so the pairs asked per query head.
+        below_break_even: Queries that opened without being asked, for lack of bulk keys.
+        scored_keys: (query head, query, key) triples whose score was really computed.
+        causal_keys: Triples that dense attention has to score.
+        gated_calls: Calls that went through the gate.
+    """
+
+    open_pairs: tuple[int, ...]
+    asked: int
+    below_break_even: int
+    scored_keys: int
+    causal_keys: int
+    gated_calls: int
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gates of a patched model did.
+
+    Args:
+        policy: The policy in force.
+        backend: The backend in use.
+        layers: Counts by layer and phase, of the patched layers.
+        dense_calls: Calls that attended densely, by layer and reason.
+        timeline: By layer, (phase, open pairs [batch, heads, query]) of each gated call, if it was recorded.
+        shapes: By layer, the sizes of its heads, for estimates of the work saved; empty if they are not known.
+    """
+
+    policy: Policy
+    backend: str
+    layers: dict[int, dict[Phase, LayerCounts]]
+    dense_calls: dict[int, dict[str, int]]
+    timeline: dict[int, list[Any]]
+    shapes: dict[int, HeadShape] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, states: dict[int, Any], policy: Policy, backend: str, *, shapes: Mapping[int, HeadShape] | None = None
+    ) -> GateReport:
+        """Read the counters of the layers' states, `patchattn.hf.attention.LayerState` by layer index."""
+        layers, dense = {}, {}
+        for index, state in states.items():
+            dense[index] = {
+                reason: int(calls)
+                for reason, calls in zip(state.dense_reasons, state.dense_calls, strict=True)
+                if calls
+            }
+            if not state.gated:
+                continue
+            layers[index] = {
+                phase: LayerCounts(
+                    tuple(state.open_pairs[row].tolist()),
+                    int(state.asked[row]),
+                    int(state.below[row]),
+                    int(state.scored[row]),
+                    int(state.causal[row]),
+                    int(state.gated_calls[row]),
+                )
+                for row, phase in enumerate(_PHASES)
+            }
+        timeline = {index: list(state.timeline) for index, state in states.items()}
+        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}))
+
+    def open_fraction(self, phase: Phase | None = None) -> float:
+        """Open pairs over pairs that were asked, in one phase or both; NaN if none was asked."""
+        counts = self._counts(phase)
+        return _ratio(sum(sum(c.open_pairs) for c in counts), sum(c.asked * len(c.open_pairs) for c in counts))
+
+    def realised_density(self, phase: Phase | None = None) -> float:
+        """Keys really scored over causal keys, in one phase or both; NaN if unknown; its inverse limits the speed."""
+        counts = self._counts(phase)
+        return _ratio(sum(c.scored_keys for c in counts), sum(c.causal_keys for c in counts))
+
+    def head_open_fractions(self, phase: Phase | None = None) -> dict[int, list[float]]:
+        """Open fraction by layer and query head."""
+        fractions = {}
+        for layer, by_phase in self.layers.items():
+            chosen = [counts for name, counts in by_phase.items() if phase in (None, name)]
+            asked = sum(counts.asked for counts in chosen)
+            opened = zip(*(counts.open_pairs for counts in chosen), strict=True)
+            fractions[layer] = [_ratio(sum(pairs), asked) for pairs in opened]
+        return fractions
+
+    def below_break_even(self, phase: Phase | None = None) -> int:
+        """Queries that opened without being asked, for lack of bulk keys, summed over layers."""
+        return sum(c.below_break_even for c in self._counts(phase))
+
+    def savings(self, phase: Phase | None = None, *, shape: HeadShape | None = None) -> Savings:
+        """Estimate the work of attention that gated calls saved; see `Savings` for what is counted and what is not.
+
+        Args:
+            phase: `"prefill"`, `"decode"`, or None for both.
+            shape: Sizes of the heads; None takes those of the model.
+
+        Raises:
+            ReportError: The sizes of the heads are not known.
+        """
+        found = Savings(0, 0, 0, 0)
+        for layer, by_phase in self.layers.items():
+            known = shape or self.shapes.get(layer)
+            if known is None:
+                raise ReportError(
+                    f"The report does not know the sizes of the heads of layer {layer}.",
+                    fix="pass shape=HeadShape(dim, value_dim, group_size, bytes_per_number)",
+                )
+            for name, counts in by_phase.items():
+                if phase in (None, name):
+                    found += of_keys(counts.scored_keys, counts.causal_keys, known, name)
+        return found
+
+    def timeline_of(self, heads: Iterable[Head] | None = None, *, row: int = 0) -> Timeline:
+        """Say for each token which heads read the far keys.
+
+        Args:
+            heads: (layer, query head) pairs, both counted from 0; None means all.
+            row: Row of the batch.
+
+        Raises:
+            ReportError: Nothing was recorded (patch with `record="timeline"`), or there is no such head or row.
+        """
+        return timeline_of(self.timeline, heads, row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the timeline as JSON-ready values; numbers that are unknown are None."""
+        return {
+            "backend": self.backend,
+            "policy": self.policy.model_dump(mode="json"),
+            "phases": {phase: self._phase_dict(phase) for phase in _PHASES},
+            "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
+        }
+
+    def _phase_dict(self, phase: Phase) -> dict[str, Any]:
+        counts = self._counts(phase)
+        known = self.layers.keys() <= self.shapes.keys()
+        return {
+            "open_fraction": _known(self.open_fraction(phase)),
+            "realised_density": _known(self.realised_density(phase)),
+            "asked_pairs": sum(c.asked * len(c.open_pairs) for c in counts),
+            "below_break_even_queries": self.below_break_even(phase),
+            "gated_calls": sum(c.gated_calls for c in counts),
+            "estimated_attention": vars(self.savings(phase)) if known else None,
+            "heads": {
+                str(layer): [_known(value) for value in heads]
+                for layer, heads in self.head_open_fractions(phase).items()
+            },
+            "layers": {
+                str(layer): {
+                    "open_pairs": list(found.open_pairs),
+                    "asked_queries": found.asked,
+                    "below_break_even_queries": found.below_break_even,
+                    "scored_keys": found.scored_keys,
+                    "causal_keys": found.causal_keys,
+                    "realised_density": _known(_ratio(found.scored_keys, found.causal_keys)),
+                    "gated_calls": found.gated_calls,
+                }
+                for layer, found in ((layer, by_phase[phase]) for layer, by_phase in self.layers.items())
+            },
+        }
+
+    def save_json(self, path: str | Path) -> Path:
+        """Save what `to_dict` returns.
+
+        Raises:
+            ReportError: The file can't be written.
+        """
+        return write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def plot(self, path: str | Path, *, phase: Phase | None = None, title: str | None = None) -> Path:
+        """Draw the open fraction of every head, layers downwards and heads across, and save it.
+
+        Args:
+            path: Where to save; the suffix decides the format.
+            phase: `"prefill"`, `"decode"`, or None for both.
+            title: Title of the picture.
+
+        Returns:
+            The path.
+
+        Raises:
+            ReportError: Nothing was counted, or the file can't be written.
+            MissingPackageError: matplotlib is not installed.
+        """
+        self.check_counted()
+        where, overall = phase or "prefill and decode", self.open_fraction(phase)
+        asked = f"{100 * overall:.1f}% of pairs open" if overall == overall else "no query was asked"
+        return pictures.save_heads(
+            self.head_open_fractions(phase), check_path(path), title or f"Open fraction per head, {where}: {asked}"
+        )
+
+    def plot_timeline(
+        self, path: str | Path, *, heads: Iterable[Head] | None = None, row: int = 0, title: str | None = None
+    ) -> Path:
+        """Draw which heads read the far keys for which tokens, tokens across and heads downwards, and save it.
+
+        Args:
+            path: Where to save; the suffix decides the format.
+            heads: (layer, query head) pairs, both counted from 0; None means all.
+            row: Row of the batch.
+            title: Title of the picture.
+
+        Returns:
+            The path.
+
+        Raises:
+            ReportError: No timeline was recorded, there is no such head or row, or the file can't be written.
+            MissingPackageError: matplotlib is not installed.
+        """
+        return pictures.save_timeline(self.timeline_of(heads, row=row), check_path(path), title)
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        tokens: Any = None,
+        tokenizer: Any = None,
+        row: int = 0,
+        calibration: Calibration | None = None,
+        title: str = "What the gates did",
+    ) -> Path:
+        """Save one page that needs no network: heads, decisions over the text, risk, policy and dense calls.
+
+        Args:
+            path: Where to save.
+            tokens: What the model read in the gated calls, one entry per token: ids with a `tokenizer`, texts without.
+                The last token that a model wrote, which it never read, may be included. None leaves the text out.
+            tokenizer: Decodes ids.
+            row: Row of the batch whose timeline is shown.
+            calibration: Adds the curve of what a risk costs.
+            title: Heading of the page.
+
+        Returns:
+            The path.
+
+        Raises:
+            ReportError: Nothing was counted, the tokens do not fit the timeline, or the file can't be written.
+            CalibrationMismatchError: The calibration is of other layers or heads, or of another sink or window.
+        """
+        from patchattn.report.page import page_of
+
+        self.check_counted()
+        path = check_path(path)
+        timeline = self.timeline_of(row=row) if tokens is not None or any(self.timeline.values()) else None
+        texts = None
+        if timeline is not None and tokens is not None:
+            texts = fitting_texts(tokens, tokenizer, len(timeline.phases))
+        return write_text(path, page_of(self, timeline, texts, calibration, title))
+
+    def check_counted(self) -> None:
+        """Refuse a report of a model that did not run, or ran with `record=None`.
+
+        Raises:
+            ReportError: Says which of the two.
+        """
+        counts = self._counts(None)
+        if any(c.causal_keys for c in counts):
+            return
+        if any(c.gated_calls for c in counts):
+            raise ReportError("Nothing was counted.", fix='patch with record="summary" or record="timeline"')
+        if not any(self.dense_calls.values()):
+            raise ReportError(
+                "The report is empty: the patched model did not run.",
+                fix="run the model before asking for the report, and after reset_report()",
+            )
+
+    def __str__(self) -> str:
+        """Return a short table."""
+        lines = [f"patchattn report ({self.backend})"]
+        for phase in _PHASES:
+            counts = self._counts(phase)
+            if not sum(c.gated_calls for c in counts):
+                continue
+            lines.append(
+                f"  {phase}: {_percent(self.open_fraction(phase))} of pairs open, "
+                f"realised density {_percent(self.realised_density(phase))}, "
+                f"{sum(c.below_break_even for c in counts)} queries below break-even"
+            )
+            for layer, heads in self.head_open_fractions(phase).items():
+                lines.append(f"    layer {layer:>3}: " + " ".join(f"{_percent(value):>6}" for value in heads))
+        dense = self.dense_calls_by_reason()
+        if dense:
+            lines.append("  dense layer calls: " + ", ".join(f"{calls} ({reason})" for reason, calls in dense.items()))
+        return "\n".join(lines)
+
+    def dense_calls_by_reason(self) -> dict[str, int]:
+        """Count the calls of layers that attended densely, by reason."""
+        dense: dict[str, int] = {}
+        for reasons in self.dense_calls.values():
+            for reason, calls in reasons.items():
+                dense[reason] = dense.get(reason, 0) + calls
+        return dense
+
+    def _counts(self, phase: Phase | None) -> list[LayerCounts]:
+        return [c for by_phase in self.layers.values() for name, c in by_phase.items() if phase in (None, name)]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _known(value: float) -> float | None:
+    return value if value == value else None
+
+
+def _percent(value: float) -> str:
+    return "-" if value != value else f"{100 * value:.1f}%"

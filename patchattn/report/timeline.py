@@ -1,0 +1,135 @@
+"""Which head read the far keys for which token, and the text that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.errors import ReportError
+from patchattn.policy import Phase
+
+Head = tuple[int, int]
+"""(layer, query head), both counted from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """The decisions of one sequence, token by token, in the order in which the model read the tokens.
+
+    Only gated calls are in it. A token below break-even counts as open in every head; one without far keys, as closed.
+
+    Args:
+        heads: The heads.
+        phases: The phase each token was read in.
+        open: [heads, tokens] bool, on the CPU; whether the head read the keys beyond sink and window.
+    """
+
+    heads: tuple[Head, ...]
+    phases: tuple[Phase, ...]
+    open: Tensor
+
+    def open_heads(self, token: int) -> list[Head]:
+        """List the heads that were open for a token."""
+        return [self.heads[index] for index in self.open[:, token].nonzero()[:, 0].tolist()]
+
+
+def timeline_of(calls: dict[int, list[Any]], heads: Iterable[Head] | None, row: int) -> Timeline:
+    """Join recorded calls to the timeline of one sequence.
+
+    Args:
+        calls: By layer, (phase, open pairs [batch, heads, query]) of each gated call.
+        heads: Heads to keep, in this order; None means all.
+        row: Row of the batch.
+
+    Raises:
+        ReportError: Nothing was recorded, no such head or row, or layers that went through different calls.
+    """
+    recorded = {layer: found for layer, found in calls.items() if found}
+    if not recorded:
+        raise ReportError(
+            "No timeline was recorded.",
+            fix='patch with record="timeline" and run the model on a text longer than sink, window and break-even',
+        )
+    runs = {layer: tuple((phase, opened.shape[2]) for phase, opened in found) for layer, found in recorded.items()}
+    first, expected = next(iter(runs.items()))
+    other = next((layer for layer, run in runs.items() if run != expected), None)
+    if other is not None:
+        raise ReportError(
+            f"Layer {first} recorded {len(expected)} gated calls and layer {other} {len(runs[other])}, or of other "
+            "lengths, so their tokens can't be put side by side.",
+            fix="call reset_report() before the run to look at, and run calls that all patched layers take part in",
+        )
+    smallest = min(opened.shape[0] for found in recorded.values() for _, opened in found)
+    if not 0 <= row < smallest:
+        raise ReportError(
+            f"Row {row} is not in every recorded call: the smallest batch has {smallest} rows.",
+            fix=f"choose a row from 0 to {smallest - 1}, or call reset_report() between runs of different batches",
+        )
+    bits = {layer: torch.cat([opened[row].cpu() for _, opened in found], dim=-1) for layer, found in recorded.items()}
+    every = [(layer, head) for layer, grid in bits.items() for head in range(grid.shape[0])]
+    chosen = every if heads is None else [(int(layer), int(head)) for layer, head in heads]
+    unknown = sorted(set(chosen) - set(every))
+    if unknown or not chosen:
+        raise ReportError(
+            f"The timeline has no heads {unknown}." if unknown else "No heads were chosen.",
+            fix=f"choose (layer, query head) pairs of layers {sorted(bits)}, or leave heads out for all of them",
+        )
+    phases = tuple(phase for phase, count in expected for _ in range(count))
+    return Timeline(tuple(chosen), phases, torch.stack([bits[layer][head] for layer, head in chosen]).bool())
+
+
+def fitting_texts(tokens: Any, tokenizer: Any, count: int) -> list[str]:
+    """Turn tokens into texts, one for each token of a timeline.
+
+    Args:
+        tokens: Texts of tokens, or token ids where a tokenizer is given; a tensor may have a batch axis of one. One
+            more than the timeline is fine: the last token that a model writes is never read.
+        tokenizer: To decode ids; None where texts are given.
+        count: Tokens in the timeline.
+
+    Raises:
+        ReportError: Another kind or another number of tokens.
+    """
+    if isinstance(tokens, Tensor):
+        tokens = (tokens[0] if tokens.dim() == 2 and tokens.shape[0] == 1 else tokens).tolist()
+    kind = str if tokenizer is None else int
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not all(isinstance(t, kind) for t in tokens):
+        wanted = "a sequence of texts, one per token" if tokenizer is None else "a flat sequence of token ids"
+        raise ReportError(
+            f"Expected tokens to be {wanted}, got {type(tokens).__name__}.",
+            fix="pass tokens=token_ids with tokenizer=tokenizer, or tokens=[text of each token] without one",
+        )
+    if len(tokens) not in (count, count + 1):
+        raise ReportError(
+            f"The timeline has {count:,} tokens and the text {len(tokens):,}.",
+            fix="pass the tokens of all gated calls since the patch or the last reset_report(), in order; calls that "
+            "attended densely are not in the timeline (report.dense_calls counts them)",
+        )
+    texts = list(tokens) if tokenizer is None else texts_of(tokenizer, tokens)
+    return texts[:count]
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Decode token ids one by one, so that the texts joined are the text of all.
+
+    A token that ends within a character has an empty text; the character belongs to the token that completes it.
+    """
+    texts, before, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        known = _decode(tokenizer, ids[before:read])
+        text = _decode(tokenizer, ids[before:end])
+        complete = len(text) > len(known) and not text.endswith("\ufffd")
+        if complete or end == len(ids):
+            texts.append(text[len(known) :])
+            before, read = read, end
+        else:
+            texts.append("")
+    return texts
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""

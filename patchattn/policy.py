@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 """A share of the softmax mass held by the local keys, strictly between 0 and 1."""
@@ -159,7 +168,7 @@ class Policy(_Frozen):
         sink_size: Number of first tokens that are always attended.
         window_size: Number of last tokens that are always attended, the query's own included; at least 1.
         gate: The head gate: `MomentGate`, `OracleGate`, `StaticGate`, `OpenGate` or `ClosedGate`.
-        layers: Indices of the layers to patch; None means every layer that can be.
+        layers: Indices of the layers to patch, at least one; None means every layer that can be.
         phases: Phases in which the gate decides; in the others attention is dense. A call with one query per
             sequence is decode, any other is prefill.
         min_bulk: Queries with fewer bulk keys than this are opened without asking, because there the gated path
@@ -188,6 +197,8 @@ class Policy(_Frozen):
     @field_validator("layers")
     @classmethod
     def _layers_sorted_and_unique(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers == ():
+            raise ValueError("layers is empty, so the gate would never decide; name layers, or None for all")
         return None if layers is None else tuple(sorted(set(layers)))
 
     @field_validator("phases")
@@ -196,3 +207,8 @@ class Policy(_Frozen):
         if not phases:
             raise ValueError('phases is empty, so the gate would never decide; name "prefill", "decode" or both')
         return phases
+
+    # The order of a set changes from run to run, and with it the file and its digest.
+    @field_serializer("phases", when_used="json")
+    def _phases_in_one_order(self, phases: frozenset[Phase]) -> list[Phase]:
+        return sorted(phases, reverse=True)

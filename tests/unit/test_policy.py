@@ -28,6 +28,7 @@ def test_json_names_gate_and_version() -> None:
         ("window_size", "wide"),
         ("layers", (-1,)),
         ("layers", 3),
+        ("layers", ()),
         ("phases", frozenset()),
         ("phases", frozenset({"training"})),
         ("min_bulk", -1),
@@ -68,3 +69,11 @@ def test_frozen(made: Any) -> None:
 def test_order_and_repetition_do_not_matter() -> None:
     assert Policy(layers=(3, 1, 3)) == Policy(layers=(1, 3))
     assert StaticGate(open_heads=((1, 0), (0, 2), (1, 0))) == StaticGate(open_heads=((0, 2), (1, 0)))
+
+
+def test_json_has_the_phases_in_one_order_whatever_the_order_of_the_set() -> None:
+    for phases in (("decode", "prefill"), ("prefill", "decode")):
+        made = Policy.model_construct(phases=phases)  # a tuple, because the order of a set changes from run to run
+        assert json.loads(made.model_dump_json())["phases"] == ["prefill", "decode"]
+        assert made.model_dump(mode="json")["phases"] == ["prefill", "decode"]
+    assert Policy().model_dump()["phases"] == frozenset({"prefill", "decode"})

@@ -96,7 +96,8 @@ def patch(
         PolicyError: The policy names layers or heads that the model does not have, or needs a calibration.
         CalibrationMismatchError: The calibration is of another model, or of another sink or window than the policy's.
         CalibrationError: The calibration can't be found or read, or can't carry what the policy asks of it.
-        PatchStateError: The model is patched already.
+        pydantic.ValidationError: The policy is a `model_copy` with a value that its field refuses.
+        PatchStateError: The model is patched already, or has its configuration from a model that is.
         BackendError: The backend does not run here or disagrees with the reference.
 
     Example:
@@ -124,6 +125,8 @@ def patch(
         raise PolicyError(
             f"Expected a patchattn.Policy, got {type(policy).__name__}.", fix="pass patchattn.Policy(...)"
         )
+    # A copy made with model_copy(update=...) is not validated by pydantic.
+    policy = Policy.model_validate(policy.model_dump(warnings=False))
     if isinstance(model, nn.Module) and is_patched(model):
         raise PatchStateError("The model is patched already.", fix="call patchattn.unpatch(model) first")
     support = check_support(model)
@@ -133,6 +136,7 @@ def patch(
             fix="patchattn.check_support(model) lists the reasons; docs/reference/models.md lists what is supported",
         )
     modules = attention_modules(model)
+    _check_config(modules)
     layers = _layers(policy, support)
     heads = {index: _query_heads(module) for index, module in modules.items()}
     _check_heads(policy, layers, heads)
@@ -175,6 +179,16 @@ def is_patched(model: nn.Module) -> bool:
 def _states(model: nn.Module) -> dict[int, LayerState]:
     states = {index: module._modules.get(STATE) for index, module in attention_modules(model).items()}
     return {index: state for index, state in states.items() if isinstance(state, LayerState)}
+
+
+def _check_config(modules: dict[int, Any]) -> None:
+    """Refuse a configuration that says patched: there would be no telling which implementation to give back."""
+    if {module.config._attn_implementation for module in modules.values()} & set(ORIGINALS.values()):
+        raise PatchStateError(
+            "The model is not patched, but its configuration is that of a patched model.",
+            fix="unpatch that model first, or make this one from copy.deepcopy(config) while the other is not patched; "
+            "if the configuration was copied while it was patched, call set_attn_implementation('sdpa') on this model",
+        )
 
 
 def _layers(policy: Policy, support: Supported) -> tuple[int, ...]:

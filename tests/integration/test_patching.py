@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import DynamicCache, StaticCache
 
 import patchattn
@@ -264,6 +265,31 @@ def test_the_context_manager_undoes_after_an_exception():
 
     with pytest.raises(KeyError):
         fail()
+    assert snapshot(model) == before
+
+
+def test_a_model_that_shares_the_configuration_of_a_patched_one_is_refused_and_left_alone():
+    model = tiny_model("llama")
+    other = type(model)(model.config).eval()
+    before, hooks = snapshot(model), [len(module._forward_pre_hooks) for module in other.modules()]
+    with patchattn.patch(model):
+        with pytest.raises(patchattn.PatchStateError, match="configuration"):
+            patchattn.patch(other)
+        assert not patchattn.is_patched(other)
+        assert [len(module._forward_pre_hooks) for module in other.modules()] == hooks
+        copied = type(model)(copy.deepcopy(model.config)).eval()
+    assert snapshot(model) == before
+    patchattn.patch(other).unpatch()
+    copied.set_attn_implementation("sdpa")
+    patchattn.patch(copied).unpatch()
+
+
+@pytest.mark.parametrize("wrong", [{"window_size": -5}, {"min_bulk": "many"}, {"layers": ()}])
+def test_a_policy_copied_with_a_wrong_value_is_refused_before_the_model_is_touched(wrong):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        patchattn.patch(model, Policy().model_copy(update=wrong))
     assert snapshot(model) == before
 
 

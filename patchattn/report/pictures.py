@@ -22,7 +22,7 @@ def save_heads(fractions: dict[int, list[float]], path: Path, title: str) -> Pat
     figure_type = _figure_type()
     layers, width = list(fractions), max((len(heads) for heads in fractions.values()), default=1)
     grid = [heads + [float("nan")] * (width - len(heads)) for heads in fractions.values()] or [[float("nan")]]
-    size = (max(5.5, 0.62 * width + 2.2), max(3.2, 0.5 * len(layers) + 1.8))
+    size = (min(max(5.5, 0.62 * width + 2.2), 16), min(max(3.2, 0.5 * len(layers) + 1.8), 13))
     figure = figure_type(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("#d8d8d4")

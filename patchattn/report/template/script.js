@@ -58,7 +58,8 @@ function luminance(colour) {
   const [r, g, b] = colour.map((c) => ((c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
-const ink = (colour) => (luminance(colour) > 0.179 ? "#0b0b0b" : "#ffffff");
+/* Black or white, whichever has more contrast: at least 4.58 to 1 on any colour. */
+const ink = (colour) => (luminance(colour) > 0.179 ? "#000000" : "#ffffff");
 const rampImage = () => `linear-gradient(90deg, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map((v) => rgb(shade(v))).join(",")})`;
 
 /* The box that follows the pointer */
@@ -130,7 +131,8 @@ function buildGrid() {
   if (!width) { $("grid-box").replaceChildren(make("p", { className: "muted", textContent: "No layer is gated." })); return; }
   const small = width > 16;
   grid.style.maxWidth = 90 + 72 * width + "px";
-  grid.style.gridTemplateColumns = `max-content repeat(${width}, minmax(${small ? 11 : 26}px, 1fr))`;
+  grid.style.gridTemplateColumns = `max-content repeat(${width}, minmax(${small ? 6 : 26}px, 1fr))`;
+  grid.classList.toggle("small", small);
   grid.append(make("div", { className: "name", textContent: "" }));
   for (let head = 0; head < width; head += 1) {
     grid.append(make("div", { className: "name top", textContent: small && head % 4 ? "" : head }));

@@ -21,6 +21,8 @@ LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Estimate = Literal["guarded", "saturating", "lognormal"]
 Phase = Literal["prefill", "decode"]
 
+_MOST_TOKENS = 2**31 - 1  # slots are 32-bit numbers
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -182,12 +184,12 @@ class Policy(_Frozen):
     """
 
     schema_version: Literal[1] = 1
-    sink_size: Annotated[int, Field(ge=0)] = 16
-    window_size: Annotated[int, Field(ge=1)] = 1024
+    sink_size: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] = 16
+    window_size: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] = 1024
     gate: Gate = MomentGate()
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})
-    min_bulk: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    min_bulk: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] | Literal["auto"] = "auto"
 
     @property
     def break_even(self) -> int:

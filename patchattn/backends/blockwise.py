@@ -9,6 +9,7 @@ On CPU the parts go through the fused attention kernel, elsewhere and with a sof
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -135,7 +136,7 @@ torch.library.register_autograd("patchattn::blockwise", _refuse_backward)
 
 
 def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
-    inputs = _with_unit_strides(inputs)
+    inputs = _with_unit_strides(_within_the_keys(inputs))
     if is_plain_decode(inputs):
         local, scored = attend_local_decode(inputs)
         local = _with_sink_logits(inputs, local)
@@ -158,6 +159,16 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
     if len(outputs) == 1:
         return _attended(inputs, outputs[0].transpose(1, 2), decisions[0], scored)
     return _attended(inputs, torch.cat(outputs, 1).transpose(1, 2), torch.cat(decisions, 2), scored)
+
+
+def _within_the_keys(inputs: AttentionInputs) -> AttentionInputs:
+    """Cut sink and window down to the number of keys, which changes nothing: chunks of keys are as long as both."""
+    regions = inputs.regions
+    most = max(regions.key_length, 1)
+    if max(regions.sink_size, regions.window_size) <= most:
+        return inputs
+    sink_size, window_size = min(regions.sink_size, most), min(regions.window_size, most)
+    return replace(inputs, regions=replace(regions, sink_size=sink_size, window_size=window_size))
 
 
 def _attended(inputs: AttentionInputs, output: Tensor, opened: Tensor, scored: int) -> Attended:

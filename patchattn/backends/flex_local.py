@@ -37,7 +37,7 @@ def local_log_mass(
         [batch, heads, query] float32 nats; -inf where there is no local key.
     """
     keys, start = key.shape[2], int(query_slot)
-    sink_slots = first[:, None] + torch.arange(sink_size, device=key.device)
+    sink_slots = first[:, None] + torch.arange(min(sink_size, keys), device=key.device)
     inside = sink_slots.clamp(max=keys - 1)
     sink_valid = valid.gather(1, inside) & (sink_slots < keys)
     sink_keys = key.gather(2, inside[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))

@@ -58,7 +58,7 @@ def run(choice: Choice) -> None:
             tokenizer,
             text,
             policy,
-            length=choice.length or _default_length(model),
+            length=_default_length(model) if choice.length is None else choice.length,
             questions=choice.questions,
             backend=choice.backend,
             progress=tell,

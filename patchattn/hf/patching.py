@@ -127,7 +127,7 @@ def patch(
         )
     # A copy made with model_copy(update=...) is not validated by pydantic.
     policy = Policy.model_validate(policy.model_dump(warnings=False))
-    if isinstance(model, nn.Module) and is_patched(model):
+    if is_patched(model):
         raise PatchStateError("The model is patched already.", fix="call patchattn.unpatch(model) first")
     support = check_support(model)
     if not isinstance(support, Supported):
@@ -158,7 +158,7 @@ def unpatch(model: Any) -> None:
     Raises:
         PatchStateError: The model is not patched.
     """
-    if not isinstance(model, nn.Module) or not is_patched(model):
+    if not is_patched(model):
         raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
     for module in attention_modules(model).values():
         state = module._modules.pop(STATE)
@@ -171,9 +171,9 @@ def unpatch(model: Any) -> None:
         underlying(model).__dict__.pop(name, None)
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Say whether a model is patched."""
-    return bool(_states(model))
+def is_patched(model: Any) -> bool:
+    """Say whether a model is patched; what is not a model is not."""
+    return isinstance(model, nn.Module) and bool(_states(model))
 
 
 def _states(model: nn.Module) -> dict[int, LayerState]:

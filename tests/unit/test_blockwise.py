@@ -492,3 +492,16 @@ def test_peak_memory_is_far_below_queries_times_keys(softcap: float) -> None:
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
     # One byte for each query and key would be 256 MiB, their scores 1 GiB a head.
     assert grown < 192
+
+
+@pytest.mark.parametrize("sizes", [{"window_size": 2**31 - 1}, {"sink_size": 2**31 - 1}], ids=str)
+def test_sink_and_window_far_longer_than_the_text(sizes):
+    """Chunks are as long as both, and must not be longer than the text."""
+    valid = torch.ones(2, 90, dtype=torch.bool)
+    valid[1, :20] = False
+    regions = Regions.of(valid, query_length=90, **({"sink_size": 4, "window_size": 16} | sizes))
+    query, key = torch.randn(2, 4, 90, 16), torch.randn(2, 2, 90, 16)
+    inputs = AttentionInputs(query, key, key, regions, 0.25)
+    closed = gate.forced(torch.zeros(2, 4, 90, dtype=torch.bool), inputs)
+    got, want = (backend.attend(inputs, closed, 0.0).output for backend in (blockwise, reference))
+    torch.testing.assert_close(got, want)

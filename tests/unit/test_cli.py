@@ -98,6 +98,7 @@ def test_demo_takes_text_model_and_threshold(tmp_path: Path, picture: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--length", "0"), "length is 0"),
         (("--threshold", "1.5"), "gate.moment.threshold"),
         (("--window", "0"), "window_size"),
         (("--text", "no-such-file.txt"), "Can't read no-such-file.txt"),

@@ -31,6 +31,8 @@ def test_json_names_gate_and_version() -> None:
         ("layers", ()),
         ("phases", frozenset()),
         ("phases", frozenset({"training"})),
+        ("window_size", 2**31),
+        ("sink_size", 2**31),
         ("min_bulk", -1),
         ("min_bulk", "automatic"),
         ("schema_version", 2),

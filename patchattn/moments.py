@@ -382,18 +382,19 @@ def _evaluate(
     Returns:
         [batch, heads, groups, rows].
     """
-    kv_heads = moments.total.shape[1]
-    q = (query.to(moments.total.dtype) * scale).unflatten(
-        1, (kv_heads, -1)
-    )  # [batch, kv_heads, group, groups, rows, dim]
+    kv_heads, dtype = moments.total.shape[1], moments.total.dtype
+    heads_apart = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [batch, kv_heads, groups, group, rows, dim]
+    # All rows that share a matrix side by side: one product each. The scale goes to the matrices, which are smaller.
+    q = heads_apart.flatten(3, 4).to(dtype)
     divisor = moments.count.clamp(min=1)[:, None, :, None]
     shift = moments.total / divisor
-    second = moments.outer / divisor[..., None]
-    along_shift = torch.einsum("bhgnrd,bhnd->bhgnr", q, shift)
-    mean = torch.einsum("bhgnrd,bhnd->bhgnr", q, moments.reference) + along_shift
-    variance = (torch.einsum("bhgnrd,bhnde->bhgnre", q, second) * q).sum(-1) - along_shift.square()
-    mass = log_mass_of_gaussian(n_bulk[:, None, None], mean, variance, softcap=softcap, estimate=estimate)
-    return mass.flatten(1, 2)
+    second = moments.outer * (scale * scale / divisor[..., None])
+    along = q @ (torch.stack([shift, moments.reference], dim=-1) * scale)
+    along_shift = along[..., 0]
+    variance = ((q @ second) * q).sum(-1) - along_shift.square()
+    mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (along.sum(-1), variance))
+    mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=softcap, estimate=estimate)
+    return mass.transpose(2, 3).flatten(1, 2)
 
 
 def _take(x: Tensor, slots: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class LayerState(Counters):
         self.attend, self.attend_densely = load(backend), load_dense(backend)
         self.attend_plainly = load_plain(backend)
         self.threshold = margin_threshold(policy.gate)
+        local = policy.sink_size + policy.window_size
+        self.least_keys = {phase: local + max(1, policy.break_even) for phase in PHASES}
         self.timeline: list[tuple[str, Tensor]] = []
         self.replay: list[Tensor] | None = None
         self.has_measured = measured is not None
@@ -75,6 +77,14 @@ class LayerState(Counters):
         """Make a model that was patched in another process find its functions."""
         super().__setstate__(state)
         register()
+
+    def dense_reason(self, keys: int, phase: str) -> str | None:
+        """Say why a call over so many keys does not go through the gate; None if it does."""
+        if not self.gated:
+            return "layer"
+        if phase not in self.policy.phases:
+            return "phase"
+        return "short" if keys < self.least_keys[phase] else None
 
     def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
@@ -126,14 +136,16 @@ def mask(
             **kwargs,
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    is_plain = _is_plain(padding, q_length, kv_length, q_offset)
-    if padding is None or is_plain:
+    if _is_plain(padding, q_length, kv_length, q_offset, device):
+        rows = torch.tensor((1, q_offset, 0), dtype=torch.int32, device=device)
+        layout = rows.view(1, 1, _LAYOUT_ROWS, 1).expand(batch_size, 1, _LAYOUT_ROWS, kv_length)
+        # For the layers, which would have to look at the device to know.
+        setattr(layout, _PLAIN, True)
+        return layout
+    if padding is None:
         layout = torch.zeros(batch_size, 1, _LAYOUT_ROWS, kv_length, dtype=torch.int32, device=device)
         layout[:, :, 0] = 1
         layout[:, :, 1] = q_offset
-        if is_plain:
-            # For the layers, which would have to look at the device to know.
-            setattr(layout, _PLAIN, True)
         return layout
     valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
     first = first_real_slot(valid)[:, None].expand(-1, kv_length)
@@ -146,11 +158,13 @@ def mask(
     return torch.stack([valid.int(), slot.int(), first.int()], dim=1)[:, None]
 
 
-def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor) -> bool:
+def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor, device: Any) -> bool:
     """Say whether the host knows that nothing is padding and that the queries are the last slots."""
-    if torch.compiler.is_compiling() or not isinstance(q_offset, int) or q_offset + q_length != kv_length:
+    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
         return False
-    return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
+    if not isinstance(q_offset, int) or q_offset + q_length != kv_length:
+        return False
+    return padding is None or bool(padding.all())
 
 
 def attention(
@@ -202,10 +216,10 @@ def attention(
     _refuse_unknown(kwargs, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     phase = "decode" if query.shape[2] == 1 else "prefill"
-    reason = _dense_reason(state, key.shape[2], phase)
+    reason = state.dense_reason(key.shape[2], phase)
     if reason is not None:
         state.add("dense_calls", reason)
-        if _is_known_plain(attention_mask) and softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and _is_known_plain(attention_mask):
             output = state.attend_plainly(query, key, value, scale)
             if output is not None:
                 return output.transpose(1, 2).contiguous(), None
@@ -234,19 +248,6 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: str, cache: Any) 
     if state.record == "timeline":
         state.timeline.append((phase, attended.open.detach().cpu()))
     return attended.output
-
-
-def _dense_reason(state: LayerState, keys: int, phase: str) -> str | None:
-    """Say why a call does not go through the gate; None if it does."""
-    policy = state.policy
-    if not state.gated:
-        return "layer"
-    if phase not in policy.phases:
-        return "phase"
-    reachable = keys - policy.sink_size - policy.window_size
-    if reachable < max(1, policy.break_even):
-        return "short"
-    return None
 
 
 def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:

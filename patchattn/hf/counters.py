@@ -40,7 +40,7 @@ class Counters(nn.Module):
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
         """Add to a counter; `which` is a phase, or the reason of a dense call."""
         place = _PLACE[name, which]
-        if torch.compiler.is_compiling() or self._buffers["counts"].device.type != "cpu":  # pyright: ignore
+        if torch.compiler.is_compiling() or not self.counts.is_cpu:
             self.counts[place].add_(amount)
         else:
             self.on_host[place] += int(amount)

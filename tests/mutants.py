@@ -289,8 +289,8 @@ MUTANTS = (
         "phase_ignored",
         "a policy for one phase gates both",
         "hf/attention.py",
-        "if phase not in policy.phases:",
-        "if not policy.phases:",
+        "if phase not in self.policy.phases:",
+        "if not self.policy.phases:",
         PATCHING,
     ),
     Mutant(

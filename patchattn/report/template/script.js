@@ -143,7 +143,7 @@ function buildGrid() {
     for (let head = 0; head < width; head += 1) {
       if (head >= heads) { grid.append(make("div")); continue; }
       const cell = make("div", {
-        className: "cell", role: "gridcell", tabIndex: row || head ? -1 : 0, style: { minHeight: small ? "12px" : "30px" },
+        className: "cell", role: "option", tabIndex: row || head ? -1 : 0, style: { minHeight: small ? "12px" : "30px" },
         dataset: { layer, head, row, column: head, index: index.get(key(layer, head)) ?? -1 },
       });
       cells.set(key(layer, head), cell);

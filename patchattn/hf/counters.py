@@ -20,7 +20,7 @@ class Counters(nn.Module):
     """Counters of one layer.
 
     A compiled graph and a device count in tensors: integers would recompile the graph, or wait for the device. Eager
-    calls on a CPU count in integers, which costs a tenth. The buffers follow the module's device, are not cast by
+    calls on a CPU count in integers, which costs a third. The buffers follow the module's device, are not cast by
     `model.to(dtype)` and stay out of the state dict.
 
     Args:

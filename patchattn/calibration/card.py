@@ -97,6 +97,7 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
             "",
             "```python",
             "import patchattn",
+            "",
             f'patchattn.patch(model, calibration="{repo or "NAMESPACE/NAME"}")  # brings its own policy',
             "model.generate(**inputs)",
             "```",

@@ -20,7 +20,7 @@ _GRID = "_patchattn_grid"
 _CROPPED = "_patchattn_cropped"
 
 # Dynamo of torch 2.11 can't read the attributes of an object one by one.
-COMPILED_CALLS_CAN_TRACK = torch.__version__ >= (2, 13)
+COMPILED_CALLS_CAN_TRACK = torch.__version__ >= "2.13"
 """Whether a cache whose first call is compiled keeps its moments."""
 
 

@@ -357,3 +357,31 @@ def test_packed_sequences_stay_apart():
             got = model(ids, position_ids=position_ids, use_cache=False).logits
     assert torch.equal(got, stock)
     assert handle.report().dense_calls[0] == {"mask": 1}
+
+
+@pytest.mark.parametrize(
+    "gate_and_bulk",
+    [(MomentGate(threshold=0.3, estimate="saturating"), 0), (MomentGate(threshold=0.3), 60), (OpenGate(), 4096)],
+    ids=["gated", "partly below break-even", "dense"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_the_host_knows_of_a_plain_call_changes_nothing(gate_and_bulk, batch, monkeypatch):
+    """Prefill, a second prefill and decode: the same logits and the same counts as with the layout read back."""
+    gate, min_bulk = gate_and_bulk
+    ids, mask = padded_batch((330,) * batch, seed=6)
+    model = tiny_model("qwen2").double()
+    seen = []
+    for plain in (True, False):
+        if not plain:
+            monkeypatch.setattr("patchattn.hf.attention._is_plain", lambda *_: False)
+        with patchattn.patch(model, policy(gate, min_bulk=min_bulk)) as handle:
+            cache = DynamicCache()
+            logits = [
+                forward(model, ids[:, begin:end], mask[:, :end], past_key_values=cache)
+                for begin, end in ((0, 300), (300, 320), *((at, at + 1) for at in range(320, 330)))
+            ]
+            report = handle.report().to_dict()
+        seen.append((torch.cat(logits, 1), report))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=0, atol=1e-10)
+    assert seen[0][1] == seen[1][1]
+    assert any(seen[0][1]["dense_calls"]["0"].values()) == (min_bulk == 4096)

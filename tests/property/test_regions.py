@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,3 +68,25 @@ def test_a_slice_of_rows_is_the_slice_of_the_mask(r: Regions, data: st.DataObjec
     rows = slice(begin, data.draw(st.integers(begin, r.query_length)))
     assert torch.equal(r.local_mask(rows), r.local_mask()[:, rows])
     assert torch.equal(r.bulk_mask(rows), r.bulk_mask()[:, rows])
+
+
+@given(shapes(max_keys=400), st.integers(0, 300))
+def test_what_the_host_counts_is_what_the_tensors_hold(shape: Any, break_even: int) -> None:
+    sizes = {"sink_size": shape.sink_size, "window_size": shape.window_size}
+    slot = shape.keys - shape.queries
+    known = Regions.plain(
+        shape.sink_size, shape.window_size, shape.queries, shape.batch, shape.keys, torch.device("cpu")
+    )
+    ones = torch.ones(shape.batch, shape.keys, dtype=torch.bool)
+    read = Regions.of(ones, query_length=shape.queries, query_slot=slot, **sizes)
+    assert known.host == read.host
+    for name in ("valid", "first", "query_slot"):
+        assert torch.equal(getattr(known, name), getattr(read, name))
+    got, want = known.counted(break_even), read.count(break_even)
+    assert (int(got.n_above), int(got.n_below), int(got.n_causal)) == (
+        int(want.n_above),
+        int(want.n_below),
+        int(want.n_causal),
+    )
+    # None stands for every query that is asked: the decisions say so themselves.
+    assert torch.equal(read.asked if got.above is None else got.above, want.above)

@@ -58,13 +58,13 @@ def main() -> None:
         "- *Decode at 4,096 and 8,192 keys*: a step with all gates closed is two kernel calls, a merge and a decision, "
         "about 0.2 ms of tensor operations against 0.5 ms of dense attention; an open KV head adds another call and "
         "merge. Fewer operations need a fused kernel.\n"
-        "- *Whole model, prefill*: its layers gain 1.1 to 1.7x with replayed gates, the gate takes 6 to 14% "
-        "of the dense time back, and a third of the time is not attention.\n"
+        "- *Whole model, prefill*: its layers gain 1.1 to 1.7x with replayed gates, the gate takes a part of "
+        "it back, and a third of the time is not attention.\n"
         "- *Whole model, decode with `min_bulk=0`*: nearly every step opens both KV heads, so all keys are read, and "
         "local pass, gate and merge come on top.\n"
-        "- *Whole model below break-even*: the attention call itself costs what the stock one does; the layer's "
-        "hook, the choice of a path and the padding layout cost about 0.05 ms a layer, in a model whose layers take "
-        "under 1 ms. Single repeats of these rows differ by a third, for the machine was busy.",
+        "- *Whole model below break-even*: the layer's hook, the choice of a path and the padding layout cost "
+        "the same in a layer of any size, and this model's layers take under 1 ms. Single repeats of these rows differ "
+        "by a third, for the machine was busy.",
         "## CUDA, one layer",
         "*Not measured*: no GPU was at hand. `python recipes/benchmarks/attention_prefill.py` and "
         "`attention_decode.py` take bf16, 32 query heads over 8 KV heads of 128 and window 1,024 by themselves there.",

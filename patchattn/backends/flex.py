@@ -199,7 +199,9 @@ def _bucket(length: int, smallest: int) -> int:
     return bucket
 
 
-def _attend_call(settings: _Settings, call: _Call, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_call(  # pragma: compiled
+    settings: _Settings, call: _Call, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend inside a compiled graph; returns output, open pairs and scored keys."""
     if not torch.compiler.is_compiling():
         # Uncompiled FlexAttention makes the queries x keys tensor.
@@ -247,7 +249,7 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
 
 
-def _two_passes(
+def _two_passes(  # pragma: compiled
     settings: _Settings,
     masks: RowMasks,
     grouped: tuple[Tensor, Tensor, Tensor],
@@ -302,7 +304,7 @@ def _two_passes(
     return output.to(query.dtype), opened, scored + bulk_scored
 
 
-def _one_pass(
+def _one_pass(  # pragma: compiled
     settings: _Settings,
     masks: RowMasks,
     grouped: tuple[Tensor, Tensor, Tensor],
@@ -333,7 +335,7 @@ def _score_mod(softcap: float | None, null: tuple[int, Tensor] | None = None) ->
     if softcap is None and null is None:
         return None
 
-    def modify(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    def modify(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:  # pragma: compiled
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if null is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments, PromptMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
-from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
 
 _ROWS_PER_SLAB = 256
 
@@ -125,6 +125,7 @@ def bulk_log_mass(
         Queries below break-even get +inf: they open without being asked.
     """
     gate, regions = policy.gate, inputs.regions
+    break_even = policy.break_even(phase_of(regions.query_length))
     match gate:
         case MomentGate(moments="calibration"):
             mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
@@ -138,6 +139,7 @@ def bulk_log_mass(
                 softcap=inputs.softcap,
                 estimate=gate.estimate,
                 max_chunks=max_chunks,
+                least_bulk=break_even,
             )
         case OracleGate():
             mass = exact_bulk_log_mass(inputs)
@@ -145,8 +147,8 @@ def bulk_log_mass(
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
     if measured is not None and measured.margins is not None:
         mass = with_margins(mass, measured.margins)
-    if policy.break_even and not regions.surely_reach(policy.break_even):
-        mass = torch.where((regions.n_bulk < policy.break_even)[:, None], torch.inf, mass)
+    if break_even and not regions.surely_reach(break_even):
+        mass = torch.where((regions.n_bulk < break_even)[:, None], torch.inf, mass)
     return mass, state
 
 

@@ -263,6 +263,7 @@ def bulk_log_mass_from_prompt(
     softcap: float | None = None,
     estimate: Estimate = "guarded",
     max_chunks: int | None = None,
+    least_bulk: int = 0,
 ) -> tuple[Tensor, PromptMoments]:
     """Estimate each query's bulk log mass from the moments of its own sequence.
 
@@ -277,6 +278,7 @@ def bulk_log_mass_from_prompt(
         estimate: See `log_mass_of_gaussian`.
         max_chunks: Upper bound on the chunks a row goes on by, known without looking at the tensors; None looks (a
             host synchronisation on an accelerator). A row that needs more opens its gates.
+        least_bulk: Where looking is free, queries of a prefill with fewer bulk keys are not evaluated and get +inf.
 
     Returns:
         The estimate, [batch, heads, query] nats in float32 (float64 for float64 keys): -inf without bulk keys, +inf
@@ -290,6 +292,9 @@ def bulk_log_mass_from_prompt(
     state = PromptMoments.empty(key) if state is None else state.rewound(needed[:, 0])
     upto = needed[:, -1]
     if max_chunks is None:
+        if regions.query_length > 1 and least_bulk >= CHUNK:
+            enough = upto.clamp(max=least_bulk // CHUNK)
+            state = state.advanced(key, regions, enough, int((enough - state.chunks).clamp(min=0).max()))
         max_chunks = int((upto - state.chunks).max())
     if regions.query_length == 1:
         state = state.advanced(key, regions, upto, max_chunks)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchattn.backends.blockwise_decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise_dense import attend_plainly as attend_plainly
-from patchattn.backends.blockwise_dense import is_eager, plain_dense
+from patchattn.backends.blockwise_dense import dense_rows, is_eager, leading_open_rows, plain_dense
 from patchattn.backends.blockwise_kernel import with_sink_logits, with_unit_stride
 from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local
 from patchattn.errors import UnsupportedCallError
@@ -140,9 +140,14 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
     inputs = _with_unit_strides(_within_the_keys(inputs))
     if is_plain_decode(inputs):
         return attend_decode(inputs, bulk_log_mass, threshold)
+    length = inputs.query.shape[2]
+    n_open = leading_open_rows(inputs, bulk_log_mass)
+    dense = dense_rows(inputs, n_open) if n_open else None
     outputs, decisions, scored = [], [], 0
-    for begin in range(0, inputs.query.shape[2], SLAB):
-        rows = slice(begin, min(begin + SLAB, inputs.query.shape[2]))
+    if dense is not None:
+        outputs, decisions, scored = [dense.output.transpose(1, 2)], [dense.open], dense.scored_keys
+    for begin in range(n_open if outputs else 0, length, SLAB):
+        rows = slice(begin, min(begin + SLAB, length))
         local, triples = attend_local(inputs, rows)
         if inputs.sink_logits is not None:
             local = with_sink_logits(local, inputs.sink_logits[:, None])

@@ -113,7 +113,7 @@ def _fused(
         # The kernel takes one head size; zeros change neither scores nor the real part of the output.
         query, key = (pad(x, (0, max(value_dim - dim, 0))) for x in (query, key))
         value = pad(value, (0, max(dim - value_dim, 0)))
-    output, log_mass = torch._scaled_dot_product_flash_attention_for_cpu(
+    output, log_mass = torch._scaled_dot_product_flash_attention_for_cpu(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, is_causal=causal, attn_mask=bias, scale=inputs.scale
     )
     return Part(output[..., :value_dim] if dim > value_dim else output, log_mass)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from patchattn.backends.blockwise_dense import causal_pairs
 from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge, with_sink_logits
 from patchattn.inputs import AttentionInputs
 
@@ -230,10 +231,7 @@ def _densely(
         part = with_sink_logits(part, inputs.sink_logits[heads, None])
     where = (row, slice(None) if every else heads, slice(begin - rows.start, None))
     local.output[where] = torch.where(opened[where][..., None], part.output[0], local.output[where])
-    n = rows.stop - begin
-    # The kernel's tiles are this high, and a tile ends with the last key that one of its queries sees.
-    tile = 256 if n >= 768 else 64 if n >= 192 else 32
-    return True, len(heads) * (n * (slot - first) + n * (n + min(tile, n)) // 2)
+    return True, len(heads) * causal_pairs(rows.stop - begin, slot - first)
 
 
 def _at_slots(x: Tensor, slots: Tensor) -> Tensor:

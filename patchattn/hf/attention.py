@@ -11,12 +11,12 @@ from patchattn.backends import Backend, load, load_dense, load_plain
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
-from patchattn.hf.counters import PHASES, Counters
+from patchattn.hf.counters import Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
-from patchattn.policy import MomentGate, Policy
+from patchattn.policy import PHASES, MomentGate, Phase, Policy, phase_of
 from patchattn.regions import Regions, first_real_slot
 
 _LAYOUT_ROWS = 3
@@ -61,7 +61,7 @@ class LayerState(Counters):
         self.attend_plainly = load_plain(backend)
         self.threshold = margin_threshold(policy.gate)
         local = policy.sink_size + policy.window_size
-        self.least_keys = {phase: local + max(1, policy.break_even) for phase in PHASES}
+        self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
         self.timeline: list[tuple[str, Tensor]] = []
         self.replay: list[Tensor] | None = None
         self.has_measured = measured is not None
@@ -86,11 +86,12 @@ class LayerState(Counters):
             return "phase"
         return "short" if keys < self.least_keys[phase] else None
 
-    def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
+    def count(self, phase: Phase, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
         regions, heads = inputs.regions, inputs.query.shape[1]
         eager = not torch.compiler.is_compiling()
-        facts = regions.counted(self.policy.break_even) if eager else regions.count(self.policy.break_even)
+        break_even = self.policy.break_even(phase)
+        facts = regions.counted(break_even) if eager else regions.count(break_even)
         above = attended.open if facts.above is None else attended.open & facts.above[:, None]
         self.add_open(phase, above)
         self.add("asked", phase, facts.n_above)
@@ -215,7 +216,7 @@ def attention(
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _refuse_unknown(kwargs, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    phase = "decode" if query.shape[2] == 1 else "prefill"
+    phase = phase_of(query.shape[2])
     reason = state.dense_reason(key.shape[2], phase)
     if reason is not None:
         state.add("dense_calls", reason)
@@ -229,7 +230,7 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, phase: str, cache: Any) -> Tensor:
+def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any) -> Tensor:
     policy, attend = state.policy, state.attend
     state.add("gated_calls", phase)
     if state.replay is not None:

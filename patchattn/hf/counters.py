@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-PHASES = ("prefill", "decode")
+from patchattn.policy import PHASES
+
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
 """Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
 the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchattn.errors import ReportError
-from patchattn.policy import Phase, Policy
+from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
 from patchattn.report.files import check_path, write_text
 from patchattn.report.savings import HeadShape, Savings, of_keys
@@ -17,8 +17,6 @@ from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
-
-_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class GateReport:
                     int(state.causal[row]),
                     int(state.gated_calls[row]),
                 )
-                for row, phase in enumerate(_PHASES)
+                for row, phase in enumerate(PHASES)
             }
         timeline = {index: list(state.timeline) for index, state in states.items()}
         return cls(policy, backend, layers, dense, timeline, dict(shapes or {}))
@@ -154,7 +152,7 @@ class GateReport:
         return {
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
-            "phases": {phase: self._phase_dict(phase) for phase in _PHASES},
+            "phases": {phase: self._phase_dict(phase) for phase in PHASES},
             "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
         }
 
@@ -294,7 +292,7 @@ class GateReport:
     def __str__(self) -> str:
         """Return a short table."""
         lines = [f"patchattn report ({self.backend})"]
-        for phase in _PHASES:
+        for phase in PHASES:
             counts = self._counts(phase)
             if not sum(c.gated_calls for c in counts):
                 continue

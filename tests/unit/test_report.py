@@ -14,6 +14,7 @@ import torch
 
 import patchattn
 from patchattn.errors import CalibrationMismatchError, MissingPackageError, ReportError
+from patchattn.hf import attention
 from patchattn.policy import Policy
 from patchattn.report import GateReport, HeadShape, LayerCounts
 from patchattn.report.timeline import texts_of
@@ -337,6 +338,24 @@ def test_a_patched_model_reports_what_it_did(tmp_path: Path) -> None:
     texts = [f"<{token}>" for token in written[0].tolist()]
     page = report.to_html(tmp_path / "report.html", tokens=texts).read_text(encoding="utf-8")
     assert data_of(page)["timeline"]["texts"] == texts[:-1]
+
+
+def test_decisions_stay_where_they_are_until_a_report_asks_and_take_bounded_room(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_TIMELINE_ROOM", 200 + 3 * 16)
+    model = tiny_model("llama")
+    prompt = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(0))
+    with patchattn.patch(model, Policy(sink_size=2, window_size=16, min_bulk=0), record="timeline") as handle:
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        timeline = handle.report().timeline_of()
+        assert timeline.phases == ("prefill",) * 200 + ("decode",) * 3
+        handle.reset_report()
+        model(prompt)
+        assert len(handle.report().timeline_of().phases) == 200
+        state = model.model.layers[0].self_attn._modules["patchattn_layer"]
+        decisions = torch.ones(1, 6, 4, device="meta", dtype=torch.bool)
+        state.keep("prefill", decisions)
+    # A device that gives nothing back to the host.
+    assert state.timeline[-1][1].device.type == "meta"
 
 
 def test_record_none_is_said_in_plain_words(tmp_path: Path) -> None:

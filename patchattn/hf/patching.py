@@ -262,7 +262,8 @@ def _head_shapes(model: Any) -> dict[int, HeadShape]:
     for index, module in attention_modules(model).items():
         heads = _query_heads(module)
         dtype = _dtype(module)
-        shapes[index] = HeadShape(*_head_sizes(module, heads), _group_size(module, heads), dtype.itemsize)
+        sizes, name = _head_sizes(module, heads), str(dtype).removeprefix("torch.")
+        shapes[index] = HeadShape(*sizes, _group_size(module, heads), dtype.itemsize, name)
     return shapes
 
 

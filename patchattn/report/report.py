@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _WHOLE_TILES = (
-    "Density above 100%: keys are scored in whole tiles, and on a text this short the tiles at the borders of sink and "
+    "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of sink and "
     "window hold more keys than closed heads leave out."
 )
 _CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
@@ -321,8 +321,9 @@ class GateReport:
     def notes(self) -> list[str]:
         """Explain, a sentence each, what a reader of these numbers may stumble over; empty if there is nothing."""
         notes = []
-        if any(self.realised_density(phase) > 1 for phase in _PHASES):
-            notes.append(_WHOLE_TILES)
+        crowded = [phase for phase in _PHASES if self.realised_density(phase) > 1]
+        if crowded:
+            notes.append(_WHOLE_TILES.format(" and ".join(crowded)))
         if self.timeline_is_cut:
             notes.append(_CUT)
         return notes

@@ -345,7 +345,7 @@ def test_density_above_one_is_explained(tmp_path: Path) -> None:
     tiles = dataclasses.replace(REPORT.layers[0]["decode"], scored_keys=500)
     crowded = dataclasses.replace(REPORT, layers={**REPORT.layers, 0: {**REPORT.layers[0], "decode": tiles}})
     (note,) = crowded.notes()
-    assert "whole tiles" in note
+    assert note.startswith("Density above 100% in decode: keys are scored in whole tiles")
     assert note in str(crowded)
     assert data_of(crowded.to_html(tmp_path / "report.html").read_text("utf-8"))["notes"] == [note]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import patchattn
 from patchattn import demo
@@ -18,7 +20,7 @@ def main() -> None:
     """Answer with and without the patch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--length", type=int, default=4096, help="tokens in the document")
-    parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--questions", type=int, default=3)
     options = parser.parse_args()
 
     # Any causal language model that goes through transformers' attention interface works in its place.
@@ -35,9 +37,11 @@ def main() -> None:
         patched = answers(model, tokenizer, document)
     report = handle.report()
 
-    wanted = [question.answer for question in document.questions]
-    for question, one, other in zip(document.questions, dense, patched, strict=True):
-        print(f"{question.prompt.strip()}{question.answer:12} dense:{one:12} patched:{other}")
+    wanted = [question.answer.strip() for question in document.questions]
+    table = Table("question", "answer", "dense", "patched")
+    for question, *row in zip(document.questions, wanted, dense, patched, strict=True):
+        table.add_row(question.prompt.strip(), *row)
+    Console().print(table)
     print(f"dense {right(dense, wanted)}, patched {right(patched, wanted)} of {len(wanted)} right")
     print(f"{report.open_fraction():.1%} of (head, query) pairs read keys beyond sink and window")
     print(f"the model is {'still patched' if patchattn.is_patched(model) else 'as it was'}")
@@ -54,7 +58,7 @@ def answers(model, tokenizer, document: Document) -> list[str]:
         tokens = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
         )
-        written.append(tokenizer.decode(tokens[0, prompt.shape[1] :]))
+        written.append(tokenizer.decode(tokens[0, prompt.shape[1] :]).strip())
     return written
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _WHOLE_TILES = (
-    "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of sink "
-    "and window hold more keys than closed heads leave out."
+    "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of "
+    "sink and window hold more keys than closed heads leave out."
 )
 _CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from patchattn.policy import RiskTarget
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
+    from patchattn.calibration.manifest import Manifest
 
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Risks that cards and tables show."""
@@ -123,6 +124,7 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
             f"| model | {of.layers} layers, {of.query_heads} query heads, {of.kv_heads} KV heads of {of.head_dim}, "
             f"{of.dtype} |",
             f"| layers measured | {len(manifest.layers)} |",
+            f'| thresholds are for | `moments="{manifest.moments}"` |',
             f"| key moments | {_moments(manifest)} |",
             f"| versions | {', '.join(f'{name} {version}' for name, version in manifest.versions.items())} |",
             "",
@@ -172,11 +174,14 @@ def _fit_lines(calibration: Calibration) -> list[str]:
     return lines
 
 
-def _moments(manifest: Any) -> str:
-    if not manifest.bulk_counts:
+def _moments(manifest: Manifest) -> str:
+    if manifest.rotary is None:
         return "none"
-    counts = ", ".join(f"{count:,}" for count in manifest.bulk_counts)
-    return f"for {counts} bulk keys; half precision changes a covariance by at most {manifest.covariance_error:.2%}"
+    apart = ", which give nothing else" if manifest.moments == "calibration" else ""
+    return (
+        f"of {manifest.moment_documents} documents{apart}; half precision changes a covariance by at most "
+        f"{manifest.covariance_error:.2%}"
+    )
 
 
 def write_card(calibration: Calibration, folder: Path, *, repo: str | None = None) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import patchattn
 from patchattn import CalibrationError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn.calibration import Rotary
 from patchattn.calibration.collect import _half_upwards, calibrate
 from patchattn.calibration.statistics import MARGINS, Settings, Totals, _closed_sums
 from patchattn.gate import attention_scores, bulk_log_mass
@@ -22,6 +23,7 @@ from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments
 from patchattn.reference import attend, masked_log_mass
 from patchattn.regions import Regions
+from patchattn.rotary import Rotation
 from patchattn.testing import tiny_model
 
 POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=RiskTarget(alpha=0.3)))
@@ -63,8 +65,9 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
     # Several slabs.
     monkeypatch.setitem(patchattn.calibration.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
     inputs = make_inputs(softcap=softcap, sinks=sinks)
-    settings = Settings((3,), 6, 2, 16, (100, 300), 0.4)
-    totals = Totals(settings)
+    settings = Settings((3,), 6, 2, 16, key_moments=True, oracle_margin=0.4)
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0]))
+    totals = Totals(settings, rotations={3: rotation})
     output = totals.add_document(1).attend(3, inputs).output
     torch.testing.assert_close(output, dense_output(inputs), rtol=1e-10, atol=1e-10)
 
@@ -91,12 +94,13 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
         torch.testing.assert_close(totals.sums["errors"][1, index, 0], error.sum(-1), rtol=1e-9, atol=1e-9)
     assert torch.equal(totals.sums["oracle_pairs"][0], needed.sum(-1).double())
     assert (totals.sums["missed_mass"][0] == 0).all()
-    for index, count in enumerate((100, 300)):
-        want = KeyMoments.of(inputs.key[0, :, 4 : 4 + count])
-        mean = totals.sums["key_total"][index, 0] / count
-        outer = totals.sums["key_outer"][index, 0] / count
-        torch.testing.assert_close(mean, want.mean)
-        torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
+    # Keys that are the bulk of the last query, each turned back by its own slot.
+    count = 400 - 4 - 32
+    want = KeyMoments.of(rotation.undone(inputs.key[0, :, 4 : 4 + count], torch.arange(4, 4 + count)))
+    assert totals.sums["key_count"].tolist() == [count]
+    mean, outer = totals.sums["key_total"][0] / count, totals.sums["key_outer"][0] / count
+    torch.testing.assert_close(mean, want.mean)
+    torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
 
 
 def test_a_margin_on_the_grid_closes_from_there_on() -> None:
@@ -117,7 +121,7 @@ def dense_output(inputs: AttentionInputs) -> torch.Tensor:
 
 def test_nan_opens_and_extreme_masses_do_not_break_the_sums() -> None:
     inputs = make_inputs(spread=60.0)
-    totals = Totals(Settings((0,), 6, 2, 16, (), 0.4))
+    totals = Totals(Settings((0,), 6, 2, 16, key_moments=False, oracle_margin=0.4))
     assert totals.add_document(0).attend(0, inputs).output.isfinite().all()
     for values in totals.sums.values():
         assert values.isfinite().all()
@@ -154,7 +158,8 @@ def test_documents_are_cut_in_turn_and_the_manifest_says_what_was_measured() -> 
     assert calibration.manifest.n_documents == 6
     assert calibration.manifest.corpus.tokens == 600 - 3 + 3 + 91 - 1 + 1 + 200 - 3 + 3
     assert calibration.manifest.model == "org/tiny"
-    assert calibration.manifest.bulk_counts == (164,)
+    assert calibration.manifest.rotary == Rotary(layout="halves", first=0, size=16)
+    assert calibration.manifest.moment_documents == 6
     assert calibration.policy == POLICY
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from made_up import made_up_calibration, made_up_manifest, made_up_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SMALL = {"layers": 1, "query_heads": 2, "kv_heads": 1, "head_dim": 2, "bulk_counts": (128,)}
+SMALL = {"layers": 1, "query_heads": 2, "kv_heads": 1, "head_dim": 2}
 
 
 def encoded(**fields) -> bytes:
@@ -81,11 +81,15 @@ def test_safetensors_itself_can_read_the_file(tmp_path: Path) -> None:
         assert Manifest.model_validate_json(file.metadata()["manifest"]) == made_up_manifest()
 
 
-def test_golden_file_of_schema_1_is_read() -> None:
-    calibration = Calibration.from_pretrained(GOLDEN / "calibration-1")
-    assert calibration.manifest == made_up_manifest(**SMALL)
+@pytest.mark.parametrize("schema", [1, 2])
+def test_golden_files_of_every_schema_are_read(schema: int) -> None:
+    calibration = Calibration.from_pretrained(GOLDEN / f"calibration-{schema}")
+    # What schema 1 says of keys, for a few lengths after the rotary embedding, is not used any more.
+    assert calibration.manifest == made_up_manifest(**SMALL, key_moments=schema > 1)
+    assert ("key_factor" in calibration.tensors) == (schema > 1)
     assert calibration.tensors["margins"].tolist() == [i / 2 for i in range(-4, 8)]
-    assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(25.278900146484375)
+    missed = {1: 25.278900146484375, 2: 28.79925537109375}[schema]
+    assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(missed)
     assert calibration.policy == made_up_calibration(**SMALL).policy
 
 
@@ -94,12 +98,12 @@ def test_size_for_a_model_of_8b_parameters() -> None:
 
     shape = {"layers": 32, "query_heads": 32, "kv_heads": 8, "head_dim": 128, "estimates": ESTIMATES}
 
-    def size(bulk_counts) -> int:
-        expected = files.expected_tensors(made_up_manifest(**shape, bulk_counts=bulk_counts), len(MARGINS))
-        return sum((2 if dtype == "F16" else 4) * torch.Size(shape).numel() for dtype, shape in expected.values())
+    def size(*, key_moments: bool) -> int:
+        manifest = made_up_manifest(**shape, key_moments=key_moments)
+        return len(files.encode(manifest, made_up_tensors(manifest, margins=MARGINS)))
 
-    assert size(()) <= 2e6 - 10_000
-    assert size((256, 512, 1024, 2048, 4096)) <= 25e6 - 10_000
+    assert size(key_moments=False) <= 2e6
+    assert size(key_moments=True) <= 25e6
 
 
 @given(dim=st.integers(1, 12), rank=st.integers(0, 12), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**16))
@@ -190,8 +194,8 @@ def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
 
 
 def test_unknown_schema_says_what_to_do() -> None:
-    with pytest.raises(CalibrationFormatError, match="schema version 2") as caught:
-        files.decode(with_manifest(encoded(), lambda m: m.update(schema_version=2)))
+    with pytest.raises(CalibrationFormatError, match="schema version 3") as caught:
+        files.decode(with_manifest(encoded(), lambda m: m.update(schema_version=3)))
     assert caught.value.fix == "upgrade patchattn"
 
 
@@ -319,6 +323,6 @@ def test_writers_of_one_folder_take_turns(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_strict() -> None:
-    for wrong in ({"documents": (0, 0)}, {"estimates": ("guarded", "guarded")}, {"bulk_counts": (256, 128)}):
+    for wrong in ({"documents": (0, 0)}, {"estimates": ("guarded", "guarded")}, {"layers": (1, 0)}):
         with pytest.raises(ValidationError):
             made_up_manifest(**wrong)

@@ -105,7 +105,8 @@ class RotaryMoments:
     def to(self, device: torch.device) -> RotaryMoments:
         """Return the moments on a device."""
         order = None if self.order is None else self.order.to(device)
-        return RotaryMoments(*(part.to(device) for part in (self.mean, self.covariance, self.frequencies)), order)
+        mean, covariance = self.mean.to(device), self.covariance.to(device)
+        return RotaryMoments(mean, covariance, self.frequencies.to(device), order)
 
     def of_heads(self, kv_heads: slice) -> RotaryMoments:
         """Return the moments of some of the KV heads."""

@@ -14,7 +14,12 @@ from torch import Tensor
 from patchattn.calibration import files
 from patchattn.calibration.manifest import Fingerprint, Manifest
 from patchattn.calibration.risk import Curves, rungs
-from patchattn.errors import CalibrationError, CalibrationFormatError, CalibrationMismatchError
+from patchattn.errors import (
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
+)
 from patchattn.gate import Measured
 from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
 from patchattn.rotary import RotaryMoments
@@ -73,11 +78,13 @@ class Calibration:
     ) -> Calibration:
         """Read a calibration from a folder, or from a repository on the Hub.
 
-        What exists as a folder is read as a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_HOME` are respected.
+        What exists as a folder, starts like a path or is a `Path` is a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and
+        `HF_HOME` are respected.
 
         Args:
             repo_or_folder: Folder made by `save_pretrained`, or a Hub id `namespace/name`.
-            revision: Branch, tag or commit on the Hub. Without one, a warning names the commit that was taken.
+            revision: Branch, tag or commit on the Hub; not for folders. Without one, a warning names the commit that
+                was taken.
             token: Token for private repositories; None uses the one that is logged in.
             cache_dir: Where downloads are kept; None means the Hub's own cache.
             local_files_only: Use the cache only.
@@ -86,9 +93,20 @@ class Calibration:
             CalibrationNotFoundError: No such folder, repository, revision or file, or no right to see it.
             CalibrationHubError: The Hub can't be reached or fails.
             CalibrationFormatError: A damaged file, or not a calibration.
+            CalibrationError: A revision of a folder.
         """
         folder = Path(repo_or_folder)
-        if not folder.is_dir():
+        if folder.is_dir():
+            if revision is not None:
+                raise CalibrationError(
+                    f"{folder} is a folder, which has no revision {revision!r}.",
+                    fix="leave the revision out; for a repository of that name, work in another directory",
+                )
+        elif isinstance(repo_or_folder, os.PathLike) or repo_or_folder.startswith((".", "/", "~")):
+            raise CalibrationNotFoundError(
+                f"There is no folder {folder}.", fix="give a folder made by Calibration.save_pretrained"
+            )
+        else:
             from patchattn.calibration.hub import download
 
             folder = download(
@@ -253,7 +271,8 @@ class Calibration:
                 fix="use the sink and window that were measured, or measure again",
             )
         gate = policy.gate
-        if isinstance(gate, MomentGate) and not isinstance(gate.threshold, float) and gate.moments != measured.moments:
+        has_target = isinstance(gate, MomentGate) and isinstance(gate.threshold, RiskTarget | OpenFractionTarget)
+        if isinstance(gate, MomentGate) and has_target and gate.moments != measured.moments:
             raise CalibrationMismatchError(
                 f"The curves of this calibration were measured with moments={measured.moments!r}; the policy asks for "
                 f"a target with moments={gate.moments!r}.",
@@ -291,7 +310,7 @@ class Calibration:
         layers = self.manifest.layers if policy.layers is None else policy.layers
         indices = [self._layer_index(layer) for layer in layers]
         margins: Tensor | None = None
-        if not isinstance(gate.threshold, float):
+        if isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
             margins = self.thresholds(gate.threshold, estimate=gate.estimate)
         return {
             layer: Measured(

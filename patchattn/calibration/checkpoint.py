@@ -10,7 +10,7 @@ from patchattn.errors import CalibrationError
 
 
 def keep(totals: Totals, path: Path, key: str, done: int) -> None:
-    """Write the sums of the first `done` documents, whole or not at all.
+    """Write the sums of the first `done` documents, whole or not at all; makes the folder.
 
     Args:
         totals: The sums.
@@ -20,6 +20,8 @@ def keep(totals: Totals, path: Path, key: str, done: int) -> None:
     """
     from safetensors.torch import save
 
+    with files.writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, save(totals.sums, metadata={"key": key, "done": str(done)}))
 
 

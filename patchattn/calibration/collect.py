@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.checkpoint import keep, resume
+from patchattn.calibration.documents import cut_documents, digest_of, share_out
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
 from patchattn.calibration.rotary import FoundRotary, find_rotary
 from patchattn.calibration.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
@@ -35,7 +35,6 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""
 
 _LONGEST_DEFAULT = 4096
-_ONE_IN = 5
 
 
 def calibrate(
@@ -91,13 +90,17 @@ def calibrate(
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
+    source: Literal["prompt", "calibration"] = policy.gate.moments if isinstance(policy.gate, MomentGate) else "prompt"
+    if source == "calibration" and not key_moments:
+        raise CalibrationError(
+            'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
+        )
     settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
-    source: Literal["prompt", "calibration"] = policy.gate.moments if isinstance(policy.gate, MomentGate) else "prompt"
-    apart, measured = _shared_out(len(cut), source)
+    apart, measured = share_out(len(cut), source)
     found = _rotary(model, settings, max(map(len, cut)), source)
-    digest = _digest(cut)
+    digest = digest_of(cut)
     rank, world = _ranks()
     kept = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if world > 1 else checkpoint)
     key = hashlib.sha256(
@@ -144,31 +147,11 @@ def calibrate(
         moments=source,
         documents=(even, odd),
         corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
+        rotary=None if found is None else found.rotary,
         moment_documents=0 if found is None else len(apart or measured),
         versions=_versions(),
     )
     return _assemble(manifest, policy, totals, found)
-
-
-def _shared_out(count: int, source: str) -> tuple[list[int], list[int]]:
-    """Say which documents give key moments only, and which are measured.
-
-    The promise needs documents that the estimate has never seen, so with moments of the calibration every fifth
-    document gives moments and nothing else.
-
-    Raises:
-        CalibrationError: Too few documents.
-    """
-    if source == "prompt":
-        return [], list(range(count))
-    if count < _ONE_IN:
-        raise CalibrationError(
-            f'moments="calibration" needs {_ONE_IN} documents or more, one of {_ONE_IN} for the moments; there are '
-            f"{count}.",
-            fix="give more texts",
-        )
-    apart = list(range(_ONE_IN - 1, count, _ONE_IN))
-    return apart, [index for index in range(count) if index % _ONE_IN != _ONE_IN - 1]
 
 
 def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundRotary | None:
@@ -177,10 +160,6 @@ def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundR
     Raises:
         CalibrationError: Moments are needed but can't be taken.
     """
-    if source == "calibration" and not settings.key_moments:
-        raise CalibrationError(
-            'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
-        )
     if not settings.key_moments:
         return None
     with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
@@ -191,41 +170,6 @@ def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundR
             raise CalibrationError(f"{unknown}, so there are no moments of other text.", fix='use moments="prompt"')
         warnings.warn(f"{unknown}; the calibration will have no key moments.", stacklevel=3)
     return found
-
-
-def cut_documents(
-    tokenizer: Any,
-    texts: Iterable[str],
-    lengths: Sequence[int],
-    *,
-    documents: int | None,
-    seed: int,
-    local: tuple[int, int],
-) -> list[Tensor]:
-    """Cut texts into documents with bulk keys; see `calibrate`.
-
-    Returns:
-        Token ids of each document, [tokens] int64, each with the tokenizer's BOS where it has one.
-
-    Raises:
-        CalibrationError: No document has bulk keys, or there are fewer than `documents`.
-    """
-    found: list[Tensor] = []
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for index, text in enumerate(texts):
-        length = lengths[index % len(lengths)]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        step = length - len(bos)
-        pieces = [ids[begin : begin + step] for begin in range(0, max(len(ids) - step + 1, 1), step)]
-        found += [torch.tensor(bos + piece) for piece in pieces if len(bos) + len(piece) > sum(local)]
-    if not found or len(found) < (documents or 0):
-        raise CalibrationError(
-            f"The texts give {len(found)} documents of more than {sum(local)} tokens (sink and window)"
-            + (f"; {documents} were asked for." if documents else "."),
-            fix="give more or longer texts, or a smaller window or length",
-        )
-    random.Random(seed).shuffle(found)
-    return found[:documents]
 
 
 def settings_of(
@@ -258,6 +202,12 @@ def settings_of(
             f"Documents of {longest} tokens have no keys beyond sink {policy.sink_size} and window "
             f"{policy.window_size}.",
             fix="measure longer documents, or choose a smaller window",
+        )
+    context = _context(model)
+    if context is not None and longest > context:
+        raise CalibrationError(
+            f"Documents of {longest} tokens are longer than the model's context of {context}.",
+            fix=f"measure documents of at most {context} tokens",
         )
     fingerprint = Fingerprint.of(model)
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
@@ -348,7 +298,7 @@ def _assemble(manifest: Manifest, policy: Policy, totals: Totals, rotary: FoundR
         found |= tensors
         # Two digits: the last ones depend on the order of the sums.
         error = min(float(f"{error:.1e}"), 1.0)
-        manifest = manifest.model_copy(update={"rotary": rotary.rotary, "covariance_error": error})
+        manifest = manifest.model_copy(update={"covariance_error": error})
     return Calibration(manifest, policy, found)
 
 
@@ -411,20 +361,16 @@ def _added_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _digest(documents: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "little") + ids.to(torch.int64).numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
 def _local(policy: Policy) -> tuple[int, int]:
     return policy.sink_size, policy.window_size
 
 
+def _context(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _default_length(model: Any) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    return min(_context(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
 
 
 def _name(model: Any) -> str:

@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -40,6 +40,7 @@ class Choice:
     window: int | None
     min_bulk: int | None
     alpha: float
+    moments: Literal["prompt", "calibration"] | None
     seed: int
     name: str | None
     corpus: str | None
@@ -54,7 +55,6 @@ def run(choice: Choice) -> None:
     texts = _texts(choice.texts)
     if choice.out.exists() and not choice.out.is_dir():
         raise stop(f"{choice.out} is not a folder.", fix="Choose another --out.")
-    choice.out.mkdir(parents=True, exist_ok=True)
     rank = _join_processes()
     model, tokenizer = load(choice.model, choice.device)
     bar = Progress(
@@ -156,21 +156,41 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
     )
 
 
-def push(folder: Path, repo: str, *, private: bool | None, message: str | None, pull_request: bool) -> str:
-    """Publish a folder; returns the commit."""
-    return Calibration.from_pretrained(folder).push_to_hub(
+def push(
+    folder: Path, repo: str, *, private: bool | None, message: str | None, pull_request: bool, as_json: bool
+) -> None:
+    """Publish a folder, and print the commit."""
+    commit = Calibration.from_pretrained(folder).push_to_hub(
         repo, private=private, commit_message=message, create_pr=pull_request
     )
+    _print(json.dumps({"repo": repo, "commit": commit}) if as_json else commit)
 
 
-def write_cards(folder: Path) -> None:
-    """Write the card and the pictures of a folder again."""
-    write_card(Calibration.from_pretrained(folder), folder)
+def pull(repo: str, folder: Path, *, revision: str | None, as_json: bool) -> None:
+    """Write a repository's calibration into a folder, and say what it is."""
+    calibration = read(repo, revision=revision)
+    calibration.save_pretrained(folder)
+    if as_json:
+        show(calibration, where=str(folder), as_json=True)
+    else:
+        documents = calibration.manifest.n_documents
+        _print(f"Calibration of {calibration.manifest.model} on {documents} documents, in {folder}")
 
 
-def text_of_card(where: str) -> str:
-    """Return the card of a folder or repository without writing it."""
-    return card_text(read(where))
+def card(where: str, *, write: bool, as_json: bool) -> None:
+    """Print the card of a folder or repository, or write card and pictures of a folder again."""
+    calibration = Calibration.from_pretrained(Path(where)) if write else read(where)
+    if write:
+        write_card(calibration, Path(where))
+    text = card_text(calibration)
+    if as_json:
+        _print(json.dumps({"calibration": where, "written": write, "card": text}))
+    else:
+        _print(f"{where}/README.md" if write else text)
+
+
+def _print(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _layers(calibration: Calibration) -> list[dict[str, Any]]:
@@ -208,6 +228,13 @@ def _policy(choice: Choice) -> Policy:
             fields = Policy.model_validate_json(choice.policy.read_text(encoding="utf-8")).model_dump()
         except (OSError, UnicodeDecodeError):
             raise stop(f"Can't read {choice.policy}.", fix="Give the path of a policy file.") from None
+    if choice.moments is not None:
+        if fields["gate"]["kind"] != "moment":
+            raise stop(
+                f"--moments goes with a moment gate; the policy has the gate {fields['gate']['kind']!r}.",
+                fix="Leave --moments out, or choose another policy.",
+            )
+        fields["gate"] = fields["gate"] | {"moments": choice.moments}
     for name, value in (
         ("sink_size", choice.sink),
         ("window_size", choice.window),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,13 +28,14 @@ from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration.collect import read_document
 from patchattn.evaluation.scores import Scores, score, wilson_interval
 from patchattn.evaluation.tasks import Document
-from patchattn.gate import Measured, bulk_log_mass_from_calibration, exact_bulk_log_mass
+from patchattn.gate import attention_scores, exact_bulk_log_mass
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
 from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import CHUNK, KeyMoments, bulk_log_mass_from_prompt
+from patchattn.moments import CHUNK, KeyMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
 from patchattn.policy import Estimate
 from patchattn.reference import masked_log_mass
+from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 
 LENGTH, SINK, WINDOW = 4096, 16, 256
 MOST = LENGTH - SINK - WINDOW
@@ -47,8 +50,8 @@ Source = Callable[[int, AttentionInputs, Estimate], Tensor]
 PAGE = """# Where key moments come from
 
 How well the bulk log mass is estimated with key moments of the prompt and of other text. The shipped model in float32,
-{tokens:,} tokens, sink {sink}, window {window}; moments of other text are from {measured} documents, everything is judged
-on {judged} others of the same kind ({facts} facts). Made by `python recipes/evaluate/key_moments.py`.
+{tokens:,} tokens, sink {sink}, window {window}; moments of other text are from {measured} documents, everything is
+judged on {judged} others of the same kind ({facts} facts). Made by `python recipes/evaluate/key_moments.py`.
 
 | moments | bias | spread | correlation | missed at 30% open | at 50% open |
 |---|---|---|---|---|---|
@@ -65,14 +68,15 @@ The same sources in the patched model, guarded estimate, threshold 0.6 for every
 |---|---|---|---|
 {quality}
 
-- **prompt**: this sequence's own bulk keys.
-- **after RoPE, 5 lengths**: mean and covariance of the rotated keys for {five} bulk keys; a query takes those nearest
-  to its own number of bulk keys. What `MomentGate(moments="calibration")` uses.
-- **after RoPE, 1 length**: only those for {most:,} bulk keys.
-- **after RoPE, every {chunk}**: as above, but for every multiple of {chunk} bulk keys: what five lengths give away.
+- **prompt**: this sequence's own bulk keys, the default.
 - **before RoPE, in closed form**: one mean and covariance of the keys before rotation, taken as the same at every
-  position. Averaging the rotations of the positions that are bulk, a geometric sum for each pair of frequencies, gives
-  the moments in the query's frame for any number of bulk keys; here for every multiple of {chunk}.
+  position. Averaging the rotations of the bulk positions, a geometric sum for each pair of frequencies, gives the
+  moments for any number of bulk keys. This is `MomentGate(moments="calibration")`.
+- **after RoPE, 5 lengths**: mean and covariance of the rotated keys for {five} bulk keys; a query takes
+  those nearest to its own number.
+- **after RoPE, 1 length**: only those for {most:,} bulk keys.
+- **after RoPE, every {chunk} keys**: for every multiple of {chunk} bulk keys: the best that one matrix for each length
+  could give, at {grid} times the size of the closed form.
 """
 
 
@@ -91,18 +95,11 @@ def densely(inputs: AttentionInputs) -> Attended:
     return blockwise_attend(inputs, torch.full(inputs.query.shape[:3], torch.inf), 0.0)
 
 
-def turned(keys: Tensor, frequencies: Tensor, *, back: bool = False) -> Tensor:
-    """Rotate keys [..., keys, dim] from slot 0 on, or back, as complex numbers [..., keys, dim / 2]."""
-    first, second = keys.double().chunk(2, dim=-1)
-    angle = torch.arange(keys.shape[-2])[:, None] * frequencies
-    return torch.complex(first, second) * torch.polar(torch.ones_like(angle), -angle if back else angle)
-
-
 class Sums:
     """Sums over the documents that moments are taken from, by layer: of rotated keys, and of keys before rotation."""
 
-    def __init__(self, frequencies: Tensor) -> None:
-        self.frequencies = frequencies
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
         self.after: dict[tuple[int, int], KeyMoments] = {}
         self.before: dict[int, KeyMoments] = {}
 
@@ -111,8 +108,7 @@ class Sums:
         bulk = inputs.key[0, :, SINK : SINK + MOST].double()
         for count in {*GRID, *FIVE}:
             self._merge(self.after, (layer, count), bulk[:, :count])
-        upright = turned(inputs.key[0], self.frequencies, back=True)[:, SINK : SINK + MOST]
-        self._merge(self.before, layer, torch.cat([upright.real, upright.imag], dim=-1))
+        self._merge(self.before, layer, self.rotation.undone(bulk, torch.arange(SINK, SINK + MOST)))
         return densely(inputs)
 
     @staticmethod
@@ -120,46 +116,10 @@ class Sums:
         found = KeyMoments.of(keys)
         kept[at] = kept[at].merge(found) if at in kept else found
 
-    def rotated(self, layer: int, counts: tuple[int, ...]) -> KeyMoments:
-        """Moments of the rotated keys for some numbers of bulk keys."""
-        return stacked([self.after[layer, count] for count in counts], counts)
-
-    def in_closed_form(self, layer: int, counts: tuple[int, ...]) -> KeyMoments:
-        """Moments that the keys before rotation have after it, averaged over the bulk slots."""
-        return stacked([rotated_in_closed_form(self.before[layer], self.frequencies, n) for n in counts], counts)
-
-
-def stacked(parts: list[KeyMoments], counts: tuple[int, ...]) -> KeyMoments:
-    """Put moments for several numbers of bulk keys into one, leading axes [lengths, kv_heads]."""
-    mean, covariance = (torch.stack([getattr(p, name) for p in parts]).float() for name in ("mean", "covariance"))
-    return KeyMoments(torch.tensor(counts)[:, None].expand(mean.shape[:2]).float(), mean, covariance)
-
-
-def rotated_in_closed_form(before: KeyMoments, frequencies: Tensor, count: int) -> KeyMoments:
-    """Average the moments of keys over the rotations of the first `count` bulk slots.
-
-    With dimension pairs as complex numbers x, slot j turns x_f by `exp(i f j)`. The mean of x_f is multiplied by the
-    mean of that over slots, E[x_f conj(x_g)] by the mean of `exp(i (f - g) j)`, and E[x_f x_g] by that of
-    `exp(i (f + g) j)`.
-    """
-    half = before.mean.shape[-1] // 2
-
-    def mean_turn(frequency: Tensor) -> Tensor:
-        sine = (frequency / 2).sin()
-        size = torch.where(sine.abs() < 1e-12, 1.0, (count * frequency / 2).sin() / (count * sine))
-        return torch.polar(torch.ones_like(frequency), frequency * (SINK + (count - 1) / 2)) * size
-
-    second = before.covariance + before.mean[..., :, None] * before.mean[..., None, :]
-    uu, uv, vv = second[..., :half, :half], second[..., :half, half:], second[..., half:, half:]
-    hermitian = torch.complex(uu + vv, uv.mT - uv) * mean_turn(frequencies[:, None] - frequencies)
-    plain = torch.complex(uu - vv, uv + uv.mT) * mean_turn(frequencies[:, None] + frequencies)
-    mean = torch.complex(before.mean[..., :half], before.mean[..., half:]) * mean_turn(frequencies)
-    mean = torch.cat([mean.real, mean.imag], dim=-1)
-    cross = (plain.imag - hermitian.imag) / 2
-    top = torch.cat([(hermitian.real + plain.real) / 2, cross], dim=-1)
-    bottom = torch.cat([cross.mT, (hermitian.real - plain.real) / 2], dim=-1)
-    second = torch.cat([top, bottom], dim=-2)
-    return KeyMoments(before.count, mean, second - mean[..., :, None] * mean[..., None, :])
+    def turned(self, layer: int) -> RotaryMoments:
+        """Moments of the keys before rotation, to be turned in closed form."""
+        mean, covariance = self.before[layer].mean.float(), self.before[layer].covariance.float()
+        return RotaryMoments(mean, covariance, self.rotation.frequencies)
 
 
 def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
@@ -168,26 +128,41 @@ def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
     return bulk_log_mass_from_prompt(query, key, regions, scale=inputs.scale, estimate=estimate)[0]
 
 
-def from_text(moments: dict[int, KeyMoments], layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    """Estimate with moments of other text."""
-    return bulk_log_mass_from_calibration(inputs, Measured(moments=moments[layer]), estimate=estimate)
+def from_lengths(
+    sums: Sums, lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, estimate: Estimate
+) -> Tensor:
+    """Estimate with moments of rotated keys, those of the length nearest to a query's number of bulk keys, by ratio."""
+    n_bulk = inputs.regions.n_bulk[:, None]
+    query = inputs.query.unflatten(1, (inputs.key.shape[1], -1)) * inputs.scale
+    borders = torch.tensor([math.sqrt(low * high) for low, high in itertools.pairwise(lengths)])
+    nearest = torch.bucketize(n_bulk.float(), borders)
+    mass = query.new_zeros(inputs.query.shape[:3])
+    for index, count in enumerate(lengths):
+        mean, covariance = sums.after[layer, count].mean.float(), sums.after[layer, count].covariance.float()
+        along = torch.einsum("bhgqd,hd->bhgq", query, mean).flatten(1, 2)
+        spread = (torch.einsum("bhgqd,hde->bhgqe", query, covariance) * query).sum(-1).flatten(1, 2)
+        found = log_mass_of_gaussian(n_bulk, along, spread, estimate=estimate)
+        mass = torch.where(nearest == index, found, mass)
+    return mass
+
+
+def from_closed_form(
+    moments: dict[int, RotaryMoments], layer: int, inputs: AttentionInputs, estimate: Estimate
+) -> Tensor:
+    """Estimate as `MomentGate(moments="calibration")` does."""
+    return bulk_log_mass_from_text(inputs.query, inputs.regions, moments[layer], scale=inputs.scale, estimate=estimate)
 
 
 def sources(sums: Sums) -> dict[str, Source]:
     """Name the sources to compare."""
-    layers = sorted(sums.before)
-
-    def after(counts: tuple[int, ...]) -> Source:
-        return partial(from_text, {layer: sums.rotated(layer, counts) for layer in layers})
-
     return {
         "prompt": from_prompt,
-        "after RoPE, 5 lengths": after(FIVE),
-        "after RoPE, 1 length": after((MOST,)),
-        f"after RoPE, every {CHUNK}": after(GRID),
-        "before RoPE, in closed form": partial(
-            from_text, {layer: sums.in_closed_form(layer, GRID) for layer in layers}
+        "other text, before RoPE, in closed form": partial(
+            from_closed_form, {layer: sums.turned(layer) for layer in sums.before}
         ),
+        "other text, after RoPE, 5 lengths": partial(from_lengths, sums, FIVE),
+        "other text, after RoPE, 1 length": partial(from_lengths, sums, (MOST,)),
+        f"other text, after RoPE, every {CHUNK} keys": partial(from_lengths, sums, GRID),
     }
 
 
@@ -239,8 +214,6 @@ def judge(model: Any, tokens: list[Tensor], named: dict[str, Source]) -> list[st
 
 def exact_local_log_mass(inputs: AttentionInputs) -> Tensor:
     """Compute the log mass of the local keys, [1, heads, query]."""
-    from patchattn.gate import attention_scores
-
     slabs = [slice(begin, begin + 256) for begin in range(0, inputs.query.shape[2], 256)]
     masks = (inputs.regions.local_mask(rows)[:, None] for rows in slabs)
     scores = (attention_scores(inputs, rows) for rows in slabs)
@@ -268,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, _ = demo.load()
     model = model.float()  # so that differences come from the moments, not from rounding
-    sums = Sums(model.model.rotary_emb.inv_freq.double())
+    sums = Sums(Rotation(model.model.rotary_emb.inv_freq))
     with hooked(model, sums.add):
         for document in documents(arguments.measured, LENGTH):
             read_document(model, torch.tensor(document.token_ids))
@@ -295,6 +268,7 @@ def main() -> None:
         chunk=CHUNK,
         most=MOST,
         five=", ".join(f"{count:,}" for count in FIVE),
+        grid=len(GRID),
     )
     arguments.out.write_text(page)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from patchattn.calibration import files
 from patchattn.calibration.risk import documents_needed
 from patchattn.errors import CalibrationError
-from patchattn.policy import RiskTarget
+from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Risks that cards and tables show."""
 
+_LEAST_SHOWN = 0.02
 _SCOPES: tuple[Literal["head", "model"], ...] = ("head", "model")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -46,6 +48,29 @@ class RiskRow:
     missed_mass: float | None
     never_open: int | None
     always_open: int | None
+
+
+def shown_target(calibration: Calibration) -> Target | None:
+    """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
+
+    Returns:
+        None where there are too few documents for any.
+    """
+    gate = calibration.policy.gate
+    own = gate.threshold if isinstance(gate, MomentGate) else None
+    targets = [own] if isinstance(own, RiskTarget | OpenFractionTarget) else []
+    for target in [*targets, *(RiskTarget(alpha=alpha) for alpha in ALPHAS if alpha >= _LEAST_SHOWN)]:
+        with contextlib.suppress(CalibrationError):
+            calibration.thresholds(target)
+            return target
+    return None
+
+
+def name_of(target: Target) -> str:
+    """Name a target in a few words, for headings."""
+    if isinstance(target, OpenFractionTarget):
+        return f"budget {target.fraction:.0%}"
+    return f"alpha {target.alpha:g}" + ("" if target.scope == "head" else ", mean over heads")
 
 
 def risk_table(calibration: Calibration) -> list[RiskRow]:

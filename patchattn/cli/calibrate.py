@@ -17,13 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from patchattn.calibration import Calibration
-from patchattn.calibration.card import card_text, risk_table, write_card
+from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
 from patchattn.calibration.collect import calibrate
 from patchattn.cli.models import load
 from patchattn.cli.problems import stop
 from patchattn.policy import MomentGate, Policy, RiskTarget
 
-_SHOWN_ALPHA = 0.02
+_SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 
 
 @dataclass(frozen=True)
@@ -116,44 +116,48 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
     console.print(
         f"{manifest.n_documents} documents of {', '.join(f'{n:,}' for n in manifest.lengths)} tokens from "
         f"{manifest.corpus.name}; sink {manifest.sink_size}, window {manifest.window_size}, "
-        f"{manifest.fingerprint.dtype}.",
+        f"{manifest.fingerprint.dtype}; thresholds are for moments of the {_SOURCES[manifest.moments]}.",
         highlight=False,
     )
-    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open pairs", "missed mass", "heads never open", "heads always open"):
-        risks.add_column(name, justify="right")
-    for row in rows:
-        scope = "each head" if row.scope == "head" else "mean over heads"
-        if row.open_fraction is None or row.missed_mass is None:
-            risks.add_row(f"{row.alpha:g}", scope, f"needs {row.documents_needed} documents", "", "", "")
-        else:
-            risks.add_row(
-                f"{row.alpha:g}",
-                scope,
-                f"{row.open_fraction:.1%}",
-                f"{row.missed_mass:.2%}",
-                str(row.never_open),
-                str(row.always_open),
-            )
-    console.print(risks)
+    _print_risks(console, rows)
+    target = shown_target(calibration)
     layers = Table("layer", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open by exact share", f"open at alpha {_SHOWN_ALPHA:g}", "missed", "bias", "spread"):
+    for name in (
+        "open by exact share",
+        *([f"open at {name_of(target)}", "missed"] if target else []),
+        "bias",
+        "spread",
+    ):
         layers.add_column(name, justify="right")
     for row in found["layers"]:
-        layers.add_row(
-            str(row["layer"]),
-            f"{row['oracle_open_fraction']:.1%}",
-            "-" if row["open_fraction"] is None else f"{row['open_fraction']:.1%}",
-            "-" if row["missed_mass"] is None else f"{row['missed_mass']:.2%}",
-            f"{row['bias']:+.2f}",
-            f"{row['spread']:.2f}",
-        )
+        chosen = (f"{row['open_fraction']:.1%}", f"{row['missed_mass']:.2%}") if target else ()
+        exact = f"{row['oracle_open_fraction']:.1%}"
+        layers.add_row(str(row["layer"]), exact, *chosen, f"{row['bias']:+.2f}", f"{row['spread']:.2f}")
     console.print(layers)
     console.print(
         "Means over the heads of a layer; bias and spread of the estimated log mass in nats. Measured on dense "
         "activations.",
         style="dim",
     )
+
+
+def _print_risks(console: Console, rows: list[RiskRow]) -> None:
+    """Print what can be promised as a table, and below it what would take how many documents."""
+    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("open pairs", "missed mass", "heads\nnever open", "heads\nalways open"):
+        risks.add_column(name, justify="right")
+    needed: dict[str, list[str]] = {}
+    for row in rows:
+        scope = "each head" if row.scope == "head" else "mean of heads"
+        if row.open_fraction is None or row.missed_mass is None:
+            needed.setdefault(scope, []).append(f"alpha {row.alpha:g} needs {row.documents_needed} documents")
+        else:
+            cells = (f"{row.open_fraction:.1%}", f"{row.missed_mass:.2%}", str(row.never_open), str(row.always_open))
+            risks.add_row(f"{row.alpha:g}", scope, *cells)
+    if risks.rows:
+        console.print(risks)
+    for scope, lines in needed.items():
+        console.print(f"Promise for {scope}: {', '.join(lines)}.", style="dim", highlight=False)
 
 
 def push(
@@ -194,9 +198,8 @@ def _print(text: str) -> None:
 
 
 def _layers(calibration: Calibration) -> list[dict[str, Any]]:
-    target = RiskTarget(alpha=max(_SHOWN_ALPHA, 1 / (calibration.manifest.n_documents + 1)))
-    enough = target.alpha == _SHOWN_ALPHA
-    found = calibration.expected(calibration.thresholds(target))
+    target = shown_target(calibration)
+    found = None if target is None else calibration.expected(calibration.thresholds(target))
     index = calibration.manifest.estimates.index(_estimate(calibration))
     rows = []
     for at, layer in enumerate(calibration.manifest.layers):
@@ -204,9 +207,9 @@ def _layers(calibration: Calibration) -> list[dict[str, Any]]:
             {
                 "layer": layer,
                 "oracle_open_fraction": float(calibration.tensors["oracle_open_fraction"][at].mean()),
-                "alpha": _SHOWN_ALPHA,
-                "open_fraction": float(found.open_fraction[at].mean()) if enough else None,
-                "missed_mass": float(found.missed_mass[at].mean()) if enough else None,
+                "target": None if target is None else target.model_dump(),
+                "open_fraction": None if found is None else float(found.open_fraction[at].mean()),
+                "missed_mass": None if found is None else float(found.missed_mass[at].mean()),
                 "bias": float(calibration.tensors["bias"][index, at].mean()),
                 "spread": float(calibration.tensors["spread"][index, at].mean()),
             }

@@ -70,7 +70,7 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
     options = ("--policy", path, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4, "--min-bulk", 7)
     result = run("calibrate", demo.model_folder(), "--texts", f"{texts}/[01].txt", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert "heads always open" in result.stdout
+    assert "never open" in result.stdout
     calibration = Calibration.from_pretrained(tmp_path / "out")
     policy = calibration.policy
     assert (policy.sink_size, policy.window_size, policy.min_bulk) == (4, 100, 7)
@@ -112,7 +112,7 @@ def test_inspect_shows_tables_and_writes_plots(tmp_path: Path) -> None:
     made_up_calibration().save_pretrained(tmp_path / "in", card=False)
     result = run("inspect", tmp_path / "in", "--plots", tmp_path / "plots")
     assert result.exit_code == 0, result.output
-    for words in ("org/made-up", "100 documents", "each head", "mean over heads", "needs 199 documents", "layer"):
+    for words in ("org/made-up", "100 documents", "each head", "mean of heads", "needs 199 documents", "layer"):
         assert words in result.stdout
     made = {path.name for path in (tmp_path / "plots" / "plots").iterdir()}
     assert made == {"risk.png", "heads.png", "estimate.png"}

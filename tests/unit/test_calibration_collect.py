@@ -28,6 +28,7 @@ from patchattn.reference import attend, masked_log_mass
 from patchattn.regions import Regions
 from patchattn.rotary import Rotation
 from patchattn.testing import tiny_model
+from patchattn.testing.models import FAMILIES
 
 POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=RiskTarget(alpha=0.3)))
 
@@ -197,7 +198,7 @@ def interleaved_model():
     return CohereForCausalLM(CohereConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3", "deepseek_v3", "gpt_neox", "cohere", "cohere2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere"])
 def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None:
     model = interleaved_model() if family == "cohere" else tiny_model(family)
     settings, fingerprint = settings_of(model, POLICY, (300,), 0.6, key_moments=True)

@@ -87,9 +87,16 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, thresho
         [batch, heads, query] bool; True means open. A margin that is not finite opens, except where the bulk log mass
         is -inf, which closes for certain.
     """
-    # An infinite local mass says nothing about the bulk keys. Written so that NaN opens.
-    closed = (local_log_mass - bulk_log_mass >= threshold) & (local_log_mass != torch.inf)
-    return asked[:, None] & ~(closed | (bulk_log_mass == -torch.inf))
+    # A local mass that is not finite says nothing about the bulk keys: only a bulk mass of -inf is closed then.
+    # Written so that NaN opens.
+    most = local_log_mass.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf) - threshold
+    return asked[:, None] & ~(bulk_log_mass <= most)
+
+
+def is_open(local_log_mass: float, bulk_log_mass: float, threshold: float) -> bool:
+    """Decide one pair that is asked, as `decide` does."""
+    closed = local_log_mass != math.inf and bulk_log_mass <= local_log_mass - threshold
+    return not (closed or bulk_log_mass == -math.inf)
 
 
 def bulk_log_mass(
@@ -137,7 +144,7 @@ def bulk_log_mass(
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
     if measured is not None and measured.margins is not None:
         mass = with_margins(mass, measured.margins)
-    if policy.break_even:
+    if policy.break_even and not regions.surely_reach(policy.break_even):
         mass = torch.where((regions.n_bulk < policy.break_even)[:, None], torch.inf, mass)
     return mass, state
 

@@ -92,7 +92,7 @@ class LayerState(Counters):
         eager = not torch.compiler.is_compiling()
         facts = regions.counted(self.policy.break_even) if eager else regions.count(self.policy.break_even)
         above = attended.open if facts.above is None else attended.open & facts.above[:, None]
-        self.open_pairs[PHASES.index(phase)].add_(above.sum((0, 2)))
+        self.add_open(phase, above)
         self.add("asked", phase, facts.n_above)
         self.add("below", phase, facts.n_below)
         self.add("scored", phase, attended.scored_keys)

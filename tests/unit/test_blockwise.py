@@ -240,7 +240,9 @@ def test_local_log_mass_equals_reference(name: str) -> None:
     mask = inputs.regions.local_mask()[:, None]
     expected = reference.masked_log_mass(gate.attention_scores(inputs), mask, inputs.sink_logits)
     local, _ = blockwise_prefill.attend_local(inputs, slice(0, inputs.query.shape[2]))
-    local = local if inputs.sink_logits is None else blockwise_prefill.with_sink_logits(local, inputs.sink_logits[:, None])
+    local = (
+        local if inputs.sink_logits is None else blockwise_prefill.with_sink_logits(local, inputs.sink_logits[:, None])
+    )
     actual = local.log_mass
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -132,6 +132,10 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
     ] = 0.02,
+    moments: Annotated[
+        Literal["prompt", "calibration"] | None,
+        typer.Option(help="Where the gate takes key moments from. Default: as in --policy, or prompt."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which documents are drawn, and their order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
     corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
@@ -162,6 +166,7 @@ def calibrate(
                 window=window,
                 min_bulk=min_bulk,
                 alpha=alpha,
+                moments=moments,
                 seed=seed,
                 name=name,
                 corpus=corpus,
@@ -203,6 +208,7 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option(help="Open a pull request in place of a commit.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Publish a calibration with its card; prints the commit.
 
@@ -212,8 +218,7 @@ def push(
     - `patchattn push calibrations/my-model org/my-model-patchattn --private --message "128k tokens"`
     """
     with explained():
-        commit = calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request)
-    typer.echo(commit)
+        calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request, as_json=json)
 
 
 @app.command()
@@ -222,6 +227,7 @@ def pull(
     folder: Annotated[Path, typer.Argument(help="Folder to write the calibration into.")],
     *,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Get a calibration from the Hub, check it, and write it into a folder.
 
@@ -230,7 +236,7 @@ def pull(
     - `patchattn pull org/my-model-patchattn calibrations/my-model --revision v1`
     """
     with explained():
-        calibrate_command.read(repo, revision=revision).save_pretrained(folder)
+        calibrate_command.pull(repo, folder, revision=revision, as_json=json)
 
 
 @app.command()
@@ -238,6 +244,7 @@ def card(
     calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
     *,
     write: Annotated[bool, typer.Option("--write", help="Write card and plots into the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the model card of a calibration, or write it again.
 
@@ -247,7 +254,4 @@ def card(
     - `patchattn card calibrations/my-model --write`
     """
     with explained():
-        if write:
-            calibrate_command.write_cards(Path(calibration))
-        else:
-            typer.echo(calibrate_command.text_of_card(calibration))
+        calibrate_command.card(calibration, write=write, as_json=json)

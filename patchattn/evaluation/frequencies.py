@@ -44,8 +44,8 @@ _SHORT = _Repeats(6, 1, 3, 1, 10)
 def common_words(material: Material, length: int, rng: random.Random) -> Draft:
     """Draw a numbered list in which ten words occur more often than the others, after a short one that is solved.
 
-    They occur 30 times and the others 3 times. At lengths under 4,096 tokens, and where a tokenizer needs so many tokens
-    for a word that this would not fit, they occur 6 times and the others once.
+    They occur 30 times and the others 3 times. At lengths under 4,096 tokens, and where a tokenizer needs too many
+    tokens for a word, they occur 6 times and the others once.
     """
     taken: set[str] = set()
     common = _draw_words(rng, _COMMON, taken, apart_from=[])
@@ -76,9 +76,7 @@ def common_words(material: Material, length: int, rng: random.Random) -> Draft:
         return [number + pieces[word] for number, word in zip(numbers, words, strict=False)]
 
     before = "Below is a numbered list of words. Find out which of them occur most often.\n"
-    after = (
-        f"Question: Which {_COMMON} words occur most often in the list?\nAnswer: The {_COMMON} most common words are:"
-    )
+    after = f"Question: Which {_COMMON} words occur most often?\nAnswer: The {_COMMON} most common words are:"
     solved = "".join(f"{at + 1}. {word}\n" for at, word in enumerate(example_list)) + after + _in_a_row(example)
     return Draft(
         before=f"{before}{solved}\n\n{before}",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import get_args
 
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.samples import Draft
 from patchattn.evaluation.tasks import Kind, draw_task
 
 _FACTS_PER_1024_TOKENS = 6
+_OTHERS: tuple[Kind, ...] = ("chain", "list", "note")
 
 
 def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Draft:
@@ -18,9 +18,9 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     Facts: six for every 1,024 tokens. Chains, lists and lines to copy: one of each for every 1,024 tokens.
     """
     n = max(1, length // 1024)
-    others = [kind] * (_FACTS_PER_1024_TOKENS * n - 1)
+    others: list[Kind] = [kind] * (_FACTS_PER_1024_TOKENS * n - 1)
     if kind != "fact":
-        others = [other for other in get_args(Kind) if other != "fact"] * n
+        others = [*_OTHERS] * n
         others.remove(kind)
     asked = draw_task(kind, material.text, rng, "test")
     planted = [asked.planted]

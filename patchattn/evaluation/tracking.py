@@ -1,12 +1,13 @@
 """Variable tracking: follow a chain of assignments that are far apart.
 
-Source: RULER, arXiv 2404.06654, appendix B: one chain of five variables in noise, after one worked example. Instructions
-are worded anew.
+Source: RULER, arXiv 2404.06654, appendix B: one chain of five variables in noise, after a solved one. Instructions are
+worded anew.
 """
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.samples import Draft
@@ -44,9 +45,7 @@ def _draw_chain(material: Material, rng: random.Random, taken: set[str], *, lett
 
 
 def _lines(value: str, names: list[str]) -> list[str]:
-    return [f"VAR {names[0]} = {value}\n"] + [
-        f"VAR {later} = VAR {earlier}\n" for earlier, later in zip(names, names[1:], strict=False)
-    ]
+    return [f"VAR {names[0]} = {value}\n"] + [f"VAR {later} = VAR {earlier}\n" for earlier, later in pairwise(names)]
 
 
 def _before() -> str:

@@ -110,7 +110,7 @@ def evaluate(
         samples,
         seed,
         used,
-        _about_calibration(calibration),
+        None if calibration is None else _sha(calibration.manifest.model_dump_json()),
     ]
     known = {} if checkpoint is None else read_cells(Path(checkpoint))
     told = _Told(progress, len(resolved) * sum(part.tokens for part in plan))

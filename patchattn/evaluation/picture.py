@@ -65,7 +65,7 @@ def _draw_scores(axes: Any, found: Evaluation, length: int, tasks: list[str]) ->
     axes.axhline(len(tasks) - 0.5, color="white", linewidth=3)
     axes.set_xticks(range(len(policies)), [_label(found, policy, length) for policy in policies], fontsize=9)
     axes.set_yticks(range(len(tasks) + 1), [*tasks, _MEAN], fontsize=9)
-    axes.set_title(f"{length:,} tokens: score", fontsize=11)
+    axes.set_title(f"{length:,} tokens: score; open pairs in prefill / decode", fontsize=11)
 
 
 def _draw_losses(axes: Any, found: Evaluation, length: int) -> None:
@@ -88,7 +88,7 @@ def _label(found: Evaluation, policy: str, length: int) -> str:
     shares = [found.counts(policy, length, phase).open_fraction for phase in PHASES]
     if all(map(math.isnan, shares)):
         return _plain(policy)
-    return _plain(policy) + "\nopen " + " / ".join("-" if math.isnan(share) else f"{share:.0%}" for share in shares)
+    return _plain(policy) + "\nopen: " + " / ".join("-" if math.isnan(share) else f"{share:.0%}" for share in shares)
 
 
 def _score(found: Evaluation, policy: str, task: str, length: int) -> float:

@@ -63,7 +63,7 @@ def about(found: Evaluation) -> list[str]:
     return [
         f"{found.samples} samples of each task, seed {found.seed}, backend {found.backend}.",
         "Scores: from 0 to 1, with the 95% Wilson interval.",
-        "Open fraction: of the pairs (query head, query) that were asked, how many read the keys beyond sink and window.",
+        "Open fraction: of the (query head, query) pairs that were asked, how many read keys beyond sink and window.",
         "Realised density: keys scored, of those that dense attention scores. Both are over all rows of the table.",
     ]
 

@@ -166,8 +166,8 @@ def evaluate(
 
     **Examples**
 
-    - `patchattn evaluate demo --lengths 1024 --samples 5`: the shipped model, a few minutes on two cores
-    - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,oracle,static --device cuda --out found`
+    - `patchattn evaluate demo --lengths 1024 --samples 5`: the shipped model, two minutes on two cores
+    - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
     - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
     """
     with explained():

@@ -114,7 +114,8 @@ def _show(found: Evaluation, model: Any, saved: list[Path]) -> None:
     kind = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
     console.print(f"[bold]{escape(found.model)}[/], {kind}, {found.samples} samples of each task", highlight=False)
     for length in found.lengths:
-        table = Table(f"{length:,} tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(f"{length:,} tokens", no_wrap=True)
         for name in found.policies:
             table.add_column(escape(name), justify="right")
         for name, texts in rows(found, length):

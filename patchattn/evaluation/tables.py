@@ -24,15 +24,15 @@ def rows(found: Evaluation, length: int) -> Iterator[tuple[str, list[str]]]:
         if task != TEXT_LOSS:
             yield task, [_score(found.cell(policy, task, length)) for policy in found.policies]
     if found.tasks != (TEXT_LOSS,):
-        yield "mean of the tasks", [_number(found.mean_score(policy, length), "{:.3f}") for policy in found.policies]
+        yield "mean", [_number(found.mean_score(policy, length), "{:.3f}") for policy in found.policies]
     if TEXT_LOSS in found.tasks:
         dense, *_ = (found.cell(policy, TEXT_LOSS, length) for policy in found.policies)
         cells = [found.cell(policy, TEXT_LOSS, length) for policy in found.policies]
-        yield "text loss, nats per token", [_loss(cell, dense) for cell in cells]
+        yield "text loss", [_loss(cell, dense) for cell in cells]
     for phase in PHASES:
         counts = [found.counts(policy, length, phase) for policy in found.policies]
-        yield f"open fraction, {phase}", [_share(count.open_fraction) for count in counts]
-        yield f"realised density, {phase}", [_share(count.realised_density) for count in counts]
+        yield f"open, {phase}", [_share(count.open_fraction) for count in counts]
+        yield f"density, {phase}", [_share(count.realised_density) for count in counts]
 
 
 def markdown(found: Evaluation) -> str:
@@ -62,9 +62,9 @@ def about(found: Evaluation) -> list[str]:
     """Say what the rows mean."""
     return [
         f"{found.samples} samples of each task, seed {found.seed}, backend {found.backend}.",
-        "Scores: from 0 to 1, with the 95% Wilson interval.",
-        "Open fraction: of the (query head, query) pairs that were asked, how many read keys beyond sink and window.",
-        "Realised density: keys scored, of those that dense attention scores. Both are over all rows of the table.",
+        "Scores: from 0 to 1, with the 95% Wilson interval. Text loss: nats per token, and the change against dense.",
+        "Open: of the (query head, query) pairs that were asked, how many read keys beyond sink and window.",
+        "Density: keys scored, of those that dense attention scores. Both are over all rows of the table.",
     ]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from patchattn.errors import MissingPackageError
 from patchattn.evaluation.families import TEXT_LOSS
-from patchattn.evaluation.loss import BINS
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Evaluation
 
@@ -70,12 +69,12 @@ def _draw_scores(axes: Any, found: Evaluation, length: int, tasks: list[str]) ->
 
 def _draw_losses(axes: Any, found: Evaluation, length: int) -> None:
     dense = found.cell(DENSE, TEXT_LOSS, length)
-    at = [length * (part + 0.5) / BINS for part in range(BINS)]
     for colour, policy in zip(_COLOURS * len(found.policies), (p for p in found.policies if p != DENSE), strict=False):
         cell = found.cell(policy, TEXT_LOSS, length)
         if cell is not None and dense is not None:
-            pairs = zip(cell.loss_by_position, dense.loss_by_position, strict=True)
-            axes.plot(at, [a - b for a, b in pairs], "o-", color=colour, markersize=3.5, label=_plain(policy))
+            changes = [a - b for a, b in zip(cell.loss_by_position, dense.loss_by_position, strict=True)]
+            at = [length * (part + 0.5) / len(changes) for part in range(len(changes))]
+            axes.plot(at, changes, "o-", color=colour, markersize=3.5, label=_plain(policy))
     axes.axhline(0, color="#888888", linewidth=1)
     axes.set_xlim(0, length)
     axes.set_xlabel("position in the text, tokens")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
-from patchattn.evaluation.tasks import Kind, draw_task
+from patchattn.evaluation.samples import DocumentError, Draft
+from patchattn.evaluation.tasks import Kind, PlantedTask, draw_task
 
 _FACTS_PER_1024_TOKENS = 6
 _OTHERS: tuple[Kind, ...] = ("chain", "list", "note")
@@ -22,10 +22,10 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     if kind != "fact":
         others = [*_OTHERS] * n
         others.remove(kind)
-    asked = draw_task(kind, material.text, rng, "test")
+    asked = _draw(kind, material, rng)
     planted = [asked.planted]
     while len(planted) <= len(others):
-        other = draw_task(others[len(planted) - 1], material.text, rng, "test")
+        other = _draw(others[len(planted) - 1], material, rng)
         if other.answer not in "".join(asked.planted) and asked.answer not in "".join(other.planted):
             planted.append(other.planted)
     return Draft(
@@ -37,6 +37,14 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
         planted=tuple(_interleaved(planted, rng)),
         exact=True,
     )
+
+
+def _draw(kind: Kind, material: Material, rng: random.Random) -> PlantedTask:
+    try:
+        return draw_task(kind, material.text, rng, "test")
+    except ValueError as error:
+        fix = "Give other text, or leave this task out."
+        raise DocumentError(f"The task {kind} can't be made: {error}.", fix=fix) from error
 
 
 def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:

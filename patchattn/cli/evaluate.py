@@ -158,7 +158,8 @@ def _policy_files(names: str) -> dict[str, Policy | None]:
         if name.split(":")[0] in NAMES:
             found[name] = None
         elif path.suffix == ".json":
-            found[path.stem] = Policy.model_validate_json(read_text(path))
+            title = name if path.stem in {*found, *NAMES} else path.stem
+            found[title] = Policy.model_validate_json(read_text(path))
         else:
             named_policy(name, Policy())  # Says which names there are.
     return found

@@ -83,7 +83,7 @@ def evaluate(
         >>> model, tokenizer = demo.load()
         >>> found = evaluate(
         ...     model, tokenizer, {"default": Policy(window_size=64, min_bulk=0)},
-        ...     text=demo.sample_text(), lengths=[512], tasks=["fact"], samples=2,
+        ...     text=demo.sample_text(), lengths=[256], tasks=["fact"], samples=1,
         ... )
         >>> [cell.policy for cell in found.cells]
         ['dense', 'default']

@@ -69,7 +69,7 @@ def recall(text: str, answers: Sequence[str]) -> float:
     Source: RULER, arXiv 2404.06654, string match of all references.
 
     Example:
-        >>> recall("They are 12 and Ab.", ["12", "ab", "c", "d"])
+        >>> recall("They are 12 and Ab.", ["12", "ab", "34", "xy"])
         0.5
     """
     text = _CONTROL_CHARACTERS.sub("\n", text).lower()

@@ -123,7 +123,7 @@ def test_the_harness_sees_dense_results_through_open_gates_and_others_through_de
 
 @pytest.mark.usefixtures("lm_eval")
 def test_the_recipe_checks_its_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["06_lm_eval.py", "--length", "400", "--samples", "4"])
+    monkeypatch.setattr(sys, "argv", ["06_lm_eval.py", "--length", "400", "--samples", "2"])
     runpy.run_path(str(ROOT / "recipes" / "06_lm_eval.py"), run_name="__main__")
     lines = capsys.readouterr().out
     for row in ("dense", "open", "moment", "closed"):

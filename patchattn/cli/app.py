@@ -10,6 +10,7 @@ import typer
 from patchattn.cli import calibrate as calibrate_command
 from patchattn.cli import demo as demo_command
 from patchattn.cli import doctor as doctor_command
+from patchattn.cli import evaluate as evaluate_command
 from patchattn.cli.problems import explained
 
 app = typer.Typer(
@@ -107,6 +108,89 @@ def doctor(
     """
     with explained():
         raise typer.Exit(0 if doctor_command.run(as_json=json) else 1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a causal language model, or demo for the shipped model.")
+    ],
+    *,
+    lengths: Annotated[str, typer.Option(help="Tokens in prompt and answer, with commas between several.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Short names and policy files (.json), with commas between them: default, oracle, static, open, "
+            "closed, calibrated; a number as in default:0.8 sets threshold or share. Dense is always measured."
+        ),
+    ] = "default,closed",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks and groups (ruler, shipped, all), with commas between them. Default: all; for demo, shipped."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 20,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Real text for haystacks and text loss, UTF-8. Default: Python source that ships along."),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Folder or Hub id of a calibration of the model.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First tokens always attended, under short names.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens always attended, under short names. Default: a sixteenth of the shortest length, "
+            "at least 64 and at most 1,024."
+        ),
+    ] = None,
+    min_bulk: Annotated[
+        int, typer.Option(min=0, help="Queries with fewer far keys attend densely, under short names.")
+    ] = 0,
+    backend: Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the model was saved.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table, numbers and picture; a broken-off run goes on from it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Ask a model long-range questions, as it came and under policies, and print one table.
+
+    Needles in a haystack, variable tracking and word counts after RULER, key-value pairs, long copy, few-shot examples
+    far away, and the loss of a text by position. All of it is made from a seed, for any tokenizer and any length;
+    docs/reference/tasks.md describes each. Tasks that do not fit a length are left out, and a note says so.
+
+    **Examples**
+
+    - `patchattn evaluate demo --lengths 1024 --samples 5`: the shipped model, two minutes on two cores
+    - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
+    - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
+    """
+    with explained():
+        evaluate_command.run(
+            evaluate_command.Choice(
+                model=model,
+                lengths=lengths,
+                policies=policies,
+                tasks=tasks,
+                samples=samples,
+                seed=seed,
+                text=text,
+                calibration=calibration,
+                sink=sink,
+                window=window,
+                min_bulk=min_bulk,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                out=out,
+                json=json,
+            )
+        )
 
 
 @app.command()

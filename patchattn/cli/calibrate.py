@@ -20,7 +20,7 @@ from patchattn.calibration import Calibration
 from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
 from patchattn.calibration.collect import calibrate
 from patchattn.cli.models import load
-from patchattn.cli.problems import stop
+from patchattn.cli.problems import read_text, stop
 from patchattn.policy import MomentGate, Policy, RiskTarget
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
@@ -254,16 +254,7 @@ def _texts(pattern: str) -> list[str]:
     paths = sorted(base.rglob("*.txt")) if base.is_dir() else [Path(name) for name in sorted(glob.glob(pattern))]
     if not paths:
         raise stop(f"No text file fits {pattern!r}.", fix="Give a file, a folder with .txt files, or a quoted pattern.")
-    return [_read_text(path) for path in paths]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise stop(f"{path} is not UTF-8 text.", fix="Give plain text files encoded as UTF-8.") from None
-    except OSError as error:
-        raise stop(f"Can't read {path}: {error.strerror}.", fix="Give readable files.") from None
+    return [read_text(path) for path in paths]
 
 
 def _join_processes() -> int:

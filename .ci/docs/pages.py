@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -14,6 +15,9 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("recipes/**/README.md", "calibrations/**/README.md", "calibrations/**/*.png")
 """Pages that docs/ links to, and their pictures. They stay beside docs/ for mkdocs too, so that links lead to them."""
+
+LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(https?:[^\"' >]+)")
+_LOG = logging.getLogger("mkdocs.hooks.pages")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -85,9 +89,18 @@ def commands() -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Make MathML of formulas, which browsers draw without a script."""
-    return re.sub(
-        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
-        lambda found: convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline"),
-        content,
-        flags=re.DOTALL,
-    )
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)
+
+
+def formula(found: re.Match[str]) -> str:
+    """Convert one formula, with the space between a function and its neighbours that is missing otherwise."""
+    converted = convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+    space = '<mspace width="0.17em"/>'
+    return re.sub(r"<mi>(log|max|tanh)</mi>", rf"{space}\g<0>{space}", converted)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Warn of what a browser would fetch from elsewhere; a strict build fails by it."""
+    for address in LOADED.findall(output):
+        _LOG.warning("%s loads %s", page.file.src_uri, address)
+    return output

@@ -13,8 +13,8 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = ("recipes/**/README.md", "calibrations/**/README.md", "calibrations/**/*.png")
-"""Pages that docs/ links to, and their pictures. They stay beside docs/ for mkdocs too, so that links lead to them."""
+OUTSIDE = ("recipes/**/README.md", "recipes/**/*.py", "calibrations/**/README.md", "calibrations/**/*.png")
+"""What docs/ links to: pages, their pictures, scripts. They stay beside docs/ here too, so that links lead to them."""
 
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(https?:[^\"' >]+)")
 _LOG = logging.getLogger("mkdocs.hooks.pages")
@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def expanded(nav: Any, pages: list[str]) -> Any:
-    """Put pages in the place of patterns: `*` for a name, `**` for any path.
+    """Put pages in the place of patterns, `*` for a name and `**` for any path, each where it fits first.
 
     A page in a folder of its kind is called by its file there: benchmarks share their headings.
     """
@@ -48,6 +48,7 @@ def expanded(nav: Any, pages: list[str]) -> Any:
         if isinstance(entry, str) and "*" in entry:
             pattern = re.escape(entry).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
             found = [page for page in pages if re.fullmatch(pattern, page)]
+            pages[:] = [page for page in pages if page not in found]
             folder = posixpath.dirname(entry) + "/"
             entries += [{page[len(folder) : -3]: page} if folder.count("/") > 1 else page for page in found]
         else:

@@ -9,7 +9,13 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.file_download
+import huggingface_hub.hf_api
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_testtoken"
 
@@ -64,6 +70,22 @@ class FakeHub:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+    def serve_client(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Send the Hub client of this process here."""
+        # The client reads these when it is imported, so the environment comes too late.
+        for module in (constants, huggingface_hub.file_download, huggingface_hub.hf_api):
+            for name, value in {
+                "ENDPOINT": self.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_CACHE": str(cache),
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_DISABLE_TELEMETRY": True,
+            }.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 class _Handler(BaseHTTPRequestHandler):

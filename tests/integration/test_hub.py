@@ -10,8 +10,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import huggingface_hub.file_download
-import huggingface_hub.hf_api
 import pytest
 import torch
 from huggingface_hub import constants
@@ -39,19 +37,7 @@ REPO = "me/made-up-patchattn"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     server = FakeHub()
-    # The client reads these when it is imported, so the environment comes too late.
-    for module in (constants, huggingface_hub.file_download, huggingface_hub.hf_api):
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-        }.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.serve_client(monkeypatch, tmp_path / "cache")
     # Drawing takes most of the time of a push, and what is drawn is tested elsewhere.
     monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
     yield server

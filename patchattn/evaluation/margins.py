@@ -174,8 +174,11 @@ def exact_masses(inputs: AttentionInputs, windows: Sequence[int]) -> list[tuple[
     _, heads, length, _ = inputs.query.shape
     rows = max(_SCORES_PER_SLAB.get(inputs.query.device.type, _SCORES_PER_SLAB_ELSEWHERE) // (heads * length), 16)
     slabs = [_masses_of_rows(inputs, begin, min(begin + rows, length), windows) for begin in range(0, length, rows)]
-    joined = [[torch.cat(parts, dim=1) for parts in zip(*of_window, strict=True)] for of_window in zip(*slabs, strict=True)]
-    return [(local, bulk, top) for local, bulk, top in joined]
+    found = []
+    for of_window in zip(*slabs, strict=True):
+        local, bulk, top = (torch.cat(parts, dim=1) for parts in zip(*of_window, strict=True))
+        found.append((local, bulk, top))
+    return found
 
 
 def _masses_of_rows(
@@ -193,17 +196,18 @@ def _masses_of_rows(
     scores = attention_scores(slab)[0].masked_fill_(~slab.regions.causal_mask(), -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     terms = (scores - largest).exp_()
-    total, largest = terms.sum(-1), largest[..., 0]
+    largest = largest[..., 0]
     found = []
     for window in windows:
         # Keys that are bulk for every row need no mask; those after them are bulk for some.
         certain, last = max(begin - window + 1, sink), max(end - window, sink)
         some = replace(slab.regions, window_size=window).bulk_mask()[..., certain:last]
         bulk = terms[..., sink:certain].sum(-1) + (terms[..., certain:last] * some).sum(-1)
+        local = terms[..., :sink].sum(-1) + (terms[..., certain:last] * ~some).sum(-1) + terms[..., last:].sum(-1)
         nothing = torch.full_like(terms[..., :1], -torch.inf)
         beyond = scores[..., certain:last].masked_fill(~some, -torch.inf)
         top = torch.cat([nothing, scores[..., sink:certain], beyond], dim=-1).amax(-1)
-        local = (total - bulk).clamp(min=0).log() + largest
+        local = local.log() + largest
         if inputs.sink_logits is not None:
             local = torch.logaddexp(local, inputs.sink_logits.to(local.dtype)[:, None])
         found.append((local, bulk.log() + largest, top))

@@ -17,7 +17,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from gates_page import write_pages
-from grid import FULL, LEAN, Case, Setting, cases
+from grid import FULL, LEAN, Case, Setting, cases, wanted
 from ranking import ranking
 from shipped import LENGTHS, SINK, WORK, calibration, document, load
 from store import Row, Store, share_out
@@ -123,10 +123,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
     parser.add_argument("--out", type=Path, default=Path("docs/results/gates"), help="without suffix")
     arguments = parser.parse_args()
-    for length in LENGTHS:
-        ranking(arguments.work, length)
+    found = {length: ranking(arguments.work, length) for length in LENGTHS}
     share_out(work, arguments.processes, arguments.work)
-    write_pages(Store(arguments.work, "gates").rows(), arguments.out, arguments.work)
+    write_pages(wanted(Store(arguments.work, "gates").rows(), found), arguments.out, arguments.work)
 
 
 if __name__ == "__main__":

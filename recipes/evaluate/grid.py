@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ranking import FRACTIONS, threshold
 from shipped import LENGTHS, WINDOWS
+from store import Row
 
 from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, OracleGate, RiskTarget, StaticGate
 from patchattn.policy import Gate
@@ -40,8 +41,8 @@ class Setting:
         return (self.kinds, self.length, self.window)
 
 
-FULL = Setting("facts", 4096, 256, 10, 28)
-_DOCUMENTS = {1024: 24, 2048: 12, 4096: 8}
+FULL = Setting("facts", 4096, 256, 8, 20)
+_DOCUMENTS = {1024: 16, 2048: 8, 4096: 4}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])
     for kinds, windows in (("facts", WINDOWS), ("chains and lists", (256,)))
@@ -80,10 +81,16 @@ def cases(setting: Setting, found: dict[str, Any]) -> list[Case]:
     for heads in (1, 2, 3, 5, 6, 9) if full else (3, 6):
         gate = StaticGate(open_heads=tuple(map(tuple, found["heads"][:heads])))
         listed.append(Case("static", f"{heads} heads", gate, headline=heads == 5))
-    for heads in (2, 3, 6, 9) if full else ():
-        listed.append(Case("random heads", f"{heads} of {n_heads}", OpenGate(), random=float(heads)))
-    for fraction in (0.01, 0.03, 0.05, 0.1, 0.2, 0.3) if full else (0.1,):
-        listed.append(Case("random pairs", f"{fraction:.0%}", OpenGate(), random=fraction))
+        answering = StaticGate(open_heads=tuple(map(tuple, found["heads_answering"][:heads])))
+        listed.append(Case("static, answering", f"{heads} heads", answering, headline=heads == 5))
+    listed += [
+        Case("random heads", f"{heads} of {n_heads}", OpenGate(), random=float(heads))
+        for heads in ((2, 3, 6, 9) if full else ())
+    ]
+    listed += [
+        Case("random pairs", f"{fraction:.0%}", OpenGate(), random=fraction)
+        for fraction in ((0.01, 0.03, 0.05, 0.1, 0.2, 0.3) if full else (0.1,))
+    ]
     fractions = FRACTIONS if full else (0.1, 0.2)
     for fraction in fractions:
         share = threshold(found, "oracle", fraction)
@@ -126,3 +133,19 @@ def _targets(*, full: bool) -> Iterator[Case]:
             target = OpenFractionTarget(fraction=fraction)
             gate = MomentGate.model_validate({"threshold": target, "estimate": estimate})
             yield Case(f"budget, {estimate}", f"{fraction:.0%}", gate, headline=fraction == 0.15)
+
+
+def wanted(rows: Iterable[Row], found: dict[int, dict[str, Any]]) -> list[Row]:
+    """Leave out rows of documents or gates that the grid does not name (any more).
+
+    Args:
+        rows: Saved rows.
+        found: What `ranking` says, by length.
+    """
+    most: dict[tuple[Any, ...], int] = {}
+    for setting in (FULL, *LEAN):
+        for case in cases(setting, found[setting.length][str(setting.window)]):
+            count = setting.headline if case.headline else setting.documents
+            most[(*setting.key, case.family, case.setting)] = count
+    names = ("kinds", "length", "window", "family", "setting")
+    return [row for row in rows if row["document"] < most.get(tuple(row[name] for name in names), 0)]

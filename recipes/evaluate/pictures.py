@@ -11,6 +11,7 @@ YELLOW, BLUE, RED, PURPLE, GREY = "#D8C400", "#0072B2", "#D55E00", "#CC79A7", "#
 STYLES = {
     "oracle": (BLACK, "o"),
     "static": (ORANGE, "s"),
+    "static, answering": (RED, "o"),
     "random heads": (GREY, "v"),
     "random pairs": (GREY, "x"),
     "prompt/guarded": (BLUE, "D"),

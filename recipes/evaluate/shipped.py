@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
@@ -20,6 +21,9 @@ WINDOWS = (64, 128, 256)
 SINK = 16
 KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {"facts": ("fact",) * 9, "chains and lists": ("chain", "list") * 3}
 """What is planted and asked for, in every 1,024 tokens."""
+
+TASKS = ("plain text", "planted line", "question", "answer")
+"""What the token of a query belongs to; a query whose next token is part of an answer counts as `answer`."""
 
 WORK = Path("runs/evaluate")
 """Folder of what was measured; a recipe that finds its rows there goes on from them."""
@@ -54,3 +58,14 @@ def document(kinds: str, length: int, seed: str) -> Document:
     _, tokenizer, text = load()
     planted = KINDS_PER_1024[kinds] * (length // 1024)
     return make_document(text, tokenizer, length=length, kinds=planted, seed=seed)
+
+
+def tasks_of(one: Document) -> Tensor:
+    """Say for each token of a document which of `TASKS` it belongs to, [tokens] int64."""
+    found = torch.zeros(len(one.token_ids), dtype=torch.long)
+    for start, end in one.planted:
+        found[start:end] = 1
+    for question in one.questions:
+        found[question.start : question.answer_start - 1] = 2
+        found[question.answer_start - 1 : question.answer_end - 1] = 3
+    return found

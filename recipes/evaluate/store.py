@@ -25,14 +25,9 @@ class Store:
 
     def rows(self) -> list[Row]:
         """Read what is there; a line that was cut off by an interruption is left out."""
-        found = []
-        for path in sorted(self.folder.glob(f"{self.name}.*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return found
+        paths = sorted(self.folder.glob(f"{self.name}.*.jsonl"))
+        lines = [line for path in paths for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows."""

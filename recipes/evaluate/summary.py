@@ -159,12 +159,16 @@ def areas(rows: Iterable[Row], place: Place) -> list[Area]:
             listed.append(Area(family, None, None, span))
             continue
         low, high = max(AREA[0], x[0]), min(AREA[1], x[-1])
+
+        def mean(y: np.ndarray, *, x: np.ndarray = x, low: float = low, high: float = high) -> np.ndarray:
+            return 100 * mean_over_log(x, y, low, high)
+
         lost, rise = (np.stack([point[part] for point in points], axis=1) for part in (1, 2))  # [documents, points]
         listed.append(
             Area(
                 family,
-                bootstrap(lost, lambda w, y=lost: 100 * mean_over_log(x, w @ y, low, high)),
-                bootstrap(rise, lambda w, y=rise: 100 * mean_over_log(x, w @ y, low, high) / (w @ base_loss)),
+                bootstrap(lost, lambda w, mean=mean, y=lost: mean(w @ y)),
+                bootstrap(rise, lambda w, mean=mean, y=rise: mean(w @ y) / (w @ base_loss)),
                 span,
             )
         )
@@ -183,7 +187,5 @@ def write_csv(path: Path, listed: Iterable[Summary]) -> None:
             opened, density, exact, lost, loss, rise = (
                 [f"{n:.5g}" for n in ((x.value, x.low, x.high) if isinstance(x, Interval) else (x,))] for x in numbers
             )
-            lines.writerow(
-                [*one.place, one.name, one.setting, one.documents, *opened, *density, one.right, one.asked]
-                + [*exact, *lost, *loss, *rise]
-            )
+            about = [*one.place, one.name, one.setting, one.documents]
+            lines.writerow([*about, *opened, *density, one.right, one.asked, *exact, *lost, *loss, *rise])

@@ -10,6 +10,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ PLACE = (4096, 256)
 DEFAULT = 0.6
 GOAL = 0.95
 
+SHARES = {
+    "open": ((0, 1), (0, 1, 2, 3)),
+    "oracle open": ((0, 2), (0, 1, 2, 3)),
+    "accuracy": ((0, 3), (0, 1, 2, 3)),
+    "recall": ((0,), (0, 2)),
+    "precision": ((0,), (0, 1)),
+    "false negatives": ((2,), (0, 2)),
+    "false positives": ((1,), (1, 3)),
+}
+"""Measures as shares of some cells of `Confusion.counts` in others."""
+
+_ANSWERING = """Most pairs belong to plain text, where a miss costs little. These are the queries that predict the
+tokens of an answer, in all layers; a look-up that is missed here is a wrong answer."""
+
 
 @dataclass(frozen=True)
 class Confusion:
@@ -48,20 +63,32 @@ class Confusion:
         above, below = self.counts[:, list(top)].sum(1), self.counts[:, list(bottom)].sum(1)
         return bootstrap(self.counts, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
 
+    def value(self, top: Sequence[int], bottom: Sequence[int]) -> float:
+        """Share of some cells in others, without an interval."""
+        total = self.counts.sum(0)
+        return float(total[list(top)].sum() / max(total[list(bottom)].sum(), 1e-12))
+
+    @property
+    def open_fraction(self) -> float:
+        """Pairs that the gate opens."""
+        return self.value((0, 1), (0, 1, 2, 3))
+
+    @property
+    def recall(self) -> float:
+        """Of the pairs that the oracle opens, those that the gate opens."""
+        return self.value((0,), (0, 2))
+
+    @property
+    def missed_mass(self) -> float:
+        """Mean over pairs of the bulk share that closed heads do not read."""
+        return float(self.missed.sum() / self.counts.sum())
+
     @property
     def measures(self) -> dict[str, Interval]:
-        """Every measure by name."""
+        """Every measure by name, with intervals."""
         pairs = self.counts.sum(1)
-        return {
-            "open": self.share((0, 1), (0, 1, 2, 3)),
-            "oracle open": self.share((0, 2), (0, 1, 2, 3)),
-            "accuracy": self.share((0, 3), (0, 1, 2, 3)),
-            "recall": self.share((0,), (0, 2)),
-            "precision": self.share((0,), (0, 1)),
-            "false negatives": self.share((2,), (0, 2)),
-            "false positives": self.share((1,), (1, 3)),
-            "missed mass": bootstrap(self.counts, lambda w: (w @ self.missed) / (w @ pairs)),
-        }
+        shares = {name: self.share(*cells) for name, cells in SHARES.items()}
+        return shares | {"missed mass": bootstrap(self.counts, lambda w: (w @ self.missed) / (w @ pairs))}
 
 
 class Recorded:
@@ -80,6 +107,7 @@ class Recorded:
         self.layers = len(self.rows[0]["layers"])
         self.estimates = tuple(self.rows[0]["layers"][0]["joint"])
 
+    @cache  # noqa: B019 - lives as long as the rows
     def array(self, *names: str) -> np.ndarray:
         """Stack one entry over documents and layers, [documents, layers, heads, ...]."""
         picked = []
@@ -94,13 +122,26 @@ class Recorded:
         return np.array(picked, dtype=float)
 
     def confusion(
-        self, estimate: str, threshold: float, *, layer: int | None = None, oracle: float | None = None
+        self,
+        estimate: str,
+        threshold: float,
+        *,
+        layer: int | None = None,
+        oracle: float | None = None,
+        answering: bool = False,
     ) -> Confusion:
-        """Compare a gate with the oracle, at the same threshold unless `oracle` names another."""
+        """Compare a gate with the oracle, at the same threshold unless `oracle` names another.
+
+        `answering` looks at the queries that predict answers only, for which the missed mass is not known.
+        """
         gate_at, oracle_at = THRESHOLDS.index(threshold), THRESHOLDS.index(oracle or threshold)
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        joint = self.array("joint", estimate)[:, layers].sum((1, 2))  # [documents, oracle bins, gate bins]
-        missed = self.array("missed", estimate)[:, layers].sum((1, 2))[:, gate_at + 1 :].sum(-1)
+        if answering:
+            joint = self.array("joint_answering", estimate)[:, layers].sum(1)  # [documents, oracle bins, gate bins]
+            missed = np.full(len(joint), np.nan)
+        else:
+            joint = self.array("joint", estimate)[:, layers].sum((1, 2))
+            missed = self.array("missed", estimate)[:, layers].sum((1, 2))[:, gate_at + 1 :].sum(-1)
         # A pair opens at a threshold where no more than the thresholds below it close it.
         opened = [joint[:, : oracle_at + 1], joint[:, oracle_at + 1 :]]
         cells = [part[:, :, columns].sum((1, 2)) for part in opened for columns in _columns(gate_at)]
@@ -121,20 +162,28 @@ def _columns(gate_at: int) -> tuple[slice, slice]:
 
 
 def write_csv(found: dict[tuple[int, int], Recorded], path: Path) -> None:
-    """Write every measure of every estimate, layer, threshold, length and window."""
+    """Write every measure of every estimate, layer and threshold, at all lengths and windows."""
     with path.open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
-        names = [*Confusion(np.ones((2, 4)), np.ones(2)).measures]
-        header = ["length", "window", "documents", "estimate", "threshold", "layer"]
-        lines.writerow(header + [f"{name.replace(' ', '_')}{end}" for name in names for end in ("", "_low", "_high")])
+        header = ["length", "window", "documents", "estimate", "threshold", "layer", *SHARES, "missed mass"]
+        lines.writerow(name.replace(" ", "_") for name in [*header, "recall_low", "recall_high"])
         for (length, window), place in found.items():
             for estimate in place.estimates:
                 for threshold in SHOWN:
                     for layer in (None, *range(place.layers)):
-                        measures = place.confusion(estimate, threshold, layer=layer).measures
-                        numbers = [f"{n:.5g}" for one in measures.values() for n in (one.value, one.low, one.high)]
-                        place_of = [length, window, len(place.rows), estimate, threshold]
-                        lines.writerow([*place_of, "all" if layer is None else layer, *numbers])
+                        one = place.confusion(estimate, threshold, layer=layer)
+                        recall = one.share(*SHARES["recall"])
+                        numbers = [one.value(*cells) for cells in SHARES.values()]
+                        numbers += [one.missed_mass, recall.low, recall.high]
+                        about = [
+                            length,
+                            window,
+                            len(place.rows),
+                            estimate,
+                            threshold,
+                            "all" if layer is None else layer,
+                        ]
+                        lines.writerow([*about, *(f"{number:.5g}" for number in numbers)])
 
 
 def line(label: str, confusion: Confusion) -> str:
@@ -164,8 +213,8 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
     goal = (
         f"**Goal**: recall of the oracle's open pairs of at least {GOAL} at the default threshold, {DEFAULT} for both: "
         f"**{'met' if recall.value >= GOAL else 'missed'}**, {recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}). "
-        f"The pairs that the default gate closes miss {missed.value:.2%} of their query's attention on average over all "
-        f"pairs; the oracle misses {main.oracle(DEFAULT).measures['missed mass'].value:.2%}. "
+        f"The pairs that the default gate closes miss {missed.value:.2%} of their query's attention on average over "
+        f"all pairs; the oracle misses {main.oracle(DEFAULT).measures['missed mass'].value:.2%}. "
         + (
             f"Against the oracle at {DEFAULT}, the guarded gate reaches {GOAL} from threshold {reached} on, with "
             f"{main.confusion('prompt/guarded', reached).measures['open'].value:.0%} open."
@@ -177,10 +226,10 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
         "# The moment gate against the exact mass",
         "",
         f"Dense activations of the shipped model in float32, sink 16; documents with facts, other ones than those "
-        f"that thresholds are chosen on: {measured}. A pair of (query head, query) is positive where the oracle, the exact "
-        "local share under the threshold, opens it. *Missed mass* is the share of a query's attention that lies on keys "
-        "its closed head does not read, averaged over all pairs. Intervals by bootstrap over documents. Made by "
-        "`python recipes/evaluate/classification.py`; all estimates, layers, lengths and windows with their intervals "
+        f"that thresholds are chosen on: {measured}. A pair of (query head, query) is positive where the oracle, the "
+        "exact local share under the threshold, opens it. *Missed mass* is the share of a query's attention that lies "
+        "on keys its closed head does not read, averaged over all pairs. Intervals by bootstrap over documents. Made "
+        "by `python recipes/evaluate/classification.py`; all estimates, layers, lengths and windows with their intervals "
         "are in [classification.csv](classification.csv).",
         "",
         goal,
@@ -205,31 +254,33 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
     parts.append("In each cell: recall / pairs that the gate opens.\n")
     parts.append("| estimate | " + " | ".join(map(str, THRESHOLDS)) + " |\n|---|" + "---|" * len(THRESHOLDS))
     for name in main.estimates:
-        cells = [main.confusion(name, t, oracle=DEFAULT).measures for t in THRESHOLDS]
+        cells = [main.confusion(name, t, oracle=DEFAULT) for t in THRESHOLDS]
+        written = [f"{cell.recall:.2f} / {cell.open_fraction:.0%}" for cell in cells]
+        parts.append(f"| {LABELS[name]} | " + " | ".join(written) + " |")
+    parts += ["", "## Answers only", "", _ANSWERING, ""]
+    parts.append(
+        "| estimate, threshold | oracle opens | gate opens | recall (95%) | precision |\n|---|---|---|---|---|"
+    )
+    for name in main.estimates:
+        measures = main.confusion(name, DEFAULT, answering=True).measures
+        recall = measures["recall"]
         parts.append(
-            f"| {LABELS[name]} | "
-            + " | ".join(f"{cell['recall'].value:.2f} / {cell['open'].value:.0%}" for cell in cells)
-            + " |"
+            f"| {LABELS[name]}, {DEFAULT} | {measures['oracle open'].value:.1%} | {measures['open'].value:.1%} | "
+            f"{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}) | {measures['precision'].value:.3f} |"
         )
     parts += ["", f"## Lengths and windows, threshold {DEFAULT}", ""]
     parts.append("In each cell: recall / precision / missed mass.\n")
     parts.append("| tokens, estimate | " + " | ".join(f"window {w}" for w in WINDOWS) + " |\n|---|---|---|---|")
     for length in LENGTHS:
         for name in ("prompt/guarded", "prompt/saturating", "prompt/lognormal"):
-            cells = [found[length, window].confusion(name, DEFAULT).measures for window in WINDOWS]
-            parts.append(
-                f"| {length:,}, {LABELS[name]} | "
-                + " | ".join(
-                    f"{c['recall'].value:.3f} / {c['precision'].value:.3f} / {c['missed mass'].value:.2%}"
-                    for c in cells
-                )
-                + " |"
-            )
+            cells = [found[length, window].confusion(name, DEFAULT) for window in WINDOWS]
+            written = [f"{c.recall:.3f} / {c.value((0,), (0, 1)):.3f} / {c.missed_mass:.2%}" for c in cells]
+            parts.append(f"| {length:,}, {LABELS[name]} | " + " | ".join(written) + " |")
     return "\n".join([*parts, ""])
 
 
 def _recall(place: Recorded, estimate: str, threshold: float) -> float:
-    return place.confusion(estimate, threshold, oracle=DEFAULT).measures["recall"].value
+    return place.confusion(estimate, threshold, oracle=DEFAULT).recall
 
 
 def draw(place: Recorded, path: Path) -> None:
@@ -240,28 +291,25 @@ def draw(place: Recorded, path: Path) -> None:
     for name in place.estimates:
         source, _ = name.split("/")
         colour, marker = STYLES[name]
-        cells = [place.confusion(name, t, oracle=DEFAULT).measures for t in THRESHOLDS]
-        x = [100 * cell["open"].value for cell in cells]
+        cells = [place.confusion(name, t, oracle=DEFAULT) for t in THRESHOLDS]
+        x = [100 * cell.open_fraction for cell in cells]
         style = {"color": colour, "marker": marker, "ms": 4, "ls": "-" if source == "prompt" else ":"}
-        recall.plot(x, [cell["recall"].value for cell in cells], **style, label=LABELS[name].replace("moment, ", ""))
-        missed.plot(x, [100 * cell["missed mass"].value for cell in cells], **style)
-    oracle = [place.oracle(t).measures for t in THRESHOLDS]
-    x = [100 * cell["open"].value for cell in oracle]
-    missed.plot(x, [100 * cell["missed mass"].value for cell in oracle], "k--o", ms=4)
-    missed.annotate(
-        "oracle", (x[5], 100 * oracle[5]["missed mass"].value), (-12, -14), textcoords="offset points", ha="right"
-    )
-    recall.plot([], [], "k--o", ms=4, label="oracle")
+        recall.plot(x, [cell.recall for cell in cells], **style, label=LABELS[name].replace("moment, ", ""))
+        missed.plot(x, [100 * cell.missed_mass for cell in cells], **style)
+    oracle = [place.oracle(t) for t in THRESHOLDS]
+    x = [100 * cell.open_fraction for cell in oracle]
+    missed.plot(x, [100 * cell.missed_mass for cell in oracle], "k--o", ms=4)
+    missed.annotate("oracle", (x[5], 100 * oracle[5].missed_mass), (-12, -14), textcoords="offset points", ha="right")
     recall.axhline(GOAL, color="grey", lw=0.8)
     recall.text(2.2, GOAL + 0.01, f"goal: {GOAL}", color="dimgrey", fontsize=9)
     recall.set_ylabel(f"recall of the oracle's open pairs at {DEFAULT}")
     missed.set_ylabel("missed mass, % of the attention")
     for one in (recall, missed):
         open_axis(one, low=2)
-    recall.legend(frameon=False, fontsize=8, loc="lower right")
+    recall.legend(frameon=False, fontsize=9, loc="center left")
     shades = ("#440154", "#3B528B", "#21918C", "#5EC962", "#D8B400")
     for layer in range(place.layers):
-        y = [place.confusion("prompt/guarded", t, layer=layer).measures["recall"].value for t in THRESHOLDS]
+        y = [place.confusion("prompt/guarded", t, layer=layer).recall for t in THRESHOLDS]
         layers.plot(THRESHOLDS, y, "o-", ms=4, color=shades[layer % len(shades)], label=f"layer {layer}")
     layers.axhline(GOAL, color="grey", lw=0.8)
     layers.set_xlabel("threshold of gate and oracle")

@@ -52,9 +52,9 @@ def page(heads: list[Row], chosen: dict[str, Row], documents: int) -> str:
         "# The Gaussian estimate, head by head",
         "",
         f"{documents} documents of 4,096 tokens with facts, sink 16, window 256, dense activations of the shipped "
-        "model in float32, moments of the prompt. *Bias* and *spread* are the mean and the standard deviation of estimated "
-        "minus exact log mass of the bulk keys, in nats, of the saturating estimate, which has a value for every pair "
-        "once a chunk is full; *guarded* is the same over the pairs below the freezing point, where all estimates "
+        "model in float32, moments of the prompt. *Bias* and *spread* are the mean and the standard deviation of "
+        "estimated minus exact log mass of the bulk keys, in nats, of the saturating estimate, which has a value for "
+        "every pair once a chunk is full; *guarded* is the same over the pairs below the freezing point, where all estimates "
         "agree. *Rank* is the Spearman correlation of estimated and exact margin over the queries of a document, mean "
         "over documents. Made by `python recipes/evaluate/gaussian.py`; more digits and columns are in "
         "[gaussian.csv](gaussian.csv).",

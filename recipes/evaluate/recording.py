@@ -35,22 +35,27 @@ def reduce_layer(margins: Margins, task: Tensor) -> Row:
         task: [queries] int64; index into `TASKS`.
 
     Returns:
-        By name, nested lists with heads first. `joint`: by estimate [heads, oracle bins, gate bins] pairs; `missed`:
-        by estimate [heads, bins] sums of the bulk share; `oracle_by_task` and `guarded_by_task`: [heads, tasks, bins]
-        pairs; `margin_by_task`: [heads, tasks, 3] count, sum and sum of squares of the exact margin; `errors`: by
-        estimate [heads, tasks, 3] the same of the estimated minus the exact log mass; `ranks`: by estimate [heads]
-        Spearman correlation of the margins; `top_share`: [heads, tasks, 2] sums of the share of the bulk mass on its
-        top key, and of the bulk share of the attention.
+        By name, nested lists with heads first.
+        `joint`: by estimate, pairs [heads, oracle bins, gate bins].
+        `joint_answering`: by estimate, pairs that predict answers [oracle bins, gate bins], of all heads together.
+        `missed`: by estimate, sums of the bulk share [heads, bins].
+        `oracle_by_task`, `guarded_by_task`: pairs [heads, tasks, bins].
+        `margin_by_task`: count, sum and sum of squares of the exact margin [heads, tasks, 3].
+        `errors`: by estimate, the same of the estimated minus the exact log mass.
+        `ranks`: by estimate, Spearman correlation of the margins [heads].
+        `top_share`: sums of the share of the bulk mass on its top key, and of the bulk share [heads, tasks, 2].
     """
     exact = margins.local - margins.bulk
     oracle, share = bins(exact), margins.bulk_share.double()
-    row: Row = {"joint": {}, "missed": {}, "errors": {}, "ranks": {}}
+    row: Row = {"joint": {}, "joint_answering": {}, "missed": {}, "errors": {}, "ranks": {}}
     row["missed"]["oracle"] = _sums(oracle, share, _BINS).tolist()
     for (source, estimate), mass in margins.estimates.items():
         name = f"{source}/{estimate}"
         gate = bins(margins.local - mass)
         row["joint"][name] = _counts(oracle * _BINS + gate, _BINS * _BINS).unflatten(1, (_BINS, _BINS)).tolist()
         row["missed"][name] = _sums(gate, share, _BINS).tolist()
+        pairs = (oracle * _BINS + gate)[:, task == TASKS.index("answer")].flatten()
+        row["joint_answering"][name] = _counts(pairs[None], _BINS * _BINS).view(_BINS, _BINS).tolist()
         known = mass.isfinite() & margins.bulk.isfinite() & margins.local.isfinite()
         error = torch.where(known, mass.double() - margins.bulk.double(), 0)
         row["errors"][name] = _sums_by_task(torch.stack([known.double(), error, error.square()], -1), task)

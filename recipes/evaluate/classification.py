@@ -229,8 +229,8 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
         f"that thresholds are chosen on: {measured}. A pair of (query head, query) is positive where the oracle, the "
         "exact local share under the threshold, opens it. *Missed mass* is the share of a query's attention that lies "
         "on keys its closed head does not read, averaged over all pairs. Intervals by bootstrap over documents. Made "
-        "by `python recipes/evaluate/classification.py`; all estimates, layers, lengths and windows with their intervals "
-        "are in [classification.csv](classification.csv).",
+        "by `python recipes/evaluate/classification.py`; all estimates, layers, lengths and windows with their "
+        "intervals are in [classification.csv](classification.csv).",
         "",
         goal,
         "",

@@ -54,9 +54,9 @@ def page(heads: list[Row], chosen: dict[str, Row], documents: int) -> str:
         f"{documents} documents of 4,096 tokens with facts, sink 16, window 256, dense activations of the shipped "
         "model in float32, moments of the prompt. *Bias* and *spread* are the mean and the standard deviation of "
         "estimated minus exact log mass of the bulk keys, in nats, of the saturating estimate, which has a value for "
-        "every pair once a chunk is full; *guarded* is the same over the pairs below the freezing point, where all estimates "
-        "agree. *Rank* is the Spearman correlation of estimated and exact margin over the queries of a document, mean "
-        "over documents. Made by `python recipes/evaluate/gaussian.py`; more digits and columns are in "
+        "every pair once a chunk is full; *guarded* is the same over the pairs below the freezing point, where all "
+        "estimates agree. *Rank* is the Spearman correlation of estimated and exact margin over the queries of a "
+        "document, mean over documents. Made by `python recipes/evaluate/gaussian.py`; more digits and columns are in "
         "[gaussian.csv](gaussian.csv).",
         "",
         f"Over {len(heads)} heads the rank correlation of the margin is {np.median(ranks):.2f} in the median, "

@@ -41,7 +41,7 @@ class Setting:
         return (self.kinds, self.length, self.window)
 
 
-FULL = Setting("facts", 4096, 256, 8, 20)
+FULL = Setting("facts", 4096, 256, 6, 14)
 _DOCUMENTS = {1024: 16, 2048: 8, 4096: 4}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])
@@ -50,6 +50,10 @@ LEAN = [
     for window in windows
     if (kinds, length, window) != FULL.key
 ]
+
+
+_FACTS_ONLY = ("static", "random pairs", "calibration/saturating", "budget, guarded", "budget, saturating")
+"""Curves that other questions are left out of."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,12 @@ def cases(setting: Setting, found: dict[str, Any]) -> list[Case]:
         listed.append(Case("stock", ""))
     for heads in (1, 2, 3, 5, 6, 9) if full else (3, 6):
         gate = StaticGate(open_heads=tuple(map(tuple, found["heads"][:heads])))
-        listed.append(Case("static", f"{heads} heads", gate, headline=heads == 5))
+        listed.append(Case("static", _heads(heads), gate))
         answering = StaticGate(open_heads=tuple(map(tuple, found["heads_answering"][:heads])))
-        listed.append(Case("static, answering", f"{heads} heads", answering, headline=heads == 5))
+        listed.append(Case("static, answering", _heads(heads), answering, headline=heads in (5, 6)))
     listed += [
         Case("random heads", f"{heads} of {n_heads}", OpenGate(), random=float(heads))
-        for heads in ((2, 3, 6, 9) if full else ())
+        for heads in ((1, 2, 3, 6, 9) if full else ())
     ]
     listed += [
         Case("random pairs", f"{fraction:.0%}", OpenGate(), random=fraction)
@@ -101,13 +105,17 @@ def cases(setting: Setting, found: dict[str, Any]) -> list[Case]:
     listed += _moment_cases(found, fractions, full=full)
     if setting.window == 256:
         listed += _targets(full=full)
-    return listed
+    return [case for case in listed if setting.kinds == "facts" or case.family not in _FACTS_ONLY]
+
+
+def _heads(count: int) -> str:
+    return "1 head" if count == 1 else f"{count} heads"
 
 
 def _moment_cases(found: dict[str, Any], fractions: tuple[float, ...], *, full: bool) -> Iterator[Case]:
     for number in ("0.2", "0.4", "0.6", "0.8") if full else ("0.6",):
         gate = MomentGate(threshold=float(number))
-        yield Case("prompt/guarded", number, gate, headline=number == DEFAULT)
+        yield Case("prompt/guarded", number, gate, headline=number != "0.2")
     for source in ("prompt", "calibration"):
         for estimate in ESTIMATES:
             name = f"{source}/{estimate}"
@@ -125,9 +133,12 @@ def _moment_cases(found: dict[str, Any], fractions: tuple[float, ...], *, full: 
 
 
 def _targets(*, full: bool) -> Iterator[Case]:
-    for alpha in (0.05, 0.1, 0.2) if full else ():
-        yield Case("risk, each head", f"{alpha}", MomentGate(threshold=RiskTarget(alpha=alpha)))
-        yield Case("risk, mean over heads", f"{alpha}", MomentGate(threshold=RiskTarget(alpha=alpha, scope="model")))
+    for alpha in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3) if full else (0.1, 0.2):
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha))
+        yield Case("risk, each head", f"{alpha}", gate, headline=0.1 <= alpha <= 0.25)
+    for alpha in (0.05, 0.1, 0.15, 0.2) if full else ():
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha, scope="model"))
+        yield Case("risk, mean over heads", f"{alpha}", gate)
     for estimate in ("guarded", "saturating"):
         for fraction in FRACTIONS[1:] if full else (0.1, 0.2):
             target = OpenFractionTarget(fraction=fraction)

@@ -107,9 +107,13 @@ def _stages() -> Iterator[tuple[Setting, int, int, bool]]:
     """Yield (setting, first document, last document, only headline cases): something of everything comes first."""
     yield FULL, 0, 4, False
     for setting in LEAN:
-        yield setting, 0, setting.documents, False
+        if setting.kinds == FULL.kinds:
+            yield setting, 0, setting.documents, False
+    yield FULL, 4, FULL.headline, True
+    for setting in LEAN:
+        if setting.kinds != FULL.kinds:
+            yield setting, 0, setting.documents, False
     yield FULL, 4, FULL.documents, False
-    yield FULL, FULL.documents, FULL.headline, True
 
 
 def _key(row: Row) -> tuple[Any, ...]:

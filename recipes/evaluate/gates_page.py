@@ -14,7 +14,7 @@ from pictures import STYLES, open_axis
 from ranking import DOCUMENTS, ranking
 from shipped import LENGTHS, WINDOWS
 from store import Row
-from summary import AREA, LABELS, Area, Place, Summary, areas, summaries, write_csv
+from summary import AREA, LABELS, Area, Summary, areas, summaries, write_csv
 
 _FAMILIES = ("stock", "open", "closed", *STYLES)
 _GROUPS = {
@@ -299,6 +299,3 @@ def others_table(rows: list[Row]) -> str:
             written.append("" if one is None else f"{one.right} of {one.asked}{against}")
         lines.append(f"| {LABELS.get(family, family)} | {setting} | " + " | ".join(written) + " |")
     return "\n".join(lines)
-
-
-__all__ = ["Place", "write_pages"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # Before patchattn: this puts the checkout on the path.
-from shipped import LENGTHS, SINK, TASKS, WINDOWS, calibration, document, load, tasks_of
+from shipped import SINK, TASKS, WINDOWS, calibration, document, load, tasks_of
 from store import kept
 from torch import Tensor
 
@@ -82,6 +82,3 @@ def threshold(found: dict[str, Any], gate: str, fraction: float) -> float | None
     if margin == -math.inf or fraction < found["floor"][gate] * 1.02:
         return None
     return 1 / (1 + math.exp(-margin))
-
-
-__all__ = ["FRACTIONS", "LENGTHS", "ranking", "threshold"]

@@ -262,11 +262,12 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
         "| estimate, threshold | oracle opens | gate opens | recall (95%) | precision |\n|---|---|---|---|---|"
     )
     for name in main.estimates:
-        measures = main.confusion(name, DEFAULT, answering=True).measures
-        recall = measures["recall"]
+        one = main.confusion(name, DEFAULT, answering=True)
+        recall, shown = one.share(*SHARES["recall"]), ("oracle open", "open", "precision")
+        oracle, opened, precision = (one.value(*SHARES[measure]) for measure in shown)
         parts.append(
-            f"| {LABELS[name]}, {DEFAULT} | {measures['oracle open'].value:.1%} | {measures['open'].value:.1%} | "
-            f"{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}) | {measures['precision'].value:.3f} |"
+            f"| {LABELS[name]}, {DEFAULT} | {oracle:.1%} | {opened:.1%} | "
+            f"{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}) | {precision:.3f} |"
         )
     parts += ["", f"## Lengths and windows, threshold {DEFAULT}", ""]
     parts.append("In each cell: recall / precision / missed mass.\n")

@@ -29,6 +29,10 @@ _GROUPS = {
 }  # fmt: skip
 
 
+_WITHOUT_MOMENTS = ("oracle", "static", "static, answering", "random heads", "random pairs")
+_GATES = [family for family in STYLES if family not in _WITHOUT_MOMENTS]
+
+
 def write_pages(rows: list[Row], out: Path, work: Path) -> None:
     """Write table, page and picture of the rows so far."""
     listed = summaries(rows)
@@ -38,6 +42,7 @@ def write_pages(rows: list[Row], out: Path, work: Path) -> None:
     parts = [
         _head(full),
         "## Goals\n",
+        verdict(full),
         goals(full),
         "\n## All gates at 4,096 tokens, window 256\n",
         table(full),
@@ -126,13 +131,25 @@ and window 256 {least} documents for every gate and {most} for those that goals 
 
 def best(listed: Sequence[Summary], most_open: float) -> Summary | None:
     """Return the gate that needs no exact mass with the best answers at an open fraction; text loss breaks ties."""
-    fitting = [
-        one
-        for one in listed
-        if one.family.split("/")[0].split(",")[0] in ("prompt", "calibration", "budget", "risk")
-        and one.open_fraction <= most_open
-    ]
+    fitting = [one for one in listed if one.family in _GATES and one.open_fraction <= most_open]
     return min(fitting, key=lambda one: (one.lost.value, one.rise.value), default=None)
+
+
+def verdict(full: Sequence[Summary]) -> str:
+    """Say whether the goal is met, and why not."""
+    found = best(full, 0.155)
+    if found is None:
+        return ""
+    met = found.lost.value <= 1 and found.rise.value <= 0.02
+    return f"""The best moment gate within 1 point of exact match and +2% of text loss at 85% closed:
+**{"met" if met else "missed"}** - {found.name} {found.setting} is {points(found.lost)} points from dense attention and
+{100 * found.rise.value:+.2f}% in text loss with {percent(1 - found.open_fraction)} closed. Text loss is within the goal
+for nearly every gate from 10% open on; answers decide. Look-ups rest on single keys, which mean and covariance can't
+see: below the freezing point the estimates agree, above it the saturating and the log-normal one close look-ups and
+lose the answers, and the guarded one opens all pairs there, which costs more than 15% by itself (see
+[what can't be reached](#what-cant-be-reached) and [the estimate, head by head](gaussian.md)). Thresholds per head
+(*risk*) close the heads in which that is waste.
+"""
 
 
 def goals(full: Sequence[Summary]) -> str:
@@ -175,7 +192,7 @@ def draw(full: Sequence[Summary], path: Path) -> None:
                 continue
             colour, marker = STYLES[family]
             x = [100 * one.open_fraction for one in curve]
-            line = "--" if family in ("oracle", "static", "random heads", "random pairs") else "-"
+            line = "--" if family in (*_WITHOUT_MOMENTS, "risk, mean over heads") else "-"
             label = LABELS.get(family, family).replace(", calibration moments", "")
             style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 6, "linewidth": 1.6}
             facts.plot(x, [one.exact.value for one in curve], **style, label=label)

@@ -41,7 +41,7 @@ class Setting:
         return (self.kinds, self.length, self.window)
 
 
-FULL = Setting("facts", 4096, 256, 6, 12)
+FULL = Setting("facts", 4096, 256, 4, 12)
 _DOCUMENTS = {1024: 16, 2048: 8, 4096: 4}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])

@@ -17,7 +17,7 @@ from torch import Tensor
 from patchattn.evaluation.margins import Margins, record_margins
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-DOCUMENTS = {1024: 12, 2048: 8, 4096: 6}
+DOCUMENTS = {1024: 16, 2048: 12, 4096: 8}
 _BINS = len(THRESHOLDS) + 1
 
 

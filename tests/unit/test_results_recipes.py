@@ -162,3 +162,17 @@ def test_only_curves_that_reach_both_ends_have_an_area(recipe: Any) -> None:
     assert found["prompt/guarded"].lost is None
     assert found["oracle"].lost.value == pytest.approx(50.0)
     assert found["oracle"].rise.value == pytest.approx(1.0)
+
+
+def test_goals_are_met_within_one_point_and_two_percent(recipe: Any) -> None:
+    page, grid = recipe("gates_page"), recipe("grid")
+    rows = [row("open", "", at, 36, 2.0, 1000) for at in range(3)]
+    rows += [row("closed", "", at, 0, 2.2, 0) for at in range(3)]
+    rows += [row("oracle", "for 15%", at, 36, 2.01, 150) for at in range(3)]
+    rows += [row("risk, each head", "0.2", at, 35, 2.02, 150) for at in range(3)]
+    rows += [row("prompt/guarded", "0.6", at, 27, 2.0, 420) for at in range(3)]
+    full = [one for one in recipe("summary").summaries(rows) if one.place == grid.FULL.key]
+    assert page.best(full, 0.2).family == "risk, each head"
+    lines = page.goals(full).splitlines()
+    assert any("risk, each head" in line and "| no |" in line for line in lines), "2.8 points are more than one"
+    assert any("oracle" in line and "| yes |" in line for line in lines)

@@ -42,7 +42,7 @@ class Setting:
 
 
 FULL = Setting("facts", 4096, 256, 4, 12)
-_DOCUMENTS = {1024: 16, 2048: 8, 4096: 4}
+_DOCUMENTS = {1024: 16, 2048: 8, 4096: 3}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])
     for kinds, windows in (("facts", WINDOWS), ("chains and lists", (256,)))

@@ -60,9 +60,8 @@ def iid_rows(options: argparse.Namespace, device: torch.device, dtype: str, leng
     shape = Shape(length, length, options.heads, options.kv_heads, options.dim, options.batch, options.window)
     inputs = make_inputs(shape, DTYPES[dtype], device)
     gates = {f"i.i.d. {fraction:.0%}": iid_gates(inputs, fraction) for fraction in options.open}
-    return compare(
-        options, device, inputs, gates, {"dtype": dtype, "tokens": length, "heads": f"{shape.heads}/{shape.kv_heads}"}
-    )
+    fields: Row = {"dtype": dtype, "tokens": length, "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch}
+    return compare(options, device, inputs, gates, fields)
 
 
 def replayed_rows(options: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -72,7 +71,7 @@ def replayed_rows(options: argparse.Namespace, device: torch.device) -> list[Row
     tokens = gates[0].shape[2]
     inputs = make_inputs(Shape(tokens, tokens, 6, 2, 32), torch.float32, device)
     named = {f"shipped model, layer {layer}": opened.to(device) for layer, opened in enumerate(gates)}
-    return compare(options, device, inputs, named, {"dtype": "fp32", "tokens": tokens, "heads": "6/2"})
+    return compare(options, device, inputs, named, {"dtype": "fp32", "tokens": tokens, "heads": "6/2", "batch": 1})
 
 
 if __name__ == "__main__":

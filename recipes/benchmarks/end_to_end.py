@@ -38,7 +38,7 @@ def main() -> None:
     """Time the shipped model with its gates forced to decide and at break-even, and models of real shapes."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=["shipped"], choices=["shipped", *SHAPES])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128, 1024, 2048, 4000])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128, 500, 1000, 2000, 2500, 4000])
     parser.add_argument("--layers", type=int, default=2, help="layers of the models with random weights")
     parser.add_argument("--dtype", choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=16, help="decode steps in one timed call")

@@ -50,21 +50,22 @@ def main() -> None:
         "How much of `1 / realised density` the same calls reach. In decode a share above 1 says that the dense kernel "
         "is slow: it reads the keys once for every query head, the gated path once for a group.",
         _limits(found),
+        "## Other shapes",
+        "As above, without goals: a KV head for each query head, and four sequences at once.",
+        _shapes_table(found),
+        "## Gates of the shipped model",
+        "Decisions recorded while the shipped model reads and writes, replayed in its own shape of 6 query heads over "
+        "2 KV heads of 32. A prefill has a row for each layer; of the decode steps the typical one, by its number of "
+        "open pairs.",
+        _replayed(found),
         "## Whole models, CPU",
         "Goals: at the full context of 4,096 tokens prefill at least 1.3x, decode at least 1x with `min_bulk=0`; "
-        "with `auto` never under 0.95x at any length.",
+        "with `auto` never under 0.95x at any length. Models with the names of real ones have their shapes, few layers "
+        "and random weights, on which gates behave as on no trained model.",
         *_whole_models(found),
-        "## Why goals are missed",
-        "- *Decode at 4,096 and 8,192 keys*: a step with all gates closed is two kernel calls, a merge and a decision, "
-        "about 0.2 ms of tensor operations against 0.5 ms of dense attention; an open KV head adds another call and "
-        "merge. Fewer operations need a fused kernel.\n"
-        "- *Whole model, prefill*: its layers gain 1.1 to 1.7x with replayed gates, the gate takes a part of "
-        "it back, and a third of the time is not attention.\n"
-        "- *Whole model, decode with `min_bulk=0`*: nearly every step opens both KV heads, so all keys are read, and "
-        "local pass, gate and merge come on top.\n"
-        "- *Whole model below break-even*: the layer's hook, the choice of a path and the padding layout cost "
-        "the same in a layer of any size, and this model's layers take under 1 ms. Single repeats of these rows differ "
-        "by a third, for the machine was busy.",
+        "## Compiling",
+        *_compiling(found),
+        (Path(__file__).parent / "goals_missed.md").read_text(encoding="utf-8").strip(),
         "## CUDA, one layer",
         "*Not measured*: no GPU was at hand. `python recipes/benchmarks/attention_prefill.py` and "
         "`attention_decode.py` take bf16, 32 query heads over 8 KV heads of 128 and window 1,024 by themselves there.",
@@ -81,7 +82,7 @@ def _rows(found: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
 
 
 def _at(found: list[dict[str, Any]], phase: str, dtype: str, gates: str, tokens: int) -> dict[str, Any] | None:
-    wanted = {"dtype": dtype, "gates": gates, "tokens": tokens, "heads": "8/2"}
+    wanted = {"dtype": dtype, "gates": gates, "tokens": tokens, "heads": "8/2", "batch": 1}
     chosen = [row for row in _rows(found, phase) if wanted.items() <= row.items()]
     return chosen[0] if chosen else None
 
@@ -110,6 +111,48 @@ def _limits(found: list[dict[str, Any]]) -> str:
     return _table(["", *(f"{n:,}" for n in CPU_LENGTHS)], lines)
 
 
+def _shapes_table(found: list[dict[str, Any]]) -> str:
+    rows = [
+        (phase, row)
+        for phase in ("prefill", "decode")
+        for row in _rows(found, phase)
+        if (row["heads"], row["batch"]) != ("8/2", 1) and row["heads"] != "6/2"
+    ]
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for phase, row in rows:
+        label = (phase, row["dtype"], row["heads"].replace("/", " over "), str(row["batch"]), row["gates"])
+        lines.setdefault(label, {})[row["tokens"]] = f"{row['speed-up']:.2f}x"
+    lengths = sorted({row["tokens"] for _, row in rows})
+    return _table(
+        ["phase", "dtype", "heads", "batch", "gates", *(f"{n:,}" for n in lengths)],
+        [[*label, *(cells.get(n, "") for n in lengths)] for label, cells in lines.items()],
+    )
+
+
+def _replayed(found: list[dict[str, Any]]) -> str:
+    lines = [
+        [phase, f"{row['tokens']:,}", row["gates"].removeprefix("shipped model, ")]
+        + [f"{row['open']:.0%}", f"{row['density']:.0%}", f"{row['speed-up']:.2f}x", f"{row['limit']:.2f}x"]
+        for phase in ("prefill", "decode")
+        for row in _rows(found, phase)
+        if row["gates"].startswith("shipped model")
+    ]
+    return _table(["phase", "tokens", "gates", "open", "density", "speed-up", "limit"], lines)
+
+
+def _compiling(found: list[dict[str, Any]]) -> list[str]:
+    rows = [row for file in found if file["benchmark"] == "compile" for row in file["rows"]]
+    if not rows:
+        return ["*Not measured.*"]
+    head = list(rows[0])
+    cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in head] for row in rows]
+    return [
+        "The decode step of the shipped model under `torch.compile(fullgraph=True)`, static cache, three lengths of "
+        "text: no graph is added while the text grows.",
+        _table(head, cells),
+    ]
+
+
 def _whole_models(found: list[dict[str, Any]]) -> list[str]:
     rows = [row for file in found if file["benchmark"] == "end_to_end" for row in file["rows"]]
     if not rows:
@@ -125,17 +168,7 @@ def _whole_models(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _environments(found: list[dict[str, Any]]) -> list[str]:
-    lines = {described(file["environment"]) for file in found if file["benchmark"].startswith("attention")}
-    clock = {file["environment"]["clock"] for file in found if file["benchmark"].startswith("attention")}
-    if clock == {"cpu"}:
-        lines.add(
-            "Times are CPU time of one thread, the clock that other programs on the machine disturb least. Wall-clock "
-            "times of two threads on an idle machine are in [prefill](benchmarks/two_threads/prefill.md) and "
-            "[decode](benchmarks/two_threads/decode.md): prefill meets its goals up to 16,384 tokens (15% open: 1.7x, "
-            "2.2x, 3.2x in fp32), decode misses them at 4,096 and 8,192 (all closed 1.6x and 3.1x, one of two KV "
-            "heads open 0.7x and 1.1x)."
-        )
-    return sorted(lines)
+    return sorted({described(file["environment"]) for file in found if file["benchmark"].startswith("attention")})
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:

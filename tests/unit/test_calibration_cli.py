@@ -70,7 +70,8 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
     options = ("--policy", path, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4, "--min-bulk", 7)
     result = run("calibrate", demo.model_folder(), "--texts", f"{texts}/[01].txt", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert "never open" in result.stdout
+    assert "Promise for each head: alpha 0.005 needs 199 documents" in result.stdout
+    assert "open at budget 30%" in result.stdout
     calibration = Calibration.from_pretrained(tmp_path / "out")
     policy = calibration.policy
     assert (policy.sink_size, policy.window_size, policy.min_bulk) == (4, 100, 7)

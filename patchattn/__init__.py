@@ -24,6 +24,7 @@ from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
 from patchattn.policy import (
     ClosedGate,
+    MinBulk,
     MomentGate,
     OpenFractionTarget,
     OpenGate,
@@ -46,6 +47,7 @@ __all__ = [
     "CalibrationNotFoundError",
     "ClosedGate",
     "GateReport",
+    "MinBulk",
     "MomentGate",
     "OpenFractionTarget",
     "OpenGate",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments, PromptMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
-from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
 
 _ROWS_PER_SLAB = 256
 
@@ -88,9 +88,16 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, thresho
         [batch, heads, query] bool; True means open. A margin that is not finite opens, except where the bulk log mass
         is -inf, which closes for certain.
     """
-    # An infinite local mass says nothing about the bulk keys. Written so that NaN opens.
-    closed = (local_log_mass - bulk_log_mass >= threshold) & (local_log_mass != torch.inf)
-    return asked[:, None] & ~(closed | (bulk_log_mass == -torch.inf))
+    # A local mass that is not finite says nothing about the bulk keys: only a bulk mass of -inf is closed then.
+    # Written so that NaN opens.
+    most = local_log_mass.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf) - threshold
+    return asked[:, None] & ~(bulk_log_mass <= most)
+
+
+def is_open(local_log_mass: float, bulk_log_mass: float, threshold: float) -> bool:
+    """Decide one pair that is asked, as `decide` does."""
+    closed = local_log_mass != math.inf and bulk_log_mass <= local_log_mass - threshold
+    return not (closed or bulk_log_mass == -math.inf)
 
 
 def bulk_log_mass(
@@ -118,6 +125,7 @@ def bulk_log_mass(
         Queries below break-even get +inf: they open without being asked.
     """
     gate, regions = policy.gate, inputs.regions
+    break_even = policy.break_even(phase_of(regions.query_length))
     match gate:
         case MomentGate(moments="calibration"):
             mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
@@ -131,6 +139,7 @@ def bulk_log_mass(
                 softcap=inputs.softcap,
                 estimate=gate.estimate,
                 max_chunks=max_chunks,
+                least_bulk=break_even,
             )
         case OracleGate():
             mass = exact_bulk_log_mass(inputs)
@@ -138,8 +147,8 @@ def bulk_log_mass(
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
     if measured is not None and measured.margins is not None:
         mass = with_margins(mass, measured.margins)
-    if policy.break_even:
-        mass = torch.where((regions.n_bulk < policy.break_even)[:, None], torch.inf, mass)
+    if break_even and not regions.surely_reach(break_even):
+        mass = torch.where((regions.n_bulk < break_even)[:, None], torch.inf, mass)
     return mass, state
 
 

@@ -83,10 +83,11 @@ class Attended:
     Args:
         output: [batch, heads, query, value_dim] in the query's dtype; zeros for rows that see no key.
         open: [batch, heads, query] bool; pairs that were asked and read the bulk. Pairs that were not asked are False.
-        scored_keys: [] int64; (query head, query, key) triples whose score was really computed, whole tiles or chunks
-            where the backend works in those. Divided by the causal triples it is the realised density.
+        scored_keys: (query head, query, key) triples whose score was really computed, whole tiles or chunks where the
+            backend works in those; [] int64, or an int where the host knows it. Divided by the causal triples it is
+            the realised density.
     """
 
     output: Tensor
     open: Tensor
-    scored_keys: Tensor
+    scored_keys: Tensor | int

@@ -42,17 +42,22 @@ def log_mass_of_gaussian(
     Returns:
         Log mass in nats, dtype of `mean`; -inf where `n` is zero, NaN where the moments are not finite.
     """
+    mass = _log_mass(n.to(mean.dtype).log(), mean, variance, softcap, estimate)
+    return torch.where(n > 0, mass, -torch.inf)
+
+
+def _log_mass(log_n: Tensor, mean: Tensor, variance: Tensor, softcap: float | None, estimate: Estimate) -> Tensor:
+    """Do the work of `log_mass_of_gaussian` where no `n` is zero."""
     variance = variance.clamp(min=0)
     if softcap is not None:
         squashed = torch.tanh(mean / softcap)
         mean, variance = softcap * squashed, variance * (1 - squashed.square()).square()
-    log_n = n.to(mean.dtype).log()
-    mass = log_n + mean + variance / 2
-    capped = log_n.clamp(min=0)
+    mass = torch.add(log_n + mean, variance, alpha=0.5)
     if estimate != "lognormal":
-        frozen = torch.inf if estimate == "guarded" else mean + (2 * variance * capped).sqrt()
-        mass = torch.where(variance > 2 * capped, frozen, mass)
-    return torch.where(n > 0, mass, -torch.inf)
+        freezing = 2 * log_n.clamp(min=0)
+        frozen = torch.inf if estimate == "guarded" else mean + (variance * freezing).sqrt()
+        mass = torch.where(variance > freezing, frozen, mass)
+    return mass
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,11 @@ class PromptMoments:
         return KeyMoments(self.count[:, None].expand(self.total.shape[:2]), self.reference + shift, covariance)
 
     @cached_property
+    def _second_and_first(self) -> Tensor:
+        """Covariance and mean side by side, [batch, kv_heads, dim, dim + 1]: one product with a query gives both."""
+        return torch.cat([self.key_moments.covariance, self.key_moments.mean[..., None]], dim=-1)
+
+    @cached_property
     def _chunks_on_host(self) -> list[int]:
         return self.chunks.tolist()
 
@@ -253,6 +263,7 @@ def bulk_log_mass_from_prompt(
     softcap: float | None = None,
     estimate: Estimate = "guarded",
     max_chunks: int | None = None,
+    least_bulk: int = 0,
 ) -> tuple[Tensor, PromptMoments]:
     """Estimate each query's bulk log mass from the moments of its own sequence.
 
@@ -267,6 +278,7 @@ def bulk_log_mass_from_prompt(
         estimate: See `log_mass_of_gaussian`.
         max_chunks: Upper bound on the chunks a row goes on by, known without looking at the tensors; None looks (a
             host synchronisation on an accelerator). A row that needs more opens its gates.
+        least_bulk: Where looking is free, queries of a prefill with fewer bulk keys are not evaluated and get +inf.
 
     Returns:
         The estimate, [batch, heads, query] nats in float32 (float64 for float64 keys): -inf without bulk keys, +inf
@@ -280,6 +292,9 @@ def bulk_log_mass_from_prompt(
     state = PromptMoments.empty(key) if state is None else state.rewound(needed[:, 0])
     upto = needed[:, -1]
     if max_chunks is None:
+        if regions.query_length > 1 and least_bulk >= CHUNK:
+            enough = upto.clamp(max=least_bulk // CHUNK)
+            state = state.advanced(key, regions, enough, int((enough - state.chunks).clamp(min=0).max()))
         max_chunks = int((upto - state.chunks).max())
     if regions.query_length == 1:
         state = state.advanced(key, regions, upto, max_chunks)
@@ -299,13 +314,13 @@ def _decode_step(
     query: Tensor, regions: Regions, state: PromptMoments, scale: float, softcap: float | None, estimate: Estimate
 ) -> Tensor:
     """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
-    moments = state.key_moments
-    batch, kv_heads, dim = moments.mean.shape
-    q = query.reshape(batch, kv_heads, -1, dim).to(moments.mean.dtype) * scale
-    variance = ((q @ moments.covariance) * q).sum(-1)
-    n = torch.tensor(regions.last_n_bulk, device=query.device)[:, None, None]
-    mass = log_mass_of_gaussian(n, (q @ moments.mean[..., None])[..., 0], variance, softcap=softcap, estimate=estimate)
-    return mass.flatten(1)[..., None]
+    both = state._second_and_first
+    batch, kv_heads, dim = both.shape[:3]
+    q = query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * scale
+    along = q @ both
+    variance = (along[..., :dim] * q).sum(-1)
+    mass = _log_mass(regions.last_log_n_bulk.to(both.dtype), along[..., dim], variance, softcap, estimate)
+    return mass.flatten(1).unsqueeze(-1)
 
 
 def _with_chunk_axis(state: PromptMoments) -> PromptMoments:

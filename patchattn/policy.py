@@ -20,8 +20,14 @@ LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 
 Estimate = Literal["guarded", "saturating", "lognormal"]
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 _MOST_TOKENS = 2**31 - 1  # slots are 32-bit numbers
+
+
+def phase_of(query_length: int) -> Phase:
+    """Name the phase of a call: decode has one query per sequence."""
+    return "decode" if query_length == 1 else "prefill"
 
 
 class _Frozen(BaseModel):
@@ -163,6 +169,21 @@ class ClosedGate(_Frozen):
 Gate = Annotated[MomentGate | OracleGate | StaticGate | OpenGate | ClosedGate, Field(discriminator="kind")]
 
 
+NumberOfKeys = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
+
+
+class MinBulk(_Frozen):
+    """Numbers of bulk keys below which a query opens without being asked, one for each phase.
+
+    Args:
+        prefill: For calls with several queries per sequence.
+        decode: For calls with one query per sequence.
+    """
+
+    prefill: NumberOfKeys
+    decode: NumberOfKeys
+
+
 class Policy(_Frozen):
     """How a patched model decides which heads read the long context.
 
@@ -174,7 +195,8 @@ class Policy(_Frozen):
         phases: Phases in which the gate decides; in the others attention is dense. A call with one query per
             sequence is decode, any other is prefill.
         min_bulk: Queries with fewer bulk keys than this are opened without asking, because there the gated path
-            can't win. `"auto"` is resolved by `patch` for the backend and device at hand.
+            can't win: one number, or `MinBulk` with one for each phase. `"auto"` is resolved by `patch` for the
+            backend at hand.
         schema_version: Version of this schema.
 
     Example:
@@ -189,11 +211,12 @@ class Policy(_Frozen):
     gate: Gate = MomentGate()
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})
-    min_bulk: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] | Literal["auto"] = "auto"
+    min_bulk: NumberOfKeys | MinBulk | Literal["auto"] = "auto"
 
-    @property
-    def break_even(self) -> int:
-        """`min_bulk` as a number of keys; 0 while it is `"auto"`, which `patch` resolves."""
+    def break_even(self, phase: Phase) -> int:
+        """Return `min_bulk` as the number of keys of a phase; 0 while it is `"auto"`, which `patch` resolves."""
+        if isinstance(self.min_bulk, MinBulk):
+            return self.min_bulk.prefill if phase == "prefill" else self.min_bulk.decode
         return 0 if self.min_bulk == "auto" else self.min_bulk
 
     @field_validator("layers")

@@ -146,6 +146,12 @@ class Regions:
         beyond = self.host.query_slot + self.query_length - self.sink_size - self.window_size
         return [max(beyond - first, 0) for first in self.host.first]
 
+    @cached_property
+    def last_log_n_bulk(self) -> Tensor:
+        """Natural log of `last_n_bulk`, [batch, 1, 1] float64; not for compiled code."""
+        n_bulk = torch.tensor(self.last_n_bulk, dtype=torch.float64, device=self.valid.device)
+        return n_bulk.log()[:, None, None]
+
     @property
     def query_slots(self) -> Tensor:
         """Slots of the query rows, [query] int64."""
@@ -160,6 +166,12 @@ class Regions:
     def n_bulk(self) -> Tensor:
         """Number of bulk slots of each query row, [batch, query] int64."""
         return (self.positions + 1 - self.sink_size - self.window_size).clamp(min=0)
+
+    def surely_reach(self, n_bulk: int) -> bool:
+        """Say whether every query has at least so many bulk slots; no where the host would have to wait to know."""
+        if self.valid.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return self.host.query_slot - self.host.last_first + 1 - self.sink_size - self.window_size >= n_bulk
 
     @property
     def asked(self) -> Tensor:

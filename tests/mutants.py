@@ -105,8 +105,8 @@ MUTANTS = (
         "below_break_even_closes",
         "queries below break-even are closed instead of open",
         "gate.py",
-        "(regions.n_bulk < policy.break_even)[:, None], torch.inf,",
-        "(regions.n_bulk < policy.break_even)[:, None], -torch.inf,",
+        "(regions.n_bulk < break_even)[:, None], torch.inf,",
+        "(regions.n_bulk < break_even)[:, None], -torch.inf,",
         GATE,
     ),
     Mutant(

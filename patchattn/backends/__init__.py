@@ -17,13 +17,18 @@ from torch import Tensor
 from patchattn.errors import BackendError
 from patchattn.gate import forced
 from patchattn.inputs import Attended, AttentionInputs
+from patchattn.policy import MinBulk
 from patchattn.regions import Regions
 
 Backend = Literal["flex", "blockwise", "reference"]
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
 AttendPlainly = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
 
-BREAK_EVEN_BULK_KEYS: dict[Backend, int] = {"flex": 4096, "blockwise": 4096, "reference": 0}
+BREAK_EVEN_BULK_KEYS: dict[Backend, MinBulk] = {
+    "flex": MinBulk(prefill=4096, decode=4096),
+    "blockwise": MinBulk(prefill=2048, decode=8192),
+    "reference": MinBulk(prefill=0, decode=0),
+}
 """What `min_bulk="auto"` means: below this many bulk keys the gated path is not expected to be faster than dense.
 
 The value of `blockwise` rests on measurements on a CPU, that of `flex` is a guess, see

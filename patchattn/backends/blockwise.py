@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise_decode import add_bulk_decode, attend_local_decode, is_plain_decode
+from patchattn.backends.blockwise_decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise_dense import attend_plainly as attend_plainly
-from patchattn.backends.blockwise_dense import is_eager, plain_dense
-from patchattn.backends.blockwise_kernel import Part, with_unit_stride
-from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local, with_sink_logits
+from patchattn.backends.blockwise_dense import dense_rows, is_eager, leading_open_rows, plain_dense
+from patchattn.backends.blockwise_kernel import with_sink_logits, with_unit_stride
+from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local
 from patchattn.errors import UnsupportedCallError
 from patchattn.gate import decide, forced
 from patchattn.inputs import Attended, AttentionInputs
@@ -107,7 +107,8 @@ def _blockwise(
         AttentionInputs(query, key, value, regions, scale, softcap, sink_logits), bulk_log_mass, threshold
     )
     # An operator may not return views of one another or of other strides than its fake implementation says.
-    return attended.output.contiguous(), attended.open.contiguous(), attended.scored_keys
+    scored = torch.as_tensor(attended.scored_keys, device=query.device)
+    return attended.output.contiguous(), attended.open.contiguous(), scored
 
 
 @torch.library.register_fake("patchattn::blockwise")
@@ -138,17 +139,18 @@ torch.library.register_autograd("patchattn::blockwise", _refuse_backward)
 def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
     inputs = _with_unit_strides(_within_the_keys(inputs))
     if is_plain_decode(inputs):
-        local, scored = attend_local_decode(inputs)
-        local = _with_sink_logits(inputs, local)
-        opened = decide(local.log_mass, bulk_log_mass, inputs.regions.known_asked, threshold)
-        if opened.any():
-            scored += add_bulk_decode(inputs, opened, local)
-        return _attended(inputs, local.output, opened, scored)
+        return attend_decode(inputs, bulk_log_mass, threshold)
+    length = inputs.query.shape[2]
+    n_open = leading_open_rows(inputs, bulk_log_mass)
+    dense = dense_rows(inputs, n_open) if n_open else None
     outputs, decisions, scored = [], [], 0
-    for begin in range(0, inputs.query.shape[2], SLAB):
-        rows = slice(begin, min(begin + SLAB, inputs.query.shape[2]))
+    if dense is not None:
+        outputs, decisions, scored = [dense.output.transpose(1, 2)], [dense.open], dense.scored_keys
+    for begin in range(n_open if outputs else 0, length, SLAB):
+        rows = slice(begin, min(begin + SLAB, length))
         local, triples = attend_local(inputs, rows)
-        local = _with_sink_logits(inputs, local)
+        if inputs.sink_logits is not None:
+            local = with_sink_logits(local, inputs.sink_logits[:, None])
         asked = inputs.regions.known_asked[:, rows]
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], asked, threshold)
         scored += triples
@@ -157,8 +159,8 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
         outputs.append(local.output.transpose(1, 2))
         decisions.append(opened)
     if len(outputs) == 1:
-        return _attended(inputs, outputs[0].transpose(1, 2), decisions[0], scored)
-    return _attended(inputs, torch.cat(outputs, 1).transpose(1, 2), torch.cat(decisions, 2), scored)
+        return Attended(outputs[0].transpose(1, 2), decisions[0], scored)
+    return Attended(torch.cat(outputs, 1).transpose(1, 2), torch.cat(decisions, 2), scored)
 
 
 def _within_the_keys(inputs: AttentionInputs) -> AttentionInputs:
@@ -169,14 +171,6 @@ def _within_the_keys(inputs: AttentionInputs) -> AttentionInputs:
         return inputs
     sink_size, window_size = min(regions.sink_size, most), min(regions.window_size, most)
     return replace(inputs, regions=replace(regions, sink_size=sink_size, window_size=window_size))
-
-
-def _attended(inputs: AttentionInputs, output: Tensor, opened: Tensor, scored: int) -> Attended:
-    return Attended(output, opened, torch.tensor(scored, device=inputs.query.device))
-
-
-def _with_sink_logits(inputs: AttentionInputs, local: Part) -> Part:
-    return local if inputs.sink_logits is None else with_sink_logits(local, inputs.sink_logits)
 
 
 def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:

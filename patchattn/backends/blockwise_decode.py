@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge_visible
-from patchattn.inputs import AttentionInputs
+from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge_visible, with_sink_logits
+from patchattn.gate import is_open
+from patchattn.inputs import Attended, AttentionInputs
 
 _MOST_SPLITS = 8
 _FEWEST_KEYS_TO_SPLIT = 512
 # From this share of open KV heads on, one call over all of them is faster than one for each.
 _TOGETHER_FROM = 0.75
+# Numbers in the local keys and values up to which copying sink and window together is faster than a second call.
+_MOST_COPIED = 1 << 18
 
 
 def is_plain_decode(inputs: AttentionInputs) -> bool:
@@ -26,77 +29,89 @@ def is_plain_decode(inputs: AttentionInputs) -> bool:
     return host.is_plain and host.filled - regions.window_size > host.last_first + regions.sink_size
 
 
-def attend_local_decode(inputs: AttentionInputs) -> tuple[Part, int]:
-    """Pass 1 of a plain decode call, without copying keys.
+def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+    """Attend a plain decode call to local keys, and to bulk keys where the head gate is open; see `reference.attend`.
 
-    Returns:
-        Output [batch, heads, 1, value_dim] and local log mass [batch, heads, 1] without sink logits, and the number
-        of (head, query, key) triples scored.
+    Decisions are taken on the host: it has to know anyway which keys to read.
     """
-    regions, host, key, value = inputs.regions, inputs.regions.host, inputs.key, inputs.value
     batch, heads = inputs.query.shape[:2]
-    query = _grouped(inputs)
-    begin = host.filled - regions.window_size
-    part = attend_to(
-        inputs, query, key.narrow(2, begin, regions.window_size), value.narrow(2, begin, regions.window_size)
+    local = _attend_local(inputs)
+    if inputs.sink_logits is not None:
+        local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
+    masses = zip(local.log_mass.flatten(1).tolist(), bulk_log_mass[:, :, 0].tolist(), strict=True)
+    opened = [[is_open(near, far, threshold) for near, far in zip(*row, strict=True)] for row in masses]
+    scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
+    scored += _add_bulk(inputs, opened, local)
+    decisions = torch.tensor(opened, device=inputs.query.device).unsqueeze(2)
+    return Attended(local.output.reshape(batch, heads, 1, -1), decisions, scored)
+
+
+def _attend_local(inputs: AttentionInputs) -> Part:
+    """Attend to sink and window: output [batch, kv_heads, group, value_dim], log mass [batch, kv_heads, group]."""
+    regions, host, key, value = inputs.regions, inputs.regions.host, inputs.key, inputs.value
+    query, begin, n_local = _grouped(inputs), host.filled - regions.window_size, regions.sink_size + regions.window_size
+
+    def window(x: Tensor) -> Tensor:
+        return x.narrow(2, begin, regions.window_size)
+
+    def sinks(x: Tensor) -> Tensor:
+        return _sinks(x, host.first, regions.sink_size)
+
+    if not regions.sink_size:
+        return attend_to(inputs, query, window(key), window(value))
+    if key.shape[0] * key.shape[1] * n_local * (key.shape[3] + value.shape[3]) <= _MOST_COPIED:
+        keys, values = (torch.cat((sinks(x), window(x)), dim=2) for x in (key, value))
+        return attend_to(inputs, query, keys, values)
+    return merge_visible(
+        attend_to(inputs, query, window(key), window(value)), attend_to(inputs, query, sinks(key), sinks(value))
     )
-    if regions.sink_size:
-        sinks = attend_to(
-            inputs, query, _sinks(key, host.first, regions.sink_size), _sinks(value, host.first, regions.sink_size)
-        )
-        part = merge_visible(part, sinks)
-    scored = batch * heads * (regions.sink_size + regions.window_size)
-    return Part(part.output.reshape(batch, heads, 1, -1), part.log_mass.reshape(batch, heads, 1)), scored
 
 
-def add_bulk_decode(inputs: AttentionInputs, opened: Tensor, local: Part) -> int:
-    """Pass 2 of a plain decode call: open pairs against their bulk keys, merged into the local output in place.
-
-    Args:
-        inputs: The call.
-        opened: [batch, heads, 1] bool.
-        local: Pass 1, with sink logits; its output is overwritten where pairs are open.
-
-    Returns:
-        Number of (head, query, key) triples scored.
-    """
-    regions, host = inputs.regions, inputs.regions.host
-    end, group = host.filled - regions.window_size, inputs.group_size
-    flags = opened[:, :, 0].tolist()
-    heads_of = {
-        (row, kv_head): [head for head in range(kv_head * group, (kv_head + 1) * group) if row_flags[head]]
-        for row, row_flags in enumerate(flags)
-        for kv_head in range(inputs.key.shape[1])
-    }
-    wanted = [where for where, heads in heads_of.items() if heads]
-    if len(wanted) >= _TOGETHER_FROM * len(heads_of) and len(wanted) > 1 and len(set(host.first)) == 1:
+def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) -> int:
+    """Merge the bulk keys of open pairs into the local output in place; returns the triples scored."""
+    regions, host, group = inputs.regions, inputs.regions.host, inputs.group_size
+    end = host.filled - regions.window_size
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for row, flags in enumerate(opened):
+        for head, flag in enumerate(flags):
+            if flag:
+                wanted.setdefault((row, head // group), []).append(head % group)
+    n_groups = len(opened) * inputs.key.shape[1]
+    if len(wanted) > 1 and len(wanted) >= _TOGETHER_FROM * n_groups and len(set(host.first)) == 1:
         return _all_heads(inputs, opened, local, host.first[0] + regions.sink_size, end)
     scored = 0
-    for row, kv_head in wanted:
-        heads = heads_of[row, kv_head]
+    for (row, kv_head), heads in wanted.items():
         begin = host.first[row] + regions.sink_size
-        # Open heads that lie side by side are taken as a view.
-        where = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
-        bulk = _one_kv_head(inputs, row, kv_head, where, begin, end)
-        _merge_in_place(local, row, where, bulk)
-        scored += len(heads) * (end - begin)
+        # Heads between open ones are taken along: their keys are read anyway.
+        n_heads = heads[-1] - heads[0] + 1
+        bulk = _one_kv_head(inputs, row, kv_head, heads[0], n_heads, begin, end)
+        near = Part(
+            local.output[row, kv_head].narrow(0, heads[0], n_heads),
+            local.log_mass[row, kv_head].narrow(0, heads[0], n_heads),
+        )
+        kept = None
+        if n_heads > len(heads):
+            at = kv_head * group + heads[0]
+            kept = torch.tensor(opened[row][at : at + n_heads], device=inputs.query.device)
+        _merge_in_place(near, Part(bulk.output.view(n_heads, -1), bulk.log_mass.view(n_heads)), kept)
+        scored += n_heads * (end - begin)
     return scored
 
 
-def _all_heads(inputs: AttentionInputs, opened: Tensor, local: Part, begin: int, end: int) -> int:
+def _all_heads(inputs: AttentionInputs, opened: list[list[bool]], local: Part, begin: int, end: int) -> int:
     """Read the bulk keys of all heads in one call and keep the result where gates are open."""
     key, value = (x.narrow(2, begin, end - begin) for x in (inputs.key, inputs.value))
-    part = attend_to(inputs, _grouped(inputs), key, value)
-    bulk = Part(part.output.reshape(local.output.shape), part.log_mass.reshape(local.log_mass.shape))
-    merged = merge_visible(local, bulk).output
-    torch.where(opened[..., None], merged, local.output, out=local.output)
-    return opened.numel() * (end - begin)
+    kept = None
+    if not all(map(all, opened)):
+        kept = torch.tensor(opened, device=key.device).view(local.log_mass.shape)
+    _merge_in_place(local, attend_to(inputs, _grouped(inputs), key, value), kept)
+    return local.log_mass.numel() * (end - begin)
 
 
 def _one_kv_head(
-    inputs: AttentionInputs, row: int, kv_head: int, where: slice | list[int], begin: int, end: int
+    inputs: AttentionInputs, row: int, kv_head: int, head: int, n_heads: int, begin: int, end: int
 ) -> Part:
-    """Attend some heads of one group to a range of slots, cut into stretches so that every core has some.
+    """Attend `n_heads` heads of a group, from its `head` on, to slots cut into stretches so that every core has some.
 
     Returns:
         Output [1, 1, heads, value_dim] and log mass [1, 1, heads].
@@ -106,7 +121,6 @@ def _one_kv_head(
     if not is_fused(inputs):
         splits = 1
     size = n_keys // splits
-    query = inputs.query[row, where].transpose(0, 1).unsqueeze(0)
 
     def stretches(x: Tensor, count: int, length: int, start: int) -> Tensor:
         stride = x.stride()
@@ -114,8 +128,13 @@ def _one_kv_head(
         return x.as_strided((count, 1, length, x.shape[3]), (length * stride[2], 0, stride[2], 1), offset)
 
     def attend(count: int, length: int, start: int) -> Part:
-        keys, values = (stretches(x, count, length, start) for x in (inputs.key, inputs.value))
-        return attend_to(inputs, query if count == 1 else query.expand(count, -1, -1, -1), keys, values)
+        query, stride = inputs.query, inputs.query.stride()
+        first = kv_head * inputs.group_size + head
+        offset = query.storage_offset() + row * stride[0] + first * stride[1]
+        rows = query.as_strided((count, 1, n_heads, query.shape[3]), (0, 0, stride[1], 1), offset)
+        return attend_to(
+            inputs, rows, stretches(inputs.key, count, length, start), stretches(inputs.value, count, length, start)
+        )
 
     part = attend(splits, size, begin)
     if splits > 1:
@@ -128,15 +147,14 @@ def _one_kv_head(
     return part
 
 
-def _merge_in_place(local: Part, row: int, where: slice | list[int], bulk: Part) -> None:
-    """Merge the bulk [1, 1, heads, ...] of some heads into the local output."""
-    near = local.output[row, where].transpose(0, 1)
-    share = torch.sigmoid(bulk.log_mass[0] - local.log_mass[row, where].T).unsqueeze(-1)
-    if isinstance(where, slice) and near.dtype == share.dtype:
-        near.lerp_(bulk.output[0], share)
+def _merge_in_place(near: Part, far: Part, kept: Tensor | None) -> None:
+    """Merge attention to other keys into the output of `near`, of the rows that are `kept`; None means all."""
+    share = torch.sigmoid(far.log_mass - near.log_mass).unsqueeze(-1)
+    if kept is None and near.output.dtype == share.dtype:
+        near.output.lerp_(far.output, share)
         return
-    merged = torch.lerp(near.to(share.dtype), bulk.output[0].to(share.dtype), share)
-    local.output[row, where] = merged.transpose(0, 1).to(near.dtype)
+    merged = torch.lerp(near.output.to(share.dtype), far.output.to(share.dtype), share).to(near.output.dtype)
+    near.output.copy_(merged if kept is None else torch.where(kept.unsqueeze(-1), merged, near.output))
 
 
 def _grouped(inputs: AttentionInputs) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchattn.backends.blockwise_kernel import attend_to, is_fused, merge_visible
-from patchattn.inputs import AttentionInputs
+from patchattn.inputs import Attended, AttentionInputs
 
 
 def plain_dense(inputs: AttentionInputs) -> Tensor | None:
@@ -32,6 +34,36 @@ def plain_dense(inputs: AttentionInputs) -> Tensor | None:
     before = host.query_slot
     own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
     return merge_visible(attend_to(inputs, query, key[:, :, :before], value[:, :, :before]), own).output
+
+
+def leading_open_rows(inputs: AttentionInputs, bulk_log_mass: Tensor) -> int:
+    """Count the leading query rows that attend densely whatever their local mass: below break-even, or without bulk.
+
+    0 where `dense_rows` can't help.
+    """
+    regions, host = inputs.regions, inputs.regions.host
+    if not host.is_plain or host.last_first or inputs.sink_logits is not None or not is_fused(inputs):
+        return 0
+    undecided = ((bulk_log_mass != torch.inf).any(1) & regions.known_asked).any(0)
+    return int(undecided.int().argmax()) if undecided.any() else regions.query_length
+
+
+def dense_rows(inputs: AttentionInputs, n_rows: int) -> Attended | None:
+    """Attend the leading query rows densely, all of their gates open; None where that gives NaN."""
+    regions, last = inputs.regions, inputs.regions.host.query_slot + n_rows
+    query, key, value = inputs.query[:, :, :n_rows], inputs.key[:, :, :last], inputs.value[:, :, :last]
+    seen = replace(regions, query_length=n_rows, valid=regions.valid[:, :last])
+    output = plain_dense(replace(inputs, query=query, key=key, value=value, regions=seen))
+    if output is None or output.isnan().any():
+        return None
+    opened = regions.known_asked[:, None, :n_rows].expand(query.shape[:3])
+    return Attended(output, opened, query.shape[0] * query.shape[1] * causal_pairs(n_rows, last - n_rows))
+
+
+def causal_pairs(n_queries: int, n_before: int) -> int:
+    """Count the (query, key) pairs that the fused kernel scores for one head: a tile ends with its last query's key."""
+    tile = 256 if n_queries >= 768 else 64 if n_queries >= 192 else 32
+    return n_queries * n_before + n_queries * (n_queries + min(tile, n_queries)) // 2
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:

@@ -53,16 +53,19 @@ def attend_to(
     Returns:
         Output [batch, heads, rows, value_dim] and log mass [batch, heads, rows] in nats.
     """
-    blind = None if seen is None else ~seen.any(3)
     if is_fused(inputs):
         part = _fused(inputs, query, key, value, None if seen is None else _bias(seen, query.dtype), causal=causal)
         # The kernel takes a row in which no score is a number, or all are -inf, for one without keys: output and log
         # mass 0, which could close a gate. It adds the bias to the score, so a key that is not finite spoils rows that
         # mask it. Only then are the scores computed again, and masked by selection.
-        lost = part.log_mass == 0 if blind is None else (part.log_mass == 0) & ~blind
-        spoilt = seen is not None and (part.output.isnan().any() or part.log_mass.isnan().any())
-        if causal or not (spoilt or lost.any()):
-            return part if blind is None else _without_rows(part, blind)
+        if seen is None:
+            if causal or torch.count_nonzero(part.log_mass).item() == part.log_mass.numel():
+                return part
+        else:
+            blind = ~seen.any(3)
+            lost = ((part.log_mass == 0) & ~blind).any()
+            if not (lost or part.output.isnan().any() or part.log_mass.isnan().any()):
+                return _without_rows(part, blind)
     part = _by_products(inputs, query, key, value, seen)
     return _without_rows(part, part.log_mass == -torch.inf)
 
@@ -91,6 +94,12 @@ def merge_visible(one: Part, other: Part) -> Part:
     return Part(output, torch.logaddexp(one.log_mass, other.log_mass))
 
 
+def with_sink_logits(part: Part, sink_logits: Tensor) -> Part:
+    """Let learned logits, which broadcast against the log mass, join the softmax without values."""
+    total = torch.logaddexp(part.log_mass, sink_logits.to(part.log_mass.dtype))
+    return Part((part.output * (part.log_mass - total).exp()[..., None]).to(part.output.dtype), total)
+
+
 def with_unit_stride(x: Tensor) -> Tensor:
     """Return the tensor with its last dimension contiguous: the CPU kernel assumes it, and is silently wrong if not."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -104,7 +113,7 @@ def _fused(
         # The kernel takes one head size; zeros change neither scores nor the real part of the output.
         query, key = (pad(x, (0, max(value_dim - dim, 0))) for x in (query, key))
         value = pad(value, (0, max(dim - value_dim, 0)))
-    output, log_mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    output, log_mass = torch._scaled_dot_product_flash_attention_for_cpu(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, is_causal=causal, attn_mask=bias, scale=inputs.scale
     )
     return Part(output[..., :value_dim] if dim > value_dim else output, log_mass)

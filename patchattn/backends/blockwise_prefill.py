@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge
+from patchattn.backends.blockwise_dense import causal_pairs
+from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge, with_sink_logits
 from patchattn.inputs import AttentionInputs
 
 SLAB = 4096
@@ -227,19 +228,10 @@ def _densely(
     if part.output.isnan().any() or part.log_mass.isnan().any():
         return False, 0
     if inputs.sink_logits is not None:
-        part = with_sink_logits(part, inputs.sink_logits[heads])
+        part = with_sink_logits(part, inputs.sink_logits[heads, None])
     where = (row, slice(None) if every else heads, slice(begin - rows.start, None))
     local.output[where] = torch.where(opened[where][..., None], part.output[0], local.output[where])
-    n = rows.stop - begin
-    # The kernel's tiles are this high, and a tile ends with the last key that one of its queries sees.
-    tile = 256 if n >= 768 else 64 if n >= 192 else 32
-    return True, len(heads) * (n * (slot - first) + n * (n + min(tile, n)) // 2)
-
-
-def with_sink_logits(part: Part, sink_logits: Tensor) -> Part:
-    """Add learned logits [heads] without values to attention [batch, heads, rows, ...]."""
-    total = torch.logaddexp(part.log_mass, sink_logits.to(part.log_mass.dtype)[:, None])
-    return Part((part.output * (part.log_mass - total).exp()[..., None]).to(part.output.dtype), total)
+    return True, len(heads) * causal_pairs(rows.stop - begin, slot - first)
 
 
 def _at_slots(x: Tensor, slots: Tensor) -> Tensor:

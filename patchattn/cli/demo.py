@@ -187,5 +187,6 @@ def _notes(found: Comparison, model: Any) -> list[str]:
         f"Text loss: over {found.text_tokens:,} tokens of plain text.",
         "Open fraction: how many pairs (query head, query) read the keys beyond sink and window.",
         "Realised density: keys really scored, of those that dense attention scores.",
+        *found.report.notes(),
         f"Prefill: {found.prefill_tokens:,} tokens, median of three. Decode: one token at a time after that.",
     ]

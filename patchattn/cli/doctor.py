@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import get_args
@@ -21,8 +22,9 @@ from patchattn.errors import BackendError
 _PACKAGES = ("patchattn", "torch", "transformers", "safetensors", "huggingface-hub", "pydantic")
 _OPTIONAL_PACKAGES = ("typer", "rich", "matplotlib")
 _DTYPES = (torch.float32, torch.bfloat16)
-# What most models of today have.
-_HEAD_DIM, _GROUP_SIZE = 64, 4
+# Head dimension, and query heads to a KV head: what most models of today have, then others.
+_HEADS = (64, 4)
+_OTHER_HEADS = ((128, 8), (256, 2), (80, 1), (96, 7))
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Check:
         device: The device.
         backend: The backend.
         dtype: The dtype, without `torch.`.
+        head_dim: Dimension of queries, keys and values.
+        group_size: Query heads to a KV head.
         chosen: Whether `auto` means this backend on this device.
         error_share: Largest error as a share of the error budget; None if the check failed.
         problem: Why the check failed; None if it did not.
@@ -41,9 +45,17 @@ class Check:
     device: str
     backend: str
     dtype: str
+    head_dim: int
+    group_size: int
     chosen: bool
     error_share: float | None
     problem: str | None
+
+    @property
+    def matters(self) -> bool:
+        """Whether most models would be refused if it failed."""
+        common = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
+        return self.chosen and (self.head_dim, self.group_size) == _HEADS and self.dtype in common
 
 
 def run(*, as_json: bool) -> bool:
@@ -53,16 +65,14 @@ def run(*, as_json: bool) -> bool:
         as_json: Print JSON in place of tables.
 
     Returns:
-        True if what `auto` chooses works on every device.
+        True if what `auto` chooses works on every device, for the heads and dtypes of most models.
     """
     console = Console()
     versions = {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL_PACKAGES)}
     devices = _devices()
     with Console(stderr=True).status("checking backends; compiling can take a minute"):
-        checks = [
-            _check(device, backend, dtype) for device in devices for backend in get_args(Backend) for dtype in _DTYPES
-        ]
-    healthy = all(versions[name] for name in _PACKAGES) and not any(c.chosen and c.problem for c in checks)
+        checks = [check for device in devices for check in _checks(device)]
+    healthy = all(versions[name] for name in _PACKAGES) and not any(c.matters and c.problem for c in checks)
     if as_json:
         found = {"healthy": healthy, "python": platform.python_version(), "versions": versions, "devices": devices}
         console.print_json(json.dumps({**found, "checks": [asdict(check) for check in checks]}))
@@ -91,15 +101,25 @@ def _devices() -> dict[str, str]:
     return found
 
 
-def _check(device: str, backend: Backend, dtype: torch.dtype) -> Check:
+def _checks(device: str) -> Iterator[Check]:
+    """Check every backend on common heads, and the one that `auto` chooses on others too."""
+    chosen = backends.resolve("auto", torch.device(device))
+    for backend in get_args(Backend):
+        for dtype in _DTYPES:
+            yield _check(device, backend, dtype, _HEADS, chosen=backend == chosen)
+    yield _check(device, chosen, torch.float16, _HEADS, chosen=True)
+    for heads in _OTHER_HEADS:
+        yield _check(device, chosen, torch.bfloat16, heads, chosen=True)
+
+
+def _check(device: str, backend: Backend, dtype: torch.dtype, heads: tuple[int, int], *, chosen: bool) -> Check:
     share, problem = None, None
-    where = torch.device(device)
+    dim, group = heads
     try:
-        share = backends.self_check(backend, dtype=dtype, head_dim=_HEAD_DIM, group_size=_GROUP_SIZE, device=where)
+        share = backends.self_check(backend, dtype=dtype, head_dim=dim, group_size=group, device=torch.device(device))
     except BackendError as error:
         problem = error.message
-    chosen = backends.resolve("auto", where) == backend
-    return Check(device, backend, str(dtype).removeprefix("torch."), chosen, share, problem)
+    return Check(device, backend, str(dtype).removeprefix("torch."), dim, group, chosen, share, problem)
 
 
 def _print(
@@ -113,15 +133,21 @@ def _print(
     hardware = Table("device", "what it is", "auto chooses", box=box.SIMPLE_HEAD, pad_edge=False)
     for device, description in devices.items():
         hardware.add_row(device, description, backends.resolve("auto", torch.device(device)))
-    table = Table("device", "backend", "dtype", "self-check", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("device", "backend", "dtype", "heads", "self-check", box=box.SIMPLE_HEAD, pad_edge=False)
     for check in checks:
         name = f"{check.backend} [dim](auto)[/]" if check.chosen else check.backend
         result = "[red]failed[/]" if check.problem else "[green]ok[/]"
         if check.error_share:
-            result += f", error {check.error_share:.0%} of the budget"
-        table.add_row(check.device, name, check.dtype, result)
+            result += f", error {check.error_share:.0%} of budget"
+        table.add_row(check.device, name, check.dtype, f"{check.group_size} of {check.head_dim}", result)
     for part in (packages, hardware, table):
         console.print(part)
+    console.print(
+        "Heads: query heads that share a KV head, and their dimension. A model whose dtype or heads fail is refused "
+        'by patchattn.patch, with the reason; nothing is swapped in silence. backend="reference" takes any.',
+        style="dim",
+        highlight=False,
+    )
     for check in checks:
         if check.problem:
             console.print(f"{check.backend} on {check.device}, {check.dtype}: {check.problem}", markup=False)

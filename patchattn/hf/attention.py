@@ -11,15 +11,17 @@ from patchattn.backends import Backend, load, load_dense, load_plain
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.cache import load_moments, prepare, store_moments
-from patchattn.hf.counters import PHASES, Counters
-from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
+from patchattn.hf.counters import Counters
+from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, BatchingRefusal, no_attention_weights
 from patchattn.hf.support import ORIGINALS, eager_attention, is_local
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
-from patchattn.policy import MomentGate, Policy
+from patchattn.policy import PHASES, MomentGate, Phase, Policy, phase_of
 from patchattn.regions import Regions, first_real_slot
 
 _LAYOUT_ROWS = 3
+_TIMELINE_ROOM = 2**18
+_LEAST_ROOM = 16
 _REGIONS = "_patchattn_regions"
 _PLAIN = "_patchattn_plain"
 _KNOWN_ARGUMENTS = frozenset(
@@ -42,6 +44,8 @@ class LayerState(Counters):
         measured: What a calibration says about the layer's heads on this device; None without one.
     """
 
+    refusal: BatchingRefusal
+
     def __init__(
         self,
         policy: Policy,
@@ -61,8 +65,9 @@ class LayerState(Counters):
         self.attend_plainly = load_plain(backend)
         self.threshold = margin_threshold(policy.gate)
         local = policy.sink_size + policy.window_size
-        self.least_keys = {phase: local + max(1, policy.break_even) for phase in PHASES}
+        self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
         self.timeline: list[tuple[str, Tensor]] = []
+        self.timeline_room = _TIMELINE_ROOM
         self.replay: list[Tensor] | None = None
         self.has_measured = measured is not None
         for name, bits in (measured or Measured()).bits().items():
@@ -86,17 +91,38 @@ class LayerState(Counters):
             return "phase"
         return "short" if keys < self.least_keys[phase] else None
 
-    def count(self, phase: str, inputs: AttentionInputs, attended: Attended) -> None:
+    def count(self, phase: Phase, inputs: AttentionInputs, attended: Attended) -> None:
         """Add one gated call to the counters."""
         regions, heads = inputs.regions, inputs.query.shape[1]
         eager = not torch.compiler.is_compiling()
-        facts = regions.counted(self.policy.break_even) if eager else regions.count(self.policy.break_even)
+        break_even = self.policy.break_even(phase)
+        facts = regions.counted(break_even) if eager else regions.count(break_even)
         above = attended.open if facts.above is None else attended.open & facts.above[:, None]
-        self.open_pairs[PHASES.index(phase)].add_(above.sum((0, 2)))
+        self.add_open(phase, above)
         self.add("asked", phase, facts.n_above)
         self.add("below", phase, facts.n_below)
         self.add("scored", phase, attended.scored_keys)
         self.add("causal", phase, facts.n_causal * heads)
+
+    def keep(self, phase: str, opened: Tensor) -> None:
+        """Keep the decisions of one gated call on its device until a report asks; nothing once there is no room.
+
+        Room is counted in tokens: in these all layers of a model agree, so that all of them stop at the same call. A
+        step of decode takes the room of 16, for no device gives out less than 512 bytes.
+        """
+        if torch.compiler.is_compiling():
+            # What a graph gives back may be overwritten by its next run.
+            self.timeline.append((phase, opened.detach().cpu()))
+            return
+        self.timeline_room -= max(opened.shape[0] * opened.shape[2], _LEAST_ROOM)
+        if self.timeline_room >= 0:
+            self.timeline.append((phase, opened.detach()))
+
+    def reset_report(self) -> None:
+        """Forget what was counted and kept."""
+        self.timeline.clear()
+        self.timeline_room = _TIMELINE_ROOM
+        self.reset_counters()
 
 
 def mask(
@@ -115,9 +141,9 @@ def mask(
     """Describe a plain causal call as a small layout; let the original implementation make any other mask.
 
     Returns:
-        [batch, 1, 3, keys] int32: whether each key is real, the slot of the first query, and the slot of each
-        sequence's first real token, the last two repeated along the keys. For masks that are not plainly causal
-        (sliding, packed, custom), what the original implementation's mask function returns.
+        [batch, 1, rows, keys] int32: whether each key is real, the slot of the first query, and the slot of each
+        sequence's first real token, the last two repeated along the keys; see `_layout_rows`. For masks that are not
+        plainly causal (sliding, packed, custom), what the original implementation's mask function returns.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, prepare_padding_mask
 
@@ -136,14 +162,15 @@ def mask(
             **kwargs,
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    n_rows = _layout_rows(q_length)
     if _is_plain(padding, q_length, kv_length, q_offset, device):
-        rows = torch.tensor((1, q_offset, 0), dtype=torch.int32, device=device)
-        layout = rows.view(1, 1, _LAYOUT_ROWS, 1).expand(batch_size, 1, _LAYOUT_ROWS, kv_length)
+        rows = torch.tensor((1, q_offset, *[0] * (n_rows - 2)), dtype=torch.int32, device=device)
+        layout = rows.view(1, 1, n_rows, 1).expand(batch_size, 1, n_rows, kv_length)
         # For the layers, which would have to look at the device to know.
         setattr(layout, _PLAIN, True)
         return layout
     if padding is None:
-        layout = torch.zeros(batch_size, 1, _LAYOUT_ROWS, kv_length, dtype=torch.int32, device=device)
+        layout = torch.zeros(batch_size, 1, n_rows, kv_length, dtype=torch.int32, device=device)
         layout[:, :, 0] = 1
         layout[:, :, 1] = q_offset
         return layout
@@ -155,7 +182,8 @@ def mask(
         # Not as_tensor, which compiles the number in: one graph for each length of a dynamic cache.
         query_slot = torch.full((), q_offset, device=device)
     slot = query_slot.expand(batch_size, kv_length)
-    return torch.stack([valid.int(), slot.int(), first.int()], dim=1)[:, None]
+    rows = [valid, slot, *[first] * (n_rows - 2)]
+    return torch.stack([row.int() for row in rows], dim=1)[:, None]
 
 
 def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor, device: Any) -> bool:
@@ -206,7 +234,7 @@ def attention(
     if state._buffers["counts"].device != query.device:
         state.to(query.device)
     cache = kwargs.get(CACHE_ARGUMENT)
-    if not _is_layout(attention_mask):
+    if not _is_layout(attention_mask, query.shape[2]):
         state.add("dense_calls", "local" if is_local(module) else "mask")
         kwargs.pop(CACHE_ARGUMENT, None)
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
@@ -215,7 +243,7 @@ def attention(
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _refuse_unknown(kwargs, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    phase = "decode" if query.shape[2] == 1 else "prefill"
+    phase = phase_of(query.shape[2])
     reason = state.dense_reason(key.shape[2], phase)
     if reason is not None:
         state.add("dense_calls", reason)
@@ -229,7 +257,7 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, phase: str, cache: Any) -> Tensor:
+def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any) -> Tensor:
     policy, attend = state.policy, state.attend
     state.add("gated_calls", phase)
     if state.replay is not None:
@@ -246,7 +274,7 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: str, cache: Any) 
     if state.record is not None:
         state.count(phase, inputs, attended)
     if state.record == "timeline":
-        state.timeline.append((phase, attended.open.detach().cpu()))
+        state.keep(phase, attended.open)
     return attended.output
 
 
@@ -299,12 +327,17 @@ def _is_known_plain(layout: Tensor) -> bool:
     return not torch.compiler.is_compiling() and getattr(layout, _PLAIN, False)
 
 
-def _is_layout(attention_mask: Any) -> TypeGuard[Tensor]:
+def _layout_rows(query_length: int) -> int:
+    """Return the rows of a layout: never as many as there are queries, which a mask of the caller's own has."""
+    return _LAYOUT_ROWS + 1 if query_length == _LAYOUT_ROWS else _LAYOUT_ROWS
+
+
+def _is_layout(attention_mask: Any, query_length: int) -> TypeGuard[Tensor]:
     return (
         isinstance(attention_mask, Tensor)
         and attention_mask.dtype == torch.int32
         and attention_mask.dim() == 4
-        and attention_mask.shape[2] == _LAYOUT_ROWS
+        and attention_mask.shape[2] == _layout_rows(query_length)
     )
 
 

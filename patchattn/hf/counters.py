@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-PHASES = ("prefill", "decode")
+from patchattn.policy import PHASES
+
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
 """Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
 the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
@@ -14,28 +15,30 @@ or chunked). The last two run the model's own attention implementation."""
 _BY_PHASE = ("asked", "below", "scored", "causal", "gated_calls")
 _PLACES = [(name, phase) for name in _BY_PHASE for phase in PHASES] + [("dense_calls", why) for why in DENSE_REASONS]
 _PLACE = {what: place for place, what in enumerate(_PLACES)}
+_MOST_WAITING = 64
 
 
 class Counters(nn.Module):
     """Counters of one layer.
 
     A compiled graph and a device count in tensors: integers would recompile the graph, or wait for the device. Eager
-    calls on a CPU count in integers, which costs a third. The buffers follow the module's device, are not cast by
-    `model.to(dtype)` and stay out of the state dict.
+    calls on a CPU count in integers, which costs a third, and sum the decisions of many decode steps at once. The
+    buffers follow the module's device, are not cast by `model.to(dtype)` and stay out of the state dict.
 
     Args:
         heads: Number of query heads on this device.
     """
 
     dense_reasons = DENSE_REASONS
-    open_pairs: Tensor
+    opened: Tensor
     counts: Tensor
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.register_buffer("open_pairs", torch.zeros(len(PHASES), heads, dtype=torch.long), persistent=False)
+        self.register_buffer("opened", torch.zeros(len(PHASES), heads, dtype=torch.long), persistent=False)
         self.register_buffer("counts", torch.zeros(len(_PLACES), dtype=torch.long), persistent=False)
         self.on_host = [0] * len(_PLACES)
+        self.waiting: tuple[list[Tensor], ...] = tuple([] for _ in PHASES)
 
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
         """Add to a counter; `which` is a phase, or the reason of a dense call."""
@@ -45,9 +48,32 @@ class Counters(nn.Module):
         else:
             self.on_host[place] += int(amount)
 
+    def add_open(self, phase: str, opened: Tensor) -> None:
+        """Count the open pairs of a call, [batch, heads, query] bool."""
+        row = PHASES.index(phase)
+        if torch.compiler.is_compiling() or not opened.is_cpu or opened.shape[2] != 1:
+            self.opened[row].add_(opened.sum((0, 2)))
+            return
+        self.waiting[row].append(opened)
+        if len(self.waiting[row]) >= _MOST_WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        for row, calls in enumerate(self.waiting):
+            if calls:
+                self.opened[row].add_(torch.cat(calls).sum((0, 2)).to(self.opened.device))
+                calls.clear()
+
+    @property
+    def open_pairs(self) -> Tensor:
+        """Open pairs by phase and query head, [phases, heads] int64."""
+        self._settle()
+        return self.opened
+
     def reset_counters(self) -> None:
         """Set every counter back to zero."""
-        self.open_pairs.zero_()
+        self._settle()
+        self.opened.zero_()
         self.counts.zero_()
         self.on_host = [0] * len(_PLACES)
 

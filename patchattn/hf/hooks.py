@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ STATE = "patchattn_layer"
 
 CACHE_ARGUMENT = "patchattn_cache"
 """Keyword under which the cache reaches the attention function."""
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 def install_cache_hook(module: nn.Module) -> Any:
@@ -67,6 +70,48 @@ def _say_plain(
         return None
     ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     return args, {**kwargs, "attention_mask": ones}
+
+
+class BatchingRefusal:
+    """Makes a model refuse continuous batching, and takes that back.
+
+    The layers' states hold it, so that a patch can be undone from any module that holds the layers. It does not keep
+    the model alive, and in a copy of the model it is about the copy.
+
+    Args:
+        model: The model; one that has no such methods is left as it is. None if there is none any more.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        for name in _CONTINUOUS_BATCHING:
+            if hasattr(model, name):
+                vars(model)[name] = _refuse_continuous_batching
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model; None if there is none any more."""
+        return None if self._model is None else self._model()
+
+    def undo(self) -> None:
+        """Give the model its methods back; does nothing the second time."""
+        for name in _CONTINUOUS_BATCHING if self.model is not None else ():
+            vars(self.model).pop(name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchingRefusal:
+        """Be about the copy of the model; about none where only a part of the model is copied."""
+        return BatchingRefusal(memo.get(id(self.model)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be about the model that comes out of the pickle."""
+        return BatchingRefusal, (self.model,)
+
+
+def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
+    raise UnsupportedCallError(
+        "Continuous batching keeps keys in pages that the gated path can't read.",
+        fix="call patchattn.unpatch(model) first, or use generate() with a padded batch",
+    )
 
 
 def no_attention_weights() -> UnsupportedCallError:

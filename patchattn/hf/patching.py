@@ -11,10 +11,10 @@ from torch import nn
 
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
 from patchattn.calibration.calibration import Calibration
-from patchattn.errors import PatchStateError, PolicyError, UnsupportedCallError, UnsupportedModelError
+from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.gate import Measured
 from patchattn.hf.attention import LayerState, register
-from patchattn.hf.hooks import STATE, install_cache_hook, install_mask_hook, remove_mask_hook
+from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.offload import compute_device
 from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
 from patchattn.policy import MomentGate, Policy, StaticGate
@@ -22,7 +22,6 @@ from patchattn.report import GateReport, HeadShape
 
 Record = Literal["summary", "timeline"] | None
 
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 _QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")
 
 
@@ -53,8 +52,7 @@ class PatchHandle:
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
         for state in self._states.values():
-            state.timeline.clear()
-            state.reset_counters()
+            state.reset_report()
 
     def __enter__(self) -> PatchHandle:
         """Return the handle."""
@@ -156,19 +154,24 @@ def unpatch(model: Any) -> None:
         model: A patched model.
 
     Raises:
-        PatchStateError: The model is not patched.
+        PatchStateError: The model is not patched, or is only a part of one that is.
     """
     if not is_patched(model):
         raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
+    decoder = _decoder(model)
+    if decoder is None:
+        raise PatchStateError(
+            f"This {type(model).__name__} is only a part of a patched model.",
+            fix="unpatch the model that was patched, or the decoder inside it",
+        )
     for module in attention_modules(model).values():
         state = module._modules.pop(STATE)
         if module.config._attn_implementation == ORIGINALS[state.original]:
             module.config._attn_implementation_internal = state.original
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
-    remove_mask_hook(_decoder(model))
-    for name in _CONTINUOUS_BATCHING:
-        underlying(model).__dict__.pop(name, None)
+        state.refusal.undo()
+    remove_mask_hook(decoder)
 
 
 def is_patched(model: Any) -> bool:
@@ -259,7 +262,8 @@ def _head_shapes(model: Any) -> dict[int, HeadShape]:
     for index, module in attention_modules(model).items():
         heads = _query_heads(module)
         dtype = _dtype(module)
-        shapes[index] = HeadShape(*_head_sizes(module, heads), _group_size(module, heads), dtype.itemsize)
+        sizes, name = _head_sizes(module, heads), str(dtype).removeprefix("torch.")
+        shapes[index] = HeadShape(*sizes, _group_size(module, heads), dtype.itemsize, name)
     return shapes
 
 
@@ -300,6 +304,7 @@ def _apply(
     originals = {index: module.config._attn_implementation for index, module in modules.items()}
     gated = set(policy.layers or ())
     slices, rank = _head_slices(underlying(model))
+    refusal = BatchingRefusal(underlying(model))
     for index, module in modules.items():
         here = heads[index] // slices
         kv_here = max(here // _group_size(module, heads[index]), 1)
@@ -316,12 +321,12 @@ def _apply(
         ).to(compute_device(module))
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
+        state.refusal = refusal
         module._modules[STATE] = state
         module.config._attn_implementation_internal = ORIGINALS[originals[index]]
-    install_mask_hook(_decoder(model))
-    for name in _CONTINUOUS_BATCHING:
-        if hasattr(model, name):
-            underlying(model).__dict__[name] = _refuse_continuous_batching
+    decoder = _decoder(model)
+    if decoder is not None:
+        install_mask_hook(decoder)
 
 
 def _head_slices(model: Any) -> tuple[int, int]:
@@ -349,17 +354,13 @@ def _policy_of_heads(policy: Policy, heads: range) -> Policy:
     return policy.model_copy(update={"gate": policy.gate.model_copy(update={"open_heads": pairs})})
 
 
-def _decoder(model: Any) -> nn.Module:
-    """Return the innermost transformers model that holds the attention modules: the one that makes the masks."""
+def _decoder(model: Any) -> nn.Module | None:
+    """Return the innermost transformers model that holds the attention modules: the one that makes the masks.
+
+    None if there is none, because the attention modules were taken out of it.
+    """
     from transformers import PreTrainedModel
 
     attention = next(iter(attention_modules(model).values()))
     holders = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return next(part for part in reversed(holders) if any(inner is attention for inner in part.modules()))
-
-
-def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
-    raise UnsupportedCallError(
-        "Continuous batching keeps keys in pages that the gated path can't read.",
-        fix="call patchattn.unpatch(model) first, or use generate() with a padded batch",
-    )
+    return next((part for part in reversed(holders) if any(inner is attention for inner in part.modules())), None)

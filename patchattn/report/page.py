@@ -49,6 +49,7 @@ def page_of(
     data = {
         "title": title,
         "backend": report.backend,
+        "notes": report.notes(),
         "policy": report.policy.model_dump(mode="json"),
         "layers": [[layer, len(next(iter(found.values())).open_pairs)] for layer, found in report.layers.items()],
         "views": {view: _view(report, phase) for view, phase in _VIEWS.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchattn.errors import ReportError
-from patchattn.policy import Phase, Policy
+from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
 from patchattn.report.files import check_path, write_text
 from patchattn.report.savings import HeadShape, Savings, of_keys
@@ -18,7 +18,11 @@ from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
 
-_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_WHOLE_TILES = (
+    "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of "
+    "sink and window hold more keys than closed heads leave out."
+)
+_CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class GateReport:
         dense_calls: Calls that attended densely, by layer and reason.
         timeline: By layer, (phase, open pairs [batch, heads, query]) of each gated call, if it was recorded.
         shapes: By layer, the sizes of its heads, for estimates of the work saved; empty if they are not known.
+        timeline_is_cut: Whether the timeline ends early, because what was run had more tokens than there is room for.
     """
 
     policy: Policy
@@ -61,6 +66,7 @@ class GateReport:
     dense_calls: dict[int, dict[str, int]]
     timeline: dict[int, list[Any]]
     shapes: dict[int, HeadShape] = field(default_factory=dict)
+    timeline_is_cut: bool = False
 
     @classmethod
     def of(
@@ -85,10 +91,11 @@ class GateReport:
                     int(state.causal[row]),
                     int(state.gated_calls[row]),
                 )
-                for row, phase in enumerate(_PHASES)
+                for row, phase in enumerate(PHASES)
             }
         timeline = {index: list(state.timeline) for index, state in states.items()}
-        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}))
+        is_cut = any(state.timeline_room < 0 for state in states.values())
+        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}), is_cut)
 
     def open_fraction(self, phase: Phase | None = None) -> float:
         """Open pairs over pairs that were asked, in one phase or both; NaN if none was asked."""
@@ -154,7 +161,7 @@ class GateReport:
         return {
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
-            "phases": {phase: self._phase_dict(phase) for phase in _PHASES},
+            "phases": {phase: self._phase_dict(phase) for phase in PHASES},
             "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
         }
 
@@ -271,7 +278,7 @@ class GateReport:
         timeline = self.timeline_of(row=row) if tokens is not None or any(self.timeline.values()) else None
         texts = None
         if timeline is not None and tokens is not None:
-            texts = fitting_texts(tokens, tokenizer, len(timeline.phases))
+            texts = fitting_texts(tokens, tokenizer, len(timeline.phases), is_cut=self.timeline_is_cut)
         return write_text(path, page_of(self, timeline, texts, calibration, title))
 
     def check_counted(self) -> None:
@@ -293,8 +300,8 @@ class GateReport:
 
     def __str__(self) -> str:
         """Return a short table."""
-        lines = [f"patchattn report ({self.backend})"]
-        for phase in _PHASES:
+        lines = [f"patchattn report (backend {self.backend}{self._heads()})"]
+        for phase in PHASES:
             counts = self._counts(phase)
             if not sum(c.gated_calls for c in counts):
                 continue
@@ -308,7 +315,22 @@ class GateReport:
         dense = self.dense_calls_by_reason()
         if dense:
             lines.append("  dense layer calls: " + ", ".join(f"{calls} ({reason})" for reason, calls in dense.items()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
+
+    def notes(self) -> list[str]:
+        """Explain, a sentence each, what a reader of these numbers may stumble over; empty if there is nothing."""
+        notes = []
+        crowded = [phase for phase in PHASES if self.realised_density(phase) > 1]
+        if crowded:
+            notes.append(_WHOLE_TILES.format(" and ".join(crowded)))
+        if self.timeline_is_cut:
+            notes.append(_CUT)
+        return notes
+
+    def _heads(self) -> str:
+        """Say what kind of heads the backend computed."""
+        kinds = {(shape.dim, shape.group_size, shape.dtype) for shape in self.shapes.values()}
+        return "".join(f"; heads of {dim}, {group} to a KV head, {dtype}" for dim, group, dtype in sorted(kinds))
 
     def dense_calls_by_reason(self) -> dict[str, int]:
         """Count the calls of layers that attended densely, by reason."""

@@ -19,12 +19,14 @@ class HeadShape:
         value_dim: Numbers in a value.
         group_size: Query heads that share a KV head.
         bytes_per_number: Bytes of one number in the cache.
+        dtype: Name of the dtype that attention is computed in, without `torch.`; empty if it is not known.
     """
 
     dim: int
     value_dim: int
     group_size: int
     bytes_per_number: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def timeline_of(calls: dict[int, list[Any]], heads: Iterable[Head] | None, row: 
     return Timeline(tuple(chosen), phases, torch.stack([bits[layer][head] for layer, head in chosen]).bool())
 
 
-def fitting_texts(tokens: Any, tokenizer: Any, count: int) -> list[str]:
+def fitting_texts(tokens: Any, tokenizer: Any, count: int, *, is_cut: bool = False) -> list[str]:
     """Turn tokens into texts, one for each token of a timeline.
 
     Args:
@@ -90,6 +90,7 @@ def fitting_texts(tokens: Any, tokenizer: Any, count: int) -> list[str]:
             more than the timeline is fine: the last token that a model writes is never read.
         tokenizer: To decode ids; None where texts are given.
         count: Tokens in the timeline.
+        is_cut: Whether the timeline ends early, so that there may be any number of tokens more.
 
     Raises:
         ReportError: Another kind or another number of tokens.
@@ -103,13 +104,14 @@ def fitting_texts(tokens: Any, tokenizer: Any, count: int) -> list[str]:
             f"Expected tokens to be {wanted}, got {type(tokens).__name__}.",
             fix="pass tokens=token_ids with tokenizer=tokenizer, or tokens=[text of each token] without one",
         )
-    if len(tokens) not in (count, count + 1):
+    if len(tokens) not in (count, count + 1) and not (is_cut and len(tokens) > count):
         raise ReportError(
             f"The timeline has {count:,} tokens and the text {len(tokens):,}.",
             fix="pass the tokens of all gated calls since the patch or the last reset_report(), in order; calls that "
             "attended densely are not in the timeline (report.dense_calls counts them)",
         )
-    texts = list(tokens) if tokenizer is None else texts_of(tokenizer, tokens)
+    tokens = list(tokens[: count + 1])
+    texts = tokens if tokenizer is None else texts_of(tokenizer, tokens)
     return texts[:count]
 
 

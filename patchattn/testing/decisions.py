@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import bulk_log_mass_from_prompt
-from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
 from patchattn.regions import Regions
 from patchattn.testing.dense import DenseCall
 
@@ -66,7 +66,7 @@ def wrong_decisions(
             plain_mass, threshold = estimate(query, key, 1.0), math.log(share / (1 - share))
         case _:
             return None
-    few = (regions.n_bulk < policy.break_even)[:, None]
+    few = (regions.n_bulk < policy.break_even(phase_of(regions.query_length)))[:, None]
     masses = [torch.where(few, torch.inf, mass) for mass in masses]
     margin = truth.local_log_mass - masses[0]
     rounded = plain.local_log_mass.double() - torch.where(few, torch.inf, plain_mass.double())

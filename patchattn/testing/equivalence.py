@@ -165,9 +165,11 @@ class _Text:
     ) -> _Text:
         device = next(model.parameters()).device
         config = model.config.get_text_config()
-        needed = policy.sink_size + policy.window_size + policy.break_even
+        local = policy.sink_size + policy.window_size
+        break_evens = sorted(map(policy.break_even, policy.phases))
+        needed = local + break_evens[0]
         if inputs is None:
-            length = needed + 3 * CHUNK if length is None else length
+            length = local + break_evens[-1] + 3 * CHUNK if length is None else length
             draw = torch.Generator().manual_seed(seed)
             inputs = torch.randint(0, config.vocab_size, (1, length), generator=draw)
         elif length is not None:
@@ -302,10 +304,10 @@ def _check_that_it_proves_something(run: _PatchedRun, policy: Policy, text: _Tex
     steps = {"prefill": 1, "decode": len(text.steps()) - 1}
     for phase in sorted(policy.phases):
         if steps[phase] and not asked[phase]:
+            fewest = policy.sink_size + policy.window_size + policy.break_even(phase)
             raise ProvesNothingError(
                 f"This proves nothing about {phase}: no query has more than sink_size + window_size + min_bulk = "
-                f"{policy.sink_size + policy.window_size + policy.break_even} keys. Use longer inputs, or a smaller "
-                "window_size or min_bulk."
+                f"{fewest} keys. Use longer inputs, or a smaller window_size or min_bulk."
             )
     opened = sum(pairs[0] for pairs in run.watch.pairs.values())
     total = sum(asked.values())

@@ -17,6 +17,7 @@ from patchattn.moments import CHUNK
 from patchattn.policy import (
     ClosedGate,
     Gate,
+    MinBulk,
     MomentGate,
     OpenFractionTarget,
     OpenGate,
@@ -332,7 +333,7 @@ def policies(
         gate=gates(layers=layers, heads=heads, calibrated=calibrated),
         layers=st.none() | st.lists(st.integers(0, layers - 1), min_size=1, max_size=6).map(tuple),
         phases=st.frozensets(st.sampled_from(["prefill", "decode"]), min_size=1),
-        min_bulk=sizes | st.just("auto"),
+        min_bulk=sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto"),
     ).map(consistent)
 
 

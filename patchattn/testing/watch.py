@@ -83,7 +83,7 @@ class Watch:
                 f"{self._at(layer, phase, wrong)} {decided}, but in float64 its margin is {margin[index]:.6g} nats, "
                 f"and it may be off by {tolerance:.1e}; {int(wrong.sum())} decisions of this call are wrong."
             )
-        above = asked & (n_bulk >= policy.break_even)[:, None]
+        above = asked & (n_bulk >= policy.break_even(phase))[:, None]
         self.pairs[phase][0] += int((attended.open & above).sum())
         self.pairs[phase][1] += int(above.sum())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from corpus import collect, join
 
-from patchattn.evaluation.tasks import Document, Kind, TokenizedText, make_document, tokenize_text
+from patchattn.evaluation.scores import Scores, score
+from patchattn.evaluation.tasks import Kind, TokenizedText, make_document, tokenize_text
 
 _KINDS_PER_1024: dict[str, list[Kind]] = {
     "fact": ["fact"] * 6,
@@ -29,36 +30,18 @@ _KINDS_PER_1024: dict[str, list[Kind]] = {
 }
 
 
-@torch.no_grad()
-def exact_matches(model: Any, document: Document) -> list[bool]:
-    """Say for each question whether every token of its answer is the most likely one."""
-    tokens = torch.tensor([document.token_ids])
-    best = model(tokens).logits[0].argmax(-1)
-    return [
-        bool((best[q.answer_start - 1 : q.answer_end - 1] == tokens[0, q.answer_start : q.answer_end]).all())
-        for q in document.questions
-    ]
-
-
 def measure_tasks(
     model: Any, tokenizer: Any, text: TokenizedText, *, length: int, n_documents: int, seed: str
-) -> dict[str, tuple[int, int]]:
-    """Count right answers and questions of each kind, over documents of `length` tokens."""
-    right: dict[str, int] = defaultdict(int)
-    asked: dict[str, int] = defaultdict(int)
-    for name, kinds in _KINDS_PER_1024.items():
-        for index in range(n_documents):
-            document = make_document(
-                text,
-                tokenizer,
-                length=length,
-                kinds=kinds * (length // 1024),
-                seed=f"{seed}/{name}/{index}",
-            )
-            for question, match in zip(document.questions, exact_matches(model, document), strict=True):
-                asked[question.kind] += 1
-                right[question.kind] += match
-    return {kind: (right[kind], asked[kind]) for kind in asked}
+) -> Scores:
+    """Score documents of `length` tokens: facts only, and everything else."""
+    return score(
+        model,
+        (
+            make_document(text, tokenizer, length=length, kinds=kinds * (length // 1024), seed=f"{seed}/{name}/{index}")
+            for name, kinds in _KINDS_PER_1024.items()
+            for index in range(n_documents)
+        ),
+    )
 
 
 @torch.no_grad()
@@ -116,15 +99,10 @@ def main() -> None:
     text = tokenize_text(join([f for f in files if f.held_out]), tokenizer)
 
     for length in arguments.lengths:
-        counts = measure_tasks(
-            model,
-            tokenizer,
-            text,
-            length=length,
-            n_documents=arguments.documents,
-            seed=arguments.seed,
+        scores = measure_tasks(
+            model, tokenizer, text, length=length, n_documents=arguments.documents, seed=arguments.seed
         )
-        row = "  ".join(f"{k} {r / n:.3f} ({n})" for k, (r, n) in counts.items())
+        row = "  ".join(f"{kind} {scores.exact_match(kind):.3f} ({asked})" for kind, asked in scores.asked.items())
         print(f"{length:5d} tokens, exact match (questions): {row}", flush=True)
     if not arguments.text_tokens:
         return

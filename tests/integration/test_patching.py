@@ -255,6 +255,34 @@ def test_unpatch_gives_back_the_same_model(original):
         patchattn.unpatch(model)
 
 
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=range(3)
+)
+def test_a_patch_is_undone_from_whichever_module_holds_the_layers(copied):
+    model = tiny_model("llama")
+    own = set(vars(model))
+    patchattn.patch(model, policy(MomentGate()))
+    twin = copied(model)
+    assert "generate_batch" in vars(twin)
+    with pytest.raises(patchattn.PatchStateError, match="only a part"):
+        patchattn.unpatch(twin.model.layers[0])
+    patchattn.unpatch(twin.model)
+    assert set(vars(twin)) == own
+    assert not patchattn.is_patched(twin)
+    assert patchattn.is_patched(model) == (twin is not model)
+    patchattn.patch(twin.model)
+    patchattn.unpatch(twin)
+    assert set(vars(twin)) == own
+
+
+def test_a_copy_of_a_part_of_a_patched_model_leaves_the_model_alone():
+    model = tiny_model("llama")
+    with patchattn.patch(model, policy(MomentGate())):
+        patchattn.unpatch(copy.deepcopy(model.model))
+        assert patchattn.is_patched(model)
+        assert "generate_batch" in vars(model)
+
+
 def test_the_context_manager_undoes_after_an_exception():
     model = tiny_model("llama")
     before = snapshot(model)

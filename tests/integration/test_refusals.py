@@ -1,8 +1,18 @@
 """What can't be patched or asked for is refused with the typed error, and the model is left alone."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import patchattn
@@ -228,6 +238,44 @@ def test_continuous_batching_is_refused():
             with pytest.raises(patchattn.UnsupportedCallError, match="Continuous batching"):
                 getattr(model, name)([[1, 2]])
     assert "generate_batch" not in vars(model)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 4])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_a_mask_of_integers_of_the_callers_own_stays_with_the_model(queries, heads):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    cache = DynamicCache(config=model.config)
+    ids = torch.randint(2, 128, (1, 40 + queries), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, heads, queries, 40 + queries, dtype=torch.int32)
+    mask[..., ::3] = -100_000
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        want = model(ids[:, 40:], past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+        with patchattn.patch(model, Policy(sink_size=4, window_size=16, min_bulk=0)) as handle:
+            got = model(ids[:, 40:], past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+    assert torch.equal(got, want)
+    assert handle.report().dense_calls_by_reason() == {"mask": model.config.num_hidden_layers}
+
+
+@pytest.mark.parametrize("queries", [2, 3, 4])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_any_number_of_queries_goes_through_the_gate(queries, compiled):
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    ids = torch.randint(2, 128, (2, 60 + queries), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    policy = Policy(sink_size=4, window_size=16, min_bulk=0, gate=OpenGate())
+    with torch.no_grad(), patchattn.patch(model, policy) as handle:
+        want = model(ids, attention_mask=mask).logits[:, -queries:]
+        handle.reset_report()
+        model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        got = run(ids[:, 60:], attention_mask=mask, past_key_values=cache).logits
+    assert torch.allclose(got, want, atol=1e-5)
+    assert not handle.report().dense_calls_by_reason()
+    assert handle.report().layers[0]["prefill"].gated_calls == 2
 
 
 def test_a_later_change_of_the_attention_implementation_is_seen():

@@ -12,7 +12,15 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from patchattn import MomentGate, OracleGate, Policy
-from patchattn.gate import attention_scores, bulk_log_mass, decide, exact_bulk_log_mass, forced, margin_threshold
+from patchattn.gate import (
+    attention_scores,
+    bulk_log_mass,
+    decide,
+    exact_bulk_log_mass,
+    forced,
+    is_open,
+    margin_threshold,
+)
 from patchattn.inputs import AttentionInputs
 from patchattn.reference import attend, masked_log_mass
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, gates, shapes
@@ -96,3 +104,15 @@ def test_closing_moves_the_output_by_at_most_twice_the_missed_share(inputs: Atte
     assert (moved <= tight + 1e-9 * largest)[judged].all()
     assert (tight <= 2 * missed * largest * (1 + 1e-9))[judged].all()
     event(f"share missed up to {10 * math.ceil(10 * float(missed[judged].max())) if judged.any() else 0}%")
+
+
+MASSES = st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan, 0.0])
+
+
+@given(MASSES, MASSES, st.sampled_from([0.0, 1.5, -3.0]))
+def test_one_pair_is_decided_as_many_are(local: float, bulk: float, threshold: float) -> None:
+    # Away from the border, where float32 rounds the difference.
+    assume(not math.isfinite(local - bulk) or abs(local - bulk - threshold) > 1e-3 * (1 + abs(local)))
+    masses = (torch.tensor([[[mass]]]) for mass in (local, bulk))
+    many = decide(*masses, torch.tensor([[True]]), threshold)
+    assert many.item() is is_open(local, bulk, threshold)

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import patchattn
-from patchattn import MomentGate, OracleGate, Policy, StaticGate
+from patchattn import MinBulk, MomentGate, OracleGate, Policy, StaticGate
 from patchattn.hf import patching
+from patchattn.policy import phase_of
 from patchattn.testing import gates_of_chunks, recorded_gates, replay_gates, tiny_model
 from patchattn.testing.strategies import padded_batches, policies
 
@@ -47,7 +48,7 @@ def mixed_policies(draw: st.DrawFn) -> Policy:
     return Policy(
         sink_size=draw(st.sampled_from([0, 4, 17])),
         window_size=draw(st.sampled_from([1, 32, 65])),
-        min_bulk=draw(st.sampled_from([0, 0, 40])),
+        min_bulk=draw(st.sampled_from([0, 0, 40, MinBulk(prefill=40, decode=0)])),
         gate=draw(mixed_gates),
     )
 
@@ -85,7 +86,7 @@ def test_prefill_in_any_chunks_and_decode_equal_one_prefill(
         ends = [0, *cuts, length][1:]
         keys = [length + 9] * len(ends) if static else ends
         local = policy.sink_size + policy.window_size
-        gated = [n - local >= max(1, policy.break_even) for n in keys]
+        gated = [n - local >= max(1, policy.break_even(phase_of(piece))) for n, piece in zip(keys, pieces, strict=True)]
         expected = {
             layer: [part for part, ask in zip(gates_of_chunks(calls, pieces), gated, strict=True) if ask]
             for layer, calls in gates.items()

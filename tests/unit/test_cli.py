@@ -175,6 +175,24 @@ def test_doctor_says_what_is_broken(broken: str, code: int, monkeypatch: pytest.
     assert problems == {broken}
 
 
+def test_doctor_shows_heads_and_dtypes_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(backend: str, *, dtype: torch.dtype, head_dim: int, group_size: int, **_: object) -> float:
+        if dtype == torch.float16 or head_dim == 256:
+            raise BackendError(f"no heads of {head_dim} in {dtype}")
+        return 0.5
+
+    monkeypatch.setattr(backends, "self_check", check)
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    said = " ".join(result.stdout.split())
+    assert "no heads of 256 in torch.bfloat16" in said
+    assert "no heads of 64 in torch.float16" in said
+    failed = [line for line in result.stdout.splitlines() if "failed" in line]
+    assert len(failed) == 2 * (1 + torch.cuda.device_count())
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "Healthy" in result.stdout
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("doctor", "--help")])
 def test_help_teaches(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)

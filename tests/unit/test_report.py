@@ -14,12 +14,13 @@ import torch
 
 import patchattn
 from patchattn.errors import CalibrationMismatchError, MissingPackageError, ReportError
+from patchattn.hf import attention
 from patchattn.policy import Policy
 from patchattn.report import GateReport, HeadShape, LayerCounts
 from patchattn.report.timeline import texts_of
 from patchattn.testing import tiny_model
 
-SHAPE = HeadShape(dim=32, value_dim=16, group_size=2, bytes_per_number=2)
+SHAPE = HeadShape(dim=32, value_dim=16, group_size=2, bytes_per_number=2, dtype="bfloat16")
 NOTHING = LayerCounts((0, 0), 0, 0, 0, 0, 0)
 CALIBRATION = Path(patchattn.__file__).parents[1] / "calibrations" / "patchattn-demo"
 # Two layers of two heads; six tokens read in prefill, two in decode; the second sequence never opens.
@@ -337,6 +338,44 @@ def test_a_patched_model_reports_what_it_did(tmp_path: Path) -> None:
     texts = [f"<{token}>" for token in written[0].tolist()]
     page = report.to_html(tmp_path / "report.html", tokens=texts).read_text(encoding="utf-8")
     assert data_of(page)["timeline"]["texts"] == texts[:-1]
+
+
+def test_density_above_one_is_explained(tmp_path: Path) -> None:
+    assert REPORT.notes() == []
+    tiles = dataclasses.replace(REPORT.layers[0]["decode"], scored_keys=500)
+    crowded = dataclasses.replace(REPORT, layers={**REPORT.layers, 0: {**REPORT.layers[0], "decode": tiles}})
+    (note,) = crowded.notes()
+    assert note.startswith("Density above 100% in decode: keys are scored in whole tiles")
+    assert note in str(crowded)
+    assert data_of(crowded.to_html(tmp_path / "report.html").read_text("utf-8"))["notes"] == [note]
+
+
+def test_report_names_the_heads_the_backend_computed() -> None:
+    assert str(REPORT).startswith("patchattn report (backend blockwise; heads of 32, 2 to a KV head, bfloat16)")
+    assert str(dataclasses.replace(REPORT, shapes={})).startswith("patchattn report (backend blockwise)")
+
+
+def test_decisions_stay_where_they_are_until_a_report_asks_and_take_bounded_room(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(attention, "_TIMELINE_ROOM", 200 + 3 * 16)
+    model = tiny_model("llama")
+    prompt = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(0))
+    with patchattn.patch(model, Policy(sink_size=2, window_size=16, min_bulk=0), record="timeline") as handle:
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        report = handle.report()
+        timeline = report.timeline_of()
+        assert timeline.phases == ("prefill",) * 200 + ("decode",) * 3
+        assert any("ends early" in note for note in report.notes())
+        page = report.to_html(tmp_path / "report.html", tokens=list("x" * 207)).read_text("utf-8")
+        assert len(data_of(page)["timeline"]["texts"]) == 203
+        handle.reset_report()
+        model(prompt)
+        assert len(handle.report().timeline_of().phases) == 200
+        assert handle.report().notes() == []
+        state = model.model.layers[0].self_attn._modules["patchattn_layer"]
+        decisions = torch.ones(1, 6, 4, device="meta", dtype=torch.bool)
+        state.keep("prefill", decisions)
+    # A device that gives nothing back to the host.
+    assert state.timeline[-1][1].device.type == "meta"
 
 
 def test_record_none_is_said_in_plain_words(tmp_path: Path) -> None:

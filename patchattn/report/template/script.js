@@ -382,6 +382,7 @@ function buildRisk() {
 
 function buildRest() {
   const policy = data.policy;
+  $("notes").append(...data.notes.map((text) => make("p", { textContent: text })));
   $("subtitle").textContent = `Sink ${policy.sink_size}, window ${policy.window_size}, ${policy.gate.kind} gate, backend ${data.backend}`;
   $("policy").textContent = JSON.stringify(policy, null, 2).replace(/\[[\d,\s]*\]/g, (list) => list.replace(/\s+/g, " "));
   if (!data.dense.length) { $("dense").append(make("p", { className: "muted", textContent: "None: every layer call went through the gate." })); return; }

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import KeyMoments, PromptMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
+from patchattn.moments import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
+from patchattn.rotary import RotaryMoments, bulk_log_mass_from_text
 
 _ROWS_PER_SLAB = 256
+_PARTS = ("mean", "covariance", "frequencies", "order")
+# Slabs that fit a processor's cache take half of the time of large ones.
+_SCORES_PER_SLAB_ON_HOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,41 +32,38 @@ class Measured:
     Args:
         margins: [heads] nats; the margin from which each head closes. -inf never opens it, +inf never closes it. None
             leaves the one threshold of the policy.
-        moments: Key moments of other text, for several numbers of bulk keys, ascending: parts with leading axes
-            [lengths, kv_heads]. None for none.
+        moments: Moments of the keys of other text; None for none.
     """
 
     margins: Tensor | None = None
-    moments: KeyMoments | None = None
+    moments: RotaryMoments | None = None
 
     def of_heads(self, heads: slice, kv_heads: slice) -> Measured:
         """Return what concerns some of the query heads and KV heads."""
         margins = None if self.margins is None else self.margins[heads]
-        moments = None
-        if self.moments is not None:
-            parts = (self.moments.count, self.moments.mean, self.moments.covariance)
-            moments = KeyMoments(*(part[:, kv_heads] for part in parts))
-        return Measured(margins, moments)
+        return Measured(margins, None if self.moments is None else self.moments.of_heads(kv_heads))
 
     def bits(self) -> dict[str, Tensor]:
         """Return the tensors as the bits of float32 in int32, which casting a module to another dtype leaves alone."""
-        found = {} if self.margins is None else {"measured_margins": self.margins}
+        found = {"margins": self.margins}
         if self.moments is not None:
-            found["measured_count"] = self.moments.count
-            found |= {"measured_mean": self.moments.mean, "measured_covariance": self.moments.covariance}
-        return {name: tensor.float().contiguous().view(torch.int32) for name, tensor in found.items()}
+            found |= {name: getattr(self.moments, name) for name in _PARTS}
+        return {
+            f"measured_{name}": tensor.float().contiguous().view(torch.int32)
+            for name, tensor in found.items()
+            if tensor is not None
+        }
 
     @classmethod
     def of_bits(cls, bits: Mapping[str, Tensor | None]) -> Measured:
         """Make it again from what `bits` returned; other names are passed over."""
-        margins, *moments = (
+        margins, mean, covariance, frequencies, order = (
             None if (kept := bits.get(f"measured_{name}")) is None else kept.view(torch.float32)
-            for name in ("margins", "count", "mean", "covariance")
+            for name in ("margins", *_PARTS)
         )
-        count, mean, covariance = moments
-        if count is None or mean is None or covariance is None:
+        if mean is None or covariance is None or frequencies is None:
             return cls(margins)
-        return cls(margins, KeyMoments(count, mean, covariance))
+        return cls(margins, RotaryMoments(mean, covariance, frequencies, None if order is None else order.long()))
 
 
 def margin_threshold(gate: Gate) -> float:
@@ -128,7 +129,7 @@ def bulk_log_mass(
     break_even = policy.break_even(phase_of(regions.query_length))
     match gate:
         case MomentGate(moments="calibration"):
-            mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
+            mass = _from_calibration(inputs, measured, gate.estimate)
         case MomentGate():
             mass, state = bulk_log_mass_from_prompt(
                 inputs.query,
@@ -163,29 +164,6 @@ def with_margins(mass: Tensor, margins: Tensor) -> Tensor:
     return torch.where(margins == -torch.inf, -torch.inf, mass + margins)
 
 
-def bulk_log_mass_from_calibration(inputs: AttentionInputs, measured: Measured | None, *, estimate: Estimate) -> Tensor:
-    """Estimate each query's bulk log mass from the key moments of a calibration, [batch, heads, query] nats.
-
-    Each query uses the moments of the number of bulk keys nearest to its own, by ratio. Without moments it is NaN,
-    which opens; -inf without bulk keys.
-    """
-    n_bulk = inputs.regions.n_bulk[:, None]
-    if measured is None or measured.moments is None:
-        return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
-    moments, counts = measured.moments, measured.moments.count[:, 0].to(inputs.compute_dtype)
-    borders = (counts[1:] * counts[:-1]).sqrt()
-    nearest = torch.bucketize(n_bulk.to(counts.dtype), borders)
-    query = inputs.query.to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1)) * inputs.scale
-    mass = query.new_zeros(inputs.query.shape[:3])
-    for index in range(len(counts)):
-        mean, covariance = (part[index].to(query.dtype) for part in (moments.mean, moments.covariance))
-        along = torch.einsum("bhgqd,hd->bhgq", query, mean).flatten(1, 2)
-        spread = (torch.einsum("bhgqd,hde->bhgqe", query, covariance) * query).sum(-1).flatten(1, 2)
-        found = log_mass_of_gaussian(n_bulk, along, spread, softcap=inputs.softcap, estimate=estimate)
-        mass = torch.where(nearest == index, found, mass)
-    return mass
-
-
 def forced(open_pairs: Tensor, inputs: AttentionInputs) -> Tensor:
     """Turn decisions made beforehand into a bulk log mass, +inf where open and -inf where closed.
 
@@ -205,21 +183,42 @@ def exact_bulk_log_mass(inputs: AttentionInputs) -> Tensor:
 
     Takes as long as dense attention; memory is linear in the number of keys.
     """
+    batch, heads, length, _ = inputs.query.shape
+    regions, step = inputs.regions, _ROWS_PER_SLAB
+    on_host = inputs.query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host:
+        step = max(_SCORES_PER_SLAB_ON_HOST // max(batch * heads * regions.key_length, 1), 16)
     slabs = []
-    for begin in range(0, inputs.query.shape[2], _ROWS_PER_SLAB):
-        rows = slice(begin, begin + _ROWS_PER_SLAB)
-        scores = attention_scores(inputs, rows).masked_fill(~inputs.regions.bulk_mask(rows)[:, None], -torch.inf)
-        slabs.append(scores.logsumexp(-1))
+    for begin in range(0, length, step):
+        rows = slice(begin, begin + step)
+        # Where looking is free, no key beyond the last one that is bulk for any of the rows.
+        keys = slice(max(regions.host.query_slot + rows.stop - regions.window_size, 1) if on_host else None)
+        mask = regions.bulk_mask(rows)[:, None, :, keys]
+        slabs.append(attention_scores(inputs, rows, keys).masked_fill_(~mask, -torch.inf).logsumexp(-1))
     return torch.cat(slabs, dim=2)
 
 
-def attention_scores(inputs: AttentionInputs, rows: slice = slice(None)) -> Tensor:
+def attention_scores(inputs: AttentionInputs, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
     """Compute scaled and capped scores, [batch, heads, rows, keys], in `inputs.compute_dtype`."""
     query = inputs.query[:, :, rows].to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1))
-    scores = (query @ inputs.key.to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
+    scores = (query @ inputs.key[:, :, keys].to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     return scores
+
+
+def _from_calibration(inputs: AttentionInputs, measured: Measured | None, estimate: Estimate) -> Tensor:
+    if measured is None or measured.moments is None:
+        # NaN opens.
+        return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
+    return bulk_log_mass_from_text(
+        inputs.query,
+        inputs.regions,
+        measured.moments,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        estimate=estimate,
+    ).to(inputs.compute_dtype)
 
 
 def _statically_open(gate: Gate, layer: int, inputs: AttentionInputs) -> Tensor:

@@ -12,7 +12,6 @@ from pydantic import (
     Tag,
     field_serializer,
     field_validator,
-    model_validator,
 )
 
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
@@ -95,7 +94,7 @@ class MomentGate(_Frozen):
         threshold: Local share in (0, 1) from which a gate closes, the same for all heads: lower is cheaper, higher is
             safer. Or `RiskTarget` or `OpenFractionTarget`, which take a threshold for each head from a calibration.
         moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys. `"calibration"`: from
-            the calibration, measured on other text; only with a threshold that is a number.
+            the calibration, measured on other text. A target needs a calibration that was measured with the same.
         estimate: `"guarded"` opens where the spread of the scores is so large that single keys rule the sum, which
             moments can't see; `"saturating"` predicts a Gaussian maximum there (Derrida 1980); `"lognormal"` is the
             estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys. Elsewhere all three agree.
@@ -110,12 +109,6 @@ class MomentGate(_Frozen):
     def needs_calibration(self) -> bool:
         """Whether the gate can't work without a calibration."""
         return self.moments == "calibration" or not isinstance(self.threshold, float)
-
-    @model_validator(mode="after")
-    def _targets_go_with_prompt_moments(self) -> MomentGate:
-        if self.moments == "calibration" and not isinstance(self.threshold, float):
-            raise ValueError('targets are measured with moments="prompt"; give a number to use moments="calibration"')
-        return self
 
 
 class OracleGate(_Frozen):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,14 +43,19 @@ class Repo:
 
 
 class FakeHub:
-    """The server. `fail_with`, `cut_off`, `hang_up` and `delay` make its downloads misbehave."""
+    """The server. The fields after `requests` make it misbehave.
+
+    Args of the fields: `fail_with` is a status to answer everything with, `cut_off` ends downloads half way, `hang_up`
+    closes connections without an answer; `delay` seconds pass before a file, `trickle` seconds between its parts, and
+    `stall` seconds before any answer at all.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.fail_with: int | None = None
         self.cut_off = self.hang_up = False
-        self.delay = 0.0
+        self.delay = self.trickle = self.stall = 0.0
         hub = self
 
         class Bound(_Handler):
@@ -118,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server_hub, unquote(urlsplit(self.path).path)
         hub.requests.append(f"{self.command} {path}")
+        _wait(hub.stall)
         if hub.hang_up:
             self.close_connection = True
             return
@@ -168,16 +173,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             self.answer(200, body, headers)
             return
-        time.sleep(hub.delay)
+        _wait(hub.delay)
         if hub.cut_off:
             self.answer(200, body[: len(body) // 2], headers | {"Content-Length": str(len(body))})
             self.close_connection = True
+            return
+        if hub.trickle:
+            self.answer(200, b"", headers | {"Content-Length": str(len(body))})
+            for begin in range(0, len(body), len(body) // 4 + 1):
+                _wait(hub.trickle)
+                self.wfile.write(body[begin : begin + len(body) // 4 + 1])
             return
         self.answer(200, body, headers)
 
     def do_POST(self) -> None:
         hub, path = self.server_hub, unquote(urlsplit(self.path).path)
         hub.requests.append(f"POST {path}")
+        _wait(hub.stall)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if hub.fail_with is not None:
             self.answer(hub.fail_with, b"broken")
@@ -222,6 +234,11 @@ class _Handler(BaseHTTPRequestHandler):
         if pull_request:
             answer["pullRequestUrl"] = f"{self.server_hub.url}/{name}/discussions/1"
         self.answer_json(answer)
+
+
+def _wait(seconds: float) -> None:
+    """Wait, also where a test has made `time.sleep` do nothing."""
+    threading.Event().wait(seconds)
 
 
 def _git_digest(data: bytes) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, files
+from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, files
 from patchattn.policy import MomentGate, Policy, RiskTarget
 
 
-def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, bulk_counts=(128, 256), **fields) -> Manifest:
+def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, **fields) -> Manifest:
     fingerprint = Fingerprint(
         layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rope="{}", dtype="float32"
     )
@@ -24,7 +24,8 @@ def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, bulk_co
             "lengths": (512,),
             "documents": (50, 50),
             "corpus": Corpus(name="nothing", sha256="0" * 64, tokens=51_200),
-            "bulk_counts": bulk_counts,
+            "rotary": Rotary(layout="halves", first=0, size=head_dim) if key_moments else None,
+            "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
             "versions": {"patchattn": "0.1.0"},
         }
@@ -40,7 +41,7 @@ def made_up_tensors(
     def uniform(*shape):
         return torch.rand(*shape, generator=generator)
 
-    margins = torch.arange(-2.0, 4.0, 0.5)
+    margins = torch.arange(-2.0, 4.0, 0.5) if margins is None else margins
     tensors = {}
     for name, (dtype, shape) in files.expected_tensors(manifest, len(margins)).items():
         tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
@@ -51,7 +52,7 @@ def made_up_tensors(
     opened = uniform(*tensors["open_fraction"].shape).sort(dim=-1).values
     opened[..., 0], opened[..., -1] = 0, 1
     tensors |= {"margins": margins, "missed_mass": missed.half(), "open_fraction": opened.half()}
-    if manifest.bulk_counts:
+    if manifest.rotary is not None:
         dim = manifest.fingerprint.head_dim
         root = torch.randn(*tensors["key_mean"].shape, dim, generator=generator, dtype=torch.float64)
         deviation, factor, _ = files.pack_covariance(root @ root.mT)

@@ -4,6 +4,6 @@
 """
 
 from patchattn.calibration.calibration import Calibration, Expected
-from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
+from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest, Rotary
 
-__all__ = ["Calibration", "Corpus", "Expected", "Fingerprint", "Manifest"]
+__all__ = ["Calibration", "Corpus", "Expected", "Fingerprint", "Manifest", "Rotary"]

@@ -14,10 +14,15 @@ from torch import Tensor
 from patchattn.calibration import files
 from patchattn.calibration.manifest import Fingerprint, Manifest
 from patchattn.calibration.risk import Curves, rungs
-from patchattn.errors import CalibrationError, CalibrationFormatError, CalibrationMismatchError
+from patchattn.errors import (
+    CalibrationError,
+    CalibrationFormatError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
+)
 from patchattn.gate import Measured
-from patchattn.moments import KeyMoments
 from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+from patchattn.rotary import RotaryMoments
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Calibration:
 
     Raises:
         CalibrationFormatError: Tensors that do not fit the manifest, or numbers that can't be.
-        CalibrationMismatchError: A policy for another sink or window than was measured.
+        CalibrationMismatchError: A policy for another sink or window than was measured, or a target for other moments.
     """
 
     manifest: Manifest
@@ -73,11 +78,13 @@ class Calibration:
     ) -> Calibration:
         """Read a calibration from a folder, or from a repository on the Hub.
 
-        What exists as a folder is read as a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_HOME` are respected.
+        What exists as a folder, starts like a path or is a `Path` is a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and
+        `HF_HOME` are respected.
 
         Args:
             repo_or_folder: Folder made by `save_pretrained`, or a Hub id `namespace/name`.
-            revision: Branch, tag or commit on the Hub. Without one, a warning names the commit that was taken.
+            revision: Branch, tag or commit on the Hub; not for folders. Without one, a warning names the commit that
+                was taken.
             token: Token for private repositories; None uses the one that is logged in.
             cache_dir: Where downloads are kept; None means the Hub's own cache.
             local_files_only: Use the cache only.
@@ -86,9 +93,20 @@ class Calibration:
             CalibrationNotFoundError: No such folder, repository, revision or file, or no right to see it.
             CalibrationHubError: The Hub can't be reached or fails.
             CalibrationFormatError: A damaged file, or not a calibration.
+            CalibrationError: A revision of a folder.
         """
         folder = Path(repo_or_folder)
-        if not folder.is_dir():
+        if folder.is_dir():
+            if revision is not None:
+                raise CalibrationError(
+                    f"{folder} is a folder, which has no revision {revision!r}.",
+                    fix="leave the revision out; for a repository of that name, work in another directory",
+                )
+        elif isinstance(repo_or_folder, os.PathLike) or repo_or_folder.startswith((".", "/", "~")):
+            raise CalibrationNotFoundError(
+                f"There is no folder {folder}.", fix="give a folder made by Calibration.save_pretrained"
+            )
+        else:
             from patchattn.calibration.hub import download
 
             folder = download(
@@ -227,22 +245,20 @@ class Calibration:
         heads = fractions.shape[1]
         return [(self.manifest.layers[index // heads], index % heads) for index in order]
 
-    def key_moments(self, layer: int) -> KeyMoments:
-        """Return the measured moments of a layer's keys, parts with leading axes [lengths, kv_heads].
+    def key_moments(self, layer: int) -> RotaryMoments:
+        """Return the measured moments of a layer's keys, before the rotary embedding.
 
         Raises:
             CalibrationError: The calibration has none, or not of this layer.
         """
-        if not self.manifest.bulk_counts:
+        rotary = self.manifest.rotary
+        if rotary is None:
             raise CalibrationError("The calibration has no key moments.", fix="measure it again with key moments")
-        at = self._layer_index(layer)
-        mean = self.tensors["key_mean"][:, at]
-        covariance = files.unpack_covariance(self.tensors["key_deviation"][:, at], self.tensors["key_factor"][:, at])
-        counts = torch.tensor(self.manifest.bulk_counts, dtype=mean.dtype)
-        return KeyMoments(counts[:, None].expand(mean.shape[:2]), mean, covariance)
+        order = rotary.order(self.manifest.fingerprint.head_dim)
+        return files.unpack_moments(self.tensors, self._layer_index(layer), order)
 
     def check_policy(self, policy: Policy) -> None:
-        """Refuse a policy with another sink or window than was measured.
+        """Refuse a policy with another sink or window than was measured, or a target for other moments.
 
         Raises:
             CalibrationMismatchError: Names both.
@@ -253,6 +269,14 @@ class Calibration:
                 f"The calibration measured sink {measured.sink_size} and window {measured.window_size}; the policy has "
                 f"sink {wanted[0]} and window {wanted[1]}.",
                 fix="use the sink and window that were measured, or measure again",
+            )
+        gate = policy.gate
+        has_target = isinstance(gate, MomentGate) and isinstance(gate.threshold, RiskTarget | OpenFractionTarget)
+        if isinstance(gate, MomentGate) and has_target and gate.moments != measured.moments:
+            raise CalibrationMismatchError(
+                f"The curves of this calibration were measured with moments={measured.moments!r}; the policy asks for "
+                f"a target with moments={gate.moments!r}.",
+                fix="use the moments that were measured, a threshold that is a number, or measure with this policy",
             )
 
     def check_model(self, model: Any) -> None:
@@ -277,7 +301,7 @@ class Calibration:
 
         Raises:
             CalibrationError: The target, the estimate or a layer was not measured well enough.
-            CalibrationMismatchError: Another sink or window.
+            CalibrationMismatchError: Another sink or window, or a target for other moments.
         """
         self.check_policy(policy)
         gate = policy.gate
@@ -285,10 +309,16 @@ class Calibration:
             return {}
         layers = self.manifest.layers if policy.layers is None else policy.layers
         indices = [self._layer_index(layer) for layer in layers]
-        if not isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
-            return {layer: Measured(moments=self.key_moments(layer)) for layer in layers}
-        margins = self.thresholds(gate.threshold, estimate=gate.estimate)
-        return {layer: Measured(margins[index]) for layer, index in zip(layers, indices, strict=True)}
+        margins: Tensor | None = None
+        if isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
+            margins = self.thresholds(gate.threshold, estimate=gate.estimate)
+        return {
+            layer: Measured(
+                None if margins is None else margins[index],
+                self.key_moments(layer) if gate.moments == "calibration" else None,
+            )
+            for layer, index in zip(layers, indices, strict=True)
+        }
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:

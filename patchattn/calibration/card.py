@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from patchattn.calibration import files
 from patchattn.calibration.risk import documents_needed
 from patchattn.errors import CalibrationError
-from patchattn.policy import RiskTarget
+from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
+    from patchattn.calibration.manifest import Manifest
 
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Risks that cards and tables show."""
 
+_LEAST_SHOWN = 0.02
 _SCOPES: tuple[Literal["head", "model"], ...] = ("head", "model")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -45,6 +48,29 @@ class RiskRow:
     missed_mass: float | None
     never_open: int | None
     always_open: int | None
+
+
+def shown_target(calibration: Calibration) -> Target | None:
+    """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
+
+    Returns:
+        None where there are too few documents for any.
+    """
+    gate = calibration.policy.gate
+    own = gate.threshold if isinstance(gate, MomentGate) else None
+    targets = [own] if isinstance(own, RiskTarget | OpenFractionTarget) else []
+    for target in [*targets, *(RiskTarget(alpha=alpha) for alpha in ALPHAS if alpha >= _LEAST_SHOWN)]:
+        with contextlib.suppress(CalibrationError):
+            calibration.thresholds(target)
+            return target
+    return None
+
+
+def name_of(target: Target) -> str:
+    """Name a target in a few words, for headings."""
+    if isinstance(target, OpenFractionTarget):
+        return f"budget {target.fraction:.0%}"
+    return f"alpha {target.alpha:g}" + ("" if target.scope == "head" else ", mean over heads")
 
 
 def risk_table(calibration: Calibration) -> list[RiskRow]:
@@ -123,6 +149,7 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
             f"| model | {of.layers} layers, {of.query_heads} query heads, {of.kv_heads} KV heads of {of.head_dim}, "
             f"{of.dtype} |",
             f"| layers measured | {len(manifest.layers)} |",
+            f'| thresholds are for | `moments="{manifest.moments}"` |',
             f"| key moments | {_moments(manifest)} |",
             f"| versions | {', '.join(f'{name} {version}' for name, version in manifest.versions.items())} |",
             "",
@@ -172,11 +199,14 @@ def _fit_lines(calibration: Calibration) -> list[str]:
     return lines
 
 
-def _moments(manifest: Any) -> str:
-    if not manifest.bulk_counts:
+def _moments(manifest: Manifest) -> str:
+    if manifest.rotary is None:
         return "none"
-    counts = ", ".join(f"{count:,}" for count in manifest.bulk_counts)
-    return f"for {counts} bulk keys; half precision changes a covariance by at most {manifest.covariance_error:.2%}"
+    apart = ", which give nothing else" if manifest.moments == "calibration" else ""
+    return (
+        f"of {manifest.moment_documents} documents{apart}; half precision changes a covariance by at most "
+        f"{manifest.covariance_error:.2%}"
+    )
 
 
 def write_card(calibration: Calibration, folder: Path, *, repo: str | None = None) -> None:

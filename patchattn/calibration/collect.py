@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import json
 import math
-import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,21 +18,23 @@ from torch import Tensor
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.checkpoint import keep, resume
+from patchattn.calibration.documents import cut_documents, digest_of, share_out
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
-from patchattn.calibration.statistics import ESTIMATES, MARGINS, Settings, Totals
+from patchattn.calibration.rotary import FoundRotary, find_rotary
+from patchattn.calibration.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gate import Measured, with_margins
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
 from patchattn.moments import bulk_log_mass_from_prompt
-from patchattn.policy import OpenGate, Policy
+from patchattn.policy import MomentGate, OpenGate, Policy
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""
 
 _LONGEST_DEFAULT = 4096
-_MOST_MOMENT_LENGTHS = 5
 
 
 def calibrate(
@@ -63,8 +65,9 @@ def calibrate(
         texts: Texts. Each is cut into documents, one after another, of the next of `lengths`; what is left over
             counts as a document only if the text is shorter than that. The promises of `RiskTarget` are for documents
             that are drawn like these.
-        policy: Sink, window and layers to measure, and the policy that the calibration brings along; None means
-            `Policy()`.
+        policy: Sink, window, layers and source of the moments to measure, and the policy that the calibration brings
+            along; None means `Policy()`. With `MomentGate(moments="calibration")` every fifth document gives moments
+            of its keys only, and targets hold for those moments.
         lengths: Lengths in tokens, used in turn; None means the model's context, at most 4,096.
         documents: Measure this many, drawn with `seed`; None measures all.
         seed: Order of the documents.
@@ -81,32 +84,53 @@ def calibrate(
 
     Raises:
         UnsupportedModelError: The model can't be patched.
-        CalibrationError: No document has bulk keys, there are fewer than `documents`, the model is in training mode
-            or cut by tensor parallelism, or the checkpoint is of another run.
+        CalibrationError: No document has bulk keys, there are fewer than `documents`, documents are longer than the
+            model's context, the model is in training mode or cut by tensor parallelism, or the checkpoint is of
+            another run.
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
+    source: Literal["prompt", "calibration"] = policy.gate.moments if isinstance(policy.gate, MomentGate) else "prompt"
+    if source == "calibration" and not key_moments:
+        raise CalibrationError(
+            'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
+        )
     settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
-    digest = _digest(cut)
+    apart, measured = share_out(len(cut), source)
+    found = _rotary(model, settings, max(map(len, cut)), source)
+    digest = digest_of(cut)
     rank, world = _ranks()
     kept = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if world > 1 else checkpoint)
     key = hashlib.sha256(
-        json.dumps([asdict(settings), fingerprint.model_dump(), digest, _local(policy), rank, world]).encode()
+        json.dumps([asdict(settings), fingerprint.model_dump(), source, digest, _local(policy), rank, world]).encode()
     ).hexdigest()
-    totals, done = _resume(Totals(settings), kept, key)
-    mine = range(rank, len(cut), world)
+    totals = Totals(settings, rotations=None if found is None else dict(found.rotations))
+    done = 0 if kept is None else resume(totals, kept, key)
     with _told(progress=progress) as tell, Collecting(model, policy, settings) as collecting:
-        for count, index in enumerate(mine):
-            if count < done:
-                continue
-            collecting.start_document(totals, index)
+
+        def read(index: int, document: Document, count: int) -> None:
+            collecting.start(document)
             read_document(model, cut[index])
             if kept is not None:
-                _keep(totals, kept, key, count + 1)
-            tell(min((count + 1) * world, len(cut)), len(cut))
-    _add_up(totals)
+                keep(totals, kept, key, count)
+            tell(min(count * world, len(cut)), len(cut))
+
+        here = apart[rank::world]
+        for count, index in enumerate(here, start=1):
+            if count > done:
+                read(index, totals.add_keys_of_document(), count)
+        if apart and found is not None:
+            tensors, _ = _key_tensors(_added_up(totals.sums), found)
+            order = found.rotary.order(settings.head_dim)
+            layers = enumerate(settings.layers)
+            totals.moments = {layer: files.unpack_moments(tensors, at, order) for at, layer in layers}
+        for at in range(rank, len(measured), world):
+            count = len(here) + at // world + 1
+            if count > done:
+                read(measured[at], totals.add_document(at), count)
+    totals.sums = _added_up(totals.sums)
     if kept is not None:
         kept.unlink(missing_ok=True)
     even, odd = (int(count) for count in totals.sums["documents"])
@@ -120,46 +144,32 @@ def calibrate(
         estimates=ESTIMATES,
         oracle_threshold=oracle_threshold,
         lengths=lengths,
+        moments=source,
         documents=(even, odd),
         corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
+        rotary=None if found is None else found.rotary,
+        moment_documents=0 if found is None else len(apart or measured),
         versions=_versions(),
     )
-    return _assemble(manifest, policy, totals)
+    return _assemble(manifest, policy, totals, found)
 
 
-def cut_documents(
-    tokenizer: Any,
-    texts: Iterable[str],
-    lengths: Sequence[int],
-    *,
-    documents: int | None,
-    seed: int,
-    local: tuple[int, int],
-) -> list[Tensor]:
-    """Cut texts into documents with bulk keys; see `calibrate`.
-
-    Returns:
-        Token ids of each document, [tokens] int64, each with the tokenizer's BOS where it has one.
+def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundRotary | None:
+    """Find out how keys are turned, for their moments; None where none are taken.
 
     Raises:
-        CalibrationError: No document has bulk keys, or there are fewer than `documents`.
+        CalibrationError: Moments are needed but can't be taken.
     """
-    found: list[Tensor] = []
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for index, text in enumerate(texts):
-        length = lengths[index % len(lengths)]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        step = length - len(bos)
-        pieces = [ids[begin : begin + step] for begin in range(0, max(len(ids) - step + 1, 1), step)]
-        found += [torch.tensor(bos + piece) for piece in pieces if len(bos) + len(piece) > sum(local)]
-    if not found or len(found) < (documents or 0):
-        raise CalibrationError(
-            f"The texts give {len(found)} documents of more than {sum(local)} tokens (sink and window)"
-            + (f"; {documents} were asked for." if documents else "."),
-            fix="give more or longer texts, or a smaller window or length",
-        )
-    random.Random(seed).shuffle(found)
-    return found[:documents]
+    if not settings.key_moments:
+        return None
+    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
+        found = find_rotary(collecting, longest)
+    if found is None:
+        unknown = f"The keys of {type(model).__name__} are not turned in a way that is known"
+        if source == "calibration":
+            raise CalibrationError(f"{unknown}, so there are no moments of other text.", fix='use moments="prompt"')
+        warnings.warn(f"{unknown}; the calibration will have no key moments.", stacklevel=3)
+    return found
 
 
 def settings_of(
@@ -193,18 +203,17 @@ def settings_of(
             f"{policy.window_size}.",
             fix="measure longer documents, or choose a smaller window",
         )
+    context = _context(model)
+    if context is not None and longest > context:
+        raise CalibrationError(
+            f"Documents of {longest} tokens are longer than the model's context of {context}.",
+            fix=f"measure documents of at most {context} tokens",
+        )
     fingerprint = Fingerprint.of(model)
-    counts = _moment_lengths(longest - policy.sink_size - policy.window_size) if key_moments else ()
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
     layers = support.layers if policy.layers is None else policy.layers
     of = fingerprint
-    return Settings(tuple(layers), of.query_heads, of.kv_heads, of.head_dim, counts, margin), fingerprint
-
-
-def _moment_lengths(most: int) -> tuple[int, ...]:
-    """Choose the numbers of bulk keys to take moments for: halves of the most there are, down to a chunk."""
-    counts = [most >> step for step in range(_MOST_MOMENT_LENGTHS)]
-    return tuple(sorted({count for count in counts if count >= min(128, most)}))
+    return Settings(tuple(layers), of.query_heads, of.kv_heads, of.head_dim, key_moments, margin), fingerprint
 
 
 class Collecting:
@@ -239,15 +248,14 @@ class Collecting:
         """Give the model back."""
         self.handle.unpatch()
 
-    def start_document(self, totals: Totals, index: int) -> None:
-        """Let the calls that follow add to a new document of the totals."""
-        document = totals.add_document(index)
+    def start(self, document: Document) -> None:
+        """Let the calls that follow add to a document."""
         for layer, module in attention_modules(self.model).items():
             if layer in self.settings.layers:
                 module._modules[STATE].attend = _attend_into(document, layer, self.measured.get(layer))
 
 
-def _attend_into(document: Any, layer: int, measured: Measured | None) -> Callable[..., Any]:
+def _attend_into(document: Document, layer: int, measured: Measured | None) -> Callable[..., Any]:
     def attend(inputs: Any, bulk_log_mass: Tensor, threshold: float) -> Any:
         dense = document.attend(layer, inputs)
         if measured is None or measured.margins is None:
@@ -267,8 +275,8 @@ def read_document(model: Any, ids: Tensor) -> None:
     reader(input_ids=ids[None].to(model.device), use_cache=False)
 
 
-def _assemble(manifest: Manifest, policy: Policy, totals: Totals) -> Calibration:
-    sums, counts = totals.sums, totals.settings.bulk_counts
+def _assemble(manifest: Manifest, policy: Policy, totals: Totals, rotary: FoundRotary | None) -> Calibration:
+    sums = totals.sums
     halves = sums["documents"]
     every, known = halves.sum(), sums["errors"][0]
     bias = sums["errors"][1] / known.clamp(min=1)
@@ -285,20 +293,24 @@ def _assemble(manifest: Manifest, policy: Policy, totals: Totals) -> Calibration
         "known_fraction": (known / sums["asked"][:, None].clamp(min=1)).float(),
         "oracle_open_fraction": (sums["oracle_open_fraction"] / every).float(),
     }
-    error = 0.0
-    reached = [index for index in range(len(counts)) if bool((sums["key_count"][index] > 0).all())]
-    if reached:
-        divisor = sums["key_count"][reached][..., None, None]
-        mean = sums["key_total"][reached] / divisor
-        covariance = sums["key_outer"][reached] / divisor[..., None] - mean[..., :, None] * mean[..., None, :]
-        covariance = (covariance + covariance.mT) / 2
-        deviation, factor, error = files.pack_covariance(covariance)
-        found |= {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
-    # Two digits: the last ones depend on the order of the sums.
-    error = min(float(f"{error:.1e}"), 1.0)
-    reached_counts = tuple(counts[index] for index in reached)
-    manifest = manifest.model_copy(update={"bulk_counts": reached_counts, "covariance_error": error})
+    if rotary is not None:
+        tensors, error = _key_tensors(sums, rotary)
+        found |= tensors
+        # Two digits: the last ones depend on the order of the sums.
+        error = min(float(f"{error:.1e}"), 1.0)
+        manifest = manifest.model_copy(update={"covariance_error": error})
     return Calibration(manifest, policy, found)
+
+
+def _key_tensors(sums: dict[str, Tensor], rotary: FoundRotary) -> tuple[dict[str, Tensor], float]:
+    """Return the tensors of the key moments, and the error of storing a covariance."""
+    divisor = sums["key_count"].clamp(min=1)[:, None, None]
+    mean = sums["key_total"] / divisor
+    covariance = sums["key_outer"] / divisor[..., None] - mean[..., :, None] * mean[..., None, :]
+    deviation, factor, error = files.pack_covariance((covariance + covariance.mT) / 2)
+    frequencies = torch.stack([rotation.frequencies for rotation in rotary.rotations.values()])
+    found = {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
+    return found | {"key_frequencies": frequencies.float()}, error
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
@@ -312,32 +324,6 @@ def _half_upwards(values: Tensor) -> Tensor:
     # Positive half floats are ordered like their bits.
     upwards = (rounded.view(torch.int16) + 1).view(torch.float16)
     return torch.where(rounded.double() < values, upwards, rounded)
-
-
-def _resume(totals: Totals, kept: Path | None, key: str) -> tuple[Totals, int]:
-    if kept is None or not kept.exists():
-        return totals, 0
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(kept, framework="pt") as file:
-            metadata = file.metadata() or {}
-            sums = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CalibrationError(f"The checkpoint {kept} can't be read: {error}.", fix="delete it") from None
-    if metadata.get("key") != key or set(sums) != set(totals.sums):
-        raise CalibrationError(
-            f"The checkpoint {kept} is of a run with another model, other documents or other settings.",
-            fix="delete it, or name another checkpoint",
-        )
-    totals.sums = sums
-    return totals, int(metadata["done"])
-
-
-def _keep(totals: Totals, kept: Path, key: str, done: int) -> None:
-    from safetensors.torch import save
-
-    files.write(kept, save(totals.sums, metadata={"key": key, "done": str(done)}))
 
 
 @contextlib.contextmanager
@@ -362,29 +348,29 @@ def _ranks() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _add_up(totals: Totals) -> None:
-    if _ranks()[1] > 1:
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        for name, values in totals.sums.items():
-            shared = values.cuda() if on_gpu else values
-            torch.distributed.all_reduce(shared)
-            totals.sums[name] = shared.cpu()
-
-
-def _digest(documents: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "little") + ids.to(torch.int64).numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+def _added_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return sums over all processes."""
+    if _ranks()[1] == 1:
+        return sums
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    found = {}
+    for name, values in sums.items():
+        shared = values.cuda() if on_gpu else values.clone()
+        torch.distributed.all_reduce(shared)
+        found[name] = shared.cpu()
+    return found
 
 
 def _local(policy: Policy) -> tuple[int, int]:
     return policy.sink_size, policy.window_size
 
 
+def _context(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _default_length(model: Any) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    return min(_context(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
 
 
 def _name(model: Any) -> str:

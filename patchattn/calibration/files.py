@@ -23,12 +23,15 @@ from torch import Tensor
 
 from patchattn.calibration.manifest import Manifest
 from patchattn.errors import CalibrationError, CalibrationFormatError, CalibrationNotFoundError
+from patchattn.rotary import RotaryMoments
 
 FILE = "calibration.safetensors"
 POLICY_FILE = "policy.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MANIFEST = "manifest"
+_OF_SCHEMA_1 = ("bulk_counts", "covariance_error")
+_SINCE_SCHEMA_1 = {"schema_version": 2, "moments": "prompt", "rotary": None, "moment_documents": 0}
 _MOST_HEADER_BYTES = 1 << 20
 _MOST_FILE_BYTES = 1 << 30
 _DTYPES = {"F16": torch.float16, "F32": torch.float32}
@@ -55,11 +58,12 @@ def expected_tensors(manifest: Manifest, n_margins: int) -> dict[str, tuple[str,
         "known_fraction": ("F32", curves[:3]),
         "oracle_open_fraction": ("F32", curves[1:3]),
     }
-    if manifest.bulk_counts:
-        moments = (len(manifest.bulk_counts), layers, of.kv_heads)
-        found["key_mean"] = ("F32", (*moments, of.head_dim))
-        found["key_deviation"] = ("F32", (*moments, of.head_dim))
-        found["key_factor"] = ("F16", (*moments, of.head_dim * (of.head_dim + 1) // 2))
+    if manifest.rotary is not None:
+        dim = of.head_dim
+        found["key_mean"] = ("F32", (layers, of.kv_heads, dim))
+        found["key_deviation"] = ("F32", (layers, of.kv_heads, dim))
+        found["key_factor"] = ("F16", (layers, of.kv_heads, dim * (dim + 1) // 2))
+        found["key_frequencies"] = ("F32", (layers, dim // 2))
     return found
 
 
@@ -83,13 +87,14 @@ def decode(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
     text = metadata.get(_MANIFEST) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise _damaged("it has no manifest in its metadata")
-    manifest = _manifest(text)
+    manifest, dropped = _manifest(text)
     tensors = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
         tensors[name], end = _tensor(name, entry, body, end)
     if end != len(body):
         raise _damaged(f"{len(body) - end} bytes after the last tensor")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     check(manifest, tensors)
     return manifest, tensors
 
@@ -125,7 +130,7 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
         raise _damaged("missed_mass does not fall to zero along the margins")
     if (opened.diff(dim=-1) < 0).any():
         raise _damaged("open_fraction does not rise along the margins")
-    if manifest.bulk_counts:
+    if manifest.rotary is not None:
         _check_factors(tensors["key_deviation"], tensors["key_factor"], manifest.fingerprint.head_dim)
 
 
@@ -176,6 +181,14 @@ def unpack_covariance(deviation: Tensor, factor: Tensor) -> Tensor:
     triangle[..., rows, columns] = factor.float()
     triangle = triangle * deviation[..., None]
     return triangle @ triangle.mT
+
+
+def unpack_moments(tensors: dict[str, Tensor], at: int, order: list[int]) -> RotaryMoments:
+    """Return the key moments of the layer at an index of the tensors; `order` as `Rotary.order` gives it."""
+    covariance = unpack_covariance(tensors["key_deviation"][at], tensors["key_factor"][at])
+    same = order == sorted(order)
+    turning = None if same else torch.tensor(order)
+    return RotaryMoments(tensors["key_mean"][at], covariance, tensors["key_frequencies"][at], turning)
 
 
 def read(path: Path) -> bytes:
@@ -296,17 +309,26 @@ def _tensor(name: str, entry: dict[str, Any], body: memoryview, begin: int) -> t
     return tensor.reshape(shape), offsets[1]
 
 
-def _manifest(text: str) -> Manifest:
+def _manifest(text: str) -> tuple[Manifest, frozenset[str]]:
+    """Read a manifest of this schema or an earlier one, and name the tensors that the earlier one has beyond this."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         raise _damaged("its manifest is not JSON") from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if version == 1 and type(version) is int:
+        # Its key moments were of turned keys, for a few lengths; nothing uses those any more.
+        text = json.dumps({name: value for name, value in fields.items() if name not in _OF_SCHEMA_1} | _SINCE_SCHEMA_1)
+        return _validated(text), frozenset({"key_mean", "key_deviation", "key_factor"})
     if type(version) is int and version != SCHEMA_VERSION:
         raise CalibrationFormatError(
-            f"The calibration has schema version {version}; this version of patchattn reads {SCHEMA_VERSION}.",
-            fix="upgrade patchattn" if version > SCHEMA_VERSION else "measure the calibration again",
+            f"The calibration has schema version {version}; this version of patchattn reads 1 and {SCHEMA_VERSION}.",
+            fix="upgrade patchattn",
         )
+    return _validated(text), frozenset()
+
+
+def _validated(text: str) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:

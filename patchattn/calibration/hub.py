@@ -127,8 +127,9 @@ def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[No
         ) from error
     except RepositoryNotFoundError as error:
         raise CalibrationNotFoundError(
-            f"There is no repository {repo}, or it is private and the token may not see it.",
-            fix="check the name; for a private one, pass token=... or log in with `hf auth login`",
+            f"There is no folder {repo} here, and no repository {repo} on the Hub, or it is private and the token may "
+            "not see it.",
+            fix="check the name; for a private repository, pass token=... or log in with `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         from huggingface_hub import constants

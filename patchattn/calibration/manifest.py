@@ -89,6 +89,28 @@ class Corpus(_Frozen):
     tokens: Count
 
 
+class Rotary(_Frozen):
+    """Which dimensions of a key the rotary embedding turns together.
+
+    Args:
+        layout: `"halves"`: the first half of the turned dimensions with the second; `"interleaved"`: neighbours.
+        first: First turned dimension; those before it are not turned.
+        size: Number of turned dimensions, even.
+    """
+
+    layout: Literal["halves", "interleaved"]
+    first: Count
+    size: Size
+
+    def order(self, head_dim: int) -> list[int]:
+        """Return the dimension at each place of the rotary order, in which `i` and `i + head_dim / 2` turn together."""
+        turned, half = list(range(self.first, self.first + self.size)), self.size // 2
+        still = [dimension for dimension in range(head_dim) if dimension not in turned]
+        ones, others = (turned[:half], turned[half:]) if self.layout == "halves" else (turned[::2], turned[1::2])
+        middle = len(still) // 2
+        return [*ones, *still[:middle], *others, *still[middle:]]
+
+
 class Manifest(_Frozen):
     """Everything about a calibration but its tensors.
 
@@ -102,15 +124,18 @@ class Manifest(_Frozen):
         estimates: Estimates of the bulk log mass that were measured.
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         lengths: Lengths of the documents, tokens; each document has one of them, in turn.
+        moments: Source of the key moments that the curves were measured with; targets hold for this one.
         documents: Number of documents with bulk keys, of even and of odd index.
         corpus: The text.
-        bulk_counts: Numbers of bulk keys that key moments were taken for, ascending; empty for none.
+        rotary: Which dimensions of a key turn together, for the key moments; None for none.
+        moment_documents: Number of documents that key moments were taken from: with `moments="calibration"` others
+            than the curves.
         covariance_error: Largest relative error (Frobenius norm) that storing a covariance in half precision makes.
         versions: Versions of the libraries it was measured with.
         schema_version: Version of this schema.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: Text
     commit: Text | None = None
     fingerprint: Fingerprint
@@ -120,24 +145,30 @@ class Manifest(_Frozen):
     estimates: Annotated[tuple[Estimate, ...], Field(min_length=1, max_length=3, strict=False)]
     oracle_threshold: LocalShare
     lengths: Annotated[tuple[Size, ...], Field(min_length=1, max_length=64, strict=False)]
+    moments: Literal["prompt", "calibration"] = "prompt"
     documents: Annotated[tuple[Count, Count], Field(strict=False)]
     corpus: Corpus
-    bulk_counts: Annotated[tuple[Size, ...], Field(max_length=16, strict=False)] = ()
+    rotary: Rotary | None = None
+    moment_documents: Count = 0
     covariance_error: Annotated[float, Field(ge=0, le=1)] = 0.0
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:
-        for name in ("layers", "bulk_counts"):
-            numbers = getattr(self, name)
-            if list(numbers) != sorted(set(numbers)):
-                raise ValueError(f"{name} must ascend without repeats, got {list(numbers)}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must ascend without repeats, got {list(self.layers)}")
         if self.layers[-1] >= self.fingerprint.layers:
             raise ValueError(f"layer {self.layers[-1]} does not exist in a model of {self.fingerprint.layers} layers")
         if len(set(self.estimates)) != len(self.estimates):
             raise ValueError(f"estimates repeat: {list(self.estimates)}")
         if self.fingerprint.query_heads % self.fingerprint.kv_heads:
             raise ValueError("the number of query heads must be a multiple of the KV heads")
+        if self.rotary is not None:
+            dim, turned = self.fingerprint.head_dim, self.rotary
+            if dim % 2 or turned.size % 2 or turned.first + turned.size > dim:
+                raise ValueError(f"{turned!r} does not fit keys of dimension {dim}")
+        elif self.moments == "calibration":
+            raise ValueError('moments is "calibration", but there are no key moments')
         if sum(self.documents) == 0:
             raise ValueError("it must have measured at least one document")
         return self

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from patchattn.calibration.risk import documents_needed
+from patchattn.calibration.card import name_of, shown_target
 from patchattn.errors import CalibrationError
 from patchattn.policy import OpenFractionTarget, RiskTarget
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from patchattn.calibration.calibration import Calibration
 
-_SHOWN_ALPHA = 0.02
+_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+_MARKERS = {"guarded": "o", "saturating": "s", "lognormal": "^"}
 
 
 def pictures(calibration: Calibration) -> dict[str, bytes]:
@@ -38,47 +40,57 @@ def risk_figure(calibration: Calibration) -> Figure:
     ways = {"one threshold for all heads": [(float(e.open_fraction.mean()), float(e.missed_mass.mean())) for e in one]}
     budget = [calibration.thresholds(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
     ways["open-fraction target"] = [_means(calibration, margins) for margins in budget]
+    promised: list[tuple[float, float, float]] = []
     for scope in ("head", "model"):
-        found = []
+        found: list[tuple[float, float, float]] = []
         for alpha in torch.logspace(-3.5, -0.5, 31).tolist():
             try:
                 margins = calibration.thresholds(RiskTarget(alpha=alpha, scope=scope))
             except CalibrationError:
                 continue
             found.append((alpha, *_means(calibration, margins)))
+        promised += found
+        if not found:
+            continue
         ways[f'risk target, scope "{scope}"'] = [(opened, missed) for _, opened, missed in found]
         promise.plot([f[0] for f in found], [100 * f[1] for f in found], ".-", label=f'scope "{scope}"')
     for name, points in ways.items():
-        price.plot([100 * x for x, _ in points], [max(y, 1e-5) for _, y in points], ".-", label=name)
+        price.plot([100 * x for x, _ in points], [100 * max(y, 1e-5) for _, y in points], ".-", label=name)
     price.set_yscale("log")
-    price.set_ylim(bottom=1e-4)
+    price.set_ylim(bottom=1e-2)
+    price.yaxis.set_major_formatter("{x:g}")
     price.set_xlabel("open pairs, % (mean over heads)")
-    price.set_ylabel("missed mass (mean over heads)")
+    price.set_ylabel("missed mass, % (mean over heads)")
+    price.set_title("what closing costs, by way of choosing thresholds", fontsize=10)
     promise.set_xscale("log")
-    shown = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    least, most = (limit(f[0] for f in promised) for limit in (min, max)) if promised else (0.01, 0.3)
+    shown = [alpha for alpha in _TICKS if 0.8 * least <= alpha <= 1.2 * most]
     promise.set_xticks(shown, [f"{alpha:g}" for alpha in shown])
     promise.minorticks_off()
+    promise.set_ylim(-3, 103)
     promise.set_xlabel("alpha of the risk target")
-    promise.set_ylabel("open pairs, %")
+    promise.set_ylabel("open pairs, % (mean over heads)")
+    promise.set_title(f"what a promise costs with {calibration.manifest.n_documents} documents", fontsize=10)
     for axes in (price, promise):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     return figure
 
 
 def heads_figure(calibration: Calibration) -> Figure:
-    """Draw the open fraction of each head: by the exact share, and under a risk target."""
-    alpha = _SHOWN_ALPHA
-    if documents_needed(RiskTarget(alpha=alpha)) > calibration.manifest.n_documents:
-        alpha = 1 / (calibration.manifest.n_documents + 1)
-    found = calibration.expected(calibration.thresholds(RiskTarget(alpha=alpha)))
+    """Draw the open fraction of each head: by the exact share, and under the calibration's own target."""
+    target = shown_target(calibration)
+    opened = None if target is None else calibration.expected(calibration.thresholds(target)).open_fraction
     share = calibration.manifest.oracle_threshold
-    layers, heads = found.open_fraction.shape
+    exact = calibration.tensors["oracle_open_fraction"]
+    layers, heads = exact.shape
     size = (min(2 * (0.45 * heads + 1.6), 22), min(0.4 * layers + 1.8, 14))
     figure = Figure(figsize=(max(size[0], 8), max(size[1], 3)), layout="constrained")
-    both = figure.subplots(1, 2)
-    _grid(both[0], calibration, calibration.tensors["oracle_open_fraction"], f"exact share below {share:g}")
-    image = _grid(both[1], calibration, found.open_fraction, f"risk target, alpha {alpha:.2g}")
+    both = figure.subplots(1, 1 if opened is None else 2, squeeze=False)[0]
+    image = _grid(both[0], calibration, exact, f"exact local share below {share:g}")
+    if target is not None and opened is not None:
+        _grid(both[1], calibration, opened, f"thresholds for {name_of(target)}")
     figure.colorbar(image, ax=list(both), label="open fraction")
     return figure
 
@@ -89,18 +101,26 @@ def estimate_figure(calibration: Calibration) -> Figure:
     error, doubt = figure.subplots(1, 2)
     for index, estimate in enumerate(calibration.manifest.estimates):
         bias, spread = (calibration.tensors[name][index].flatten() for name in ("bias", "spread"))
-        known = calibration.tensors["known_fraction"][index].flatten()
-        error.scatter(bias, spread, s=18, alpha=0.7, label=estimate)
-        doubt.plot(range(len(known)), 100 * known.sort(descending=True).values, ".-", label=estimate)
+        known = 100 * calibration.tensors["known_fraction"][index].flatten().sort(descending=True).values
+        marker = _MARKERS[estimate]
+        # Hollow markers, and lines of falling width: estimates that agree lie on top of each other.
+        error.scatter(bias, spread, s=28, marker=marker, facecolors="none", edgecolors=f"C{index}", label=estimate)
+        doubt.plot(range(1, len(known) + 1), known, color=f"C{index}", linewidth=(3.5, 2, 0.8)[index], label=estimate)
     error.axvline(0, color="grey", linewidth=0.8)
+    error.set_xscale("symlog", linthresh=1)
+    error.margins(x=0.1)
+    error.xaxis.set_major_locator(FixedLocator([-30, -10, -3, -1, 0, 1, 3, 10, 30]))
+    error.xaxis.set_major_formatter("{x:g}")
     error.set_xlabel("bias of the estimated log mass, nats")
     error.set_ylabel("spread, nats")
+    error.set_title("error of the estimate where it is finite, a point per head", fontsize=10)
     doubt.set_xlabel("heads, sorted")
     doubt.set_ylabel("pairs with a finite estimate, %")
     doubt.set_ylim(-3, 103)
-    for axes in (error, doubt):
+    doubt.set_title("the others open without asking", fontsize=10)
+    for axes, corner in ((error, "upper left"), (doubt, "lower left")):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=corner)
     return figure
 
 

@@ -12,6 +12,7 @@ from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import Estimate
 from patchattn.regions import Regions
+from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 
 MARGINS = torch.cat([torch.arange(-8, -2, 0.5), torch.arange(-2, 6, 0.25), torch.arange(6, 14.1, 0.5)])
 """Margins in nats that curves are measured at: shares from 0.0003 to 0.999999, finest where gates are used."""
@@ -32,7 +33,7 @@ class Settings:
         query_heads: Query heads per layer.
         kv_heads: KV heads per layer.
         head_dim: Dimension of the keys.
-        bulk_counts: Numbers of bulk keys to take key moments for, ascending; empty for none.
+        key_moments: Whether moments of the keys are taken.
         oracle_margin: Margin in nats below which the exact gate opens, for recall and precision.
     """
 
@@ -40,7 +41,7 @@ class Settings:
     query_heads: int
     kv_heads: int
     head_dim: int
-    bulk_counts: tuple[int, ...]
+    key_moments: bool
     oracle_margin: float
 
 
@@ -49,12 +50,20 @@ class Totals:
 
     Args:
         settings: What is measured.
+        rotations: By layer, for moments of the keys.
+        moments: Moments of other text by layer, which curves are measured with; None takes those of the prompt.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        layers, heads, lengths = len(settings.layers), settings.query_heads, len(settings.bulk_counts)
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        rotations: dict[int, Rotation] | None = None,
+        moments: dict[int, RotaryMoments] | None = None,
+    ) -> None:
+        layers, heads = len(settings.layers), settings.query_heads
         curves = (len(ESTIMATES), layers, heads, len(MARGINS) + 2)
-        keys = (lengths, layers, settings.kv_heads, settings.head_dim)
+        keys = (layers if settings.key_moments else 0, settings.kv_heads, settings.head_dim)
         shapes = {
             "documents": (2,),
             "missed_mass": (2, *curves),
@@ -65,17 +74,21 @@ class Totals:
             "oracle_open_fraction": (layers, heads),
             "asked": (layers,),
             "errors": (3, *curves[:3]),
-            "key_count": (lengths, layers),
+            "key_count": keys[:1],
             "key_total": keys,
             "key_outer": (*keys, settings.head_dim),
         }
-        self.settings = settings
+        self.settings, self.rotations, self.moments = settings, rotations, moments
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def add_document(self, index: int) -> Document:
         """Start a document; even and odd indices are kept apart where it matters."""
         self.sums["documents"][index % 2] += 1
-        return Document(self, index % 2)
+        return Document(self, index % 2, keys=self.settings.key_moments and self.moments is None)
+
+    def add_keys_of_document(self) -> Document:
+        """Start a document that gives moments of the keys and nothing else."""
+        return Document(self, None, keys=True)
 
 
 @dataclass(frozen=True)
@@ -84,11 +97,13 @@ class Document:
 
     Args:
         totals: What it is added to.
-        half: 0 or 1.
+        half: 0 or 1: to which curves it is added; None for none.
+        keys: Whether moments of its keys are added.
     """
 
     totals: Totals
-    half: int
+    half: int | None
+    keys: bool
 
     def attend(self, layer: int, inputs: AttentionInputs) -> Attended:
         """Attend densely and add what this call shows about each head.
@@ -103,9 +118,10 @@ class Document:
         at = self.totals.settings.layers.index(layer)
         output, local, bulk = _exact(inputs)
         asked = inputs.regions.asked[0]
-        if asked.any():
+        if self.half is not None and asked.any():
             self._add_curves(at, inputs, local[0][:, asked], bulk[0][:, asked], asked)
-        self._add_keys(at, inputs)
+        if self.keys:
+            self._add_keys(layer, inputs)
         opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
         return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
 
@@ -118,15 +134,7 @@ class Document:
         sums["oracle_pairs"][at] += needed.sum(-1).cpu()
         sums["oracle_open_fraction"][at] += needed.double().mean(-1).cpu()
         for index, estimate in enumerate(ESTIMATES):
-            mass, _ = bulk_log_mass_from_prompt(
-                inputs.query,
-                inputs.key,
-                inputs.regions,
-                scale=inputs.scale,
-                softcap=inputs.softcap,
-                estimate=estimate,
-            )
-            mass = mass[0][:, asked]
+            mass = self._estimated(at, inputs, estimate)[0][:, asked]
             missed, closed, closed_needed = (
                 _closed_sums(local - mass, weight) for weight in (share, torch.ones_like(share), needed.double())
             )
@@ -139,18 +147,24 @@ class Document:
             for power, values in enumerate((known.double(), error, error.square())):
                 sums["errors"][power, index, at] += values.sum(-1).cpu()
 
-    def _add_keys(self, at: int, inputs: AttentionInputs) -> None:
-        sums, sink_size = self.totals.sums, inputs.regions.sink_size
-        bulk_keys = inputs.key[0, :, sink_size:].double()
-        begin, total, outer = 0, 0, 0
-        for index, count in enumerate(self.totals.settings.bulk_counts):
-            if count > bulk_keys.shape[1]:
-                break
-            keys = bulk_keys[:, begin:count]
-            total, outer, begin = total + keys.sum(1), outer + keys.mT @ keys, count
-            sums["key_count"][index, at] += count
-            sums["key_total"][index, at] += total.cpu()
-            sums["key_outer"][index, at] += outer.cpu()
+    def _estimated(self, at: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
+        query, key, regions, moments = inputs.query, inputs.key, inputs.regions, self.totals.moments
+        scale, softcap = inputs.scale, inputs.softcap
+        if moments is None:
+            return bulk_log_mass_from_prompt(query, key, regions, scale=scale, softcap=softcap, estimate=estimate)[0]
+        of_layer = moments[self.totals.settings.layers[at]].to(query.device)
+        return bulk_log_mass_from_text(query, regions, of_layer, scale=scale, softcap=softcap, estimate=estimate)
+
+    def _add_keys(self, layer: int, inputs: AttentionInputs) -> None:
+        sums, regions, rotations = self.totals.sums, inputs.regions, self.totals.rotations
+        slots = torch.arange(regions.sink_size, inputs.key.shape[2] - regions.window_size, device=inputs.key.device)
+        if rotations is None or not len(slots):
+            return
+        at = self.totals.settings.layers.index(layer)
+        keys = rotations[layer].undone(inputs.key[0].index_select(1, slots), slots)
+        sums["key_count"][at] += len(slots)
+        sums["key_total"][at] += keys.sum(1).cpu()
+        sums["key_outer"][at] += (keys.mT @ keys).cpu()
 
 
 def _exact(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:

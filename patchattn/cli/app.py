@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from patchattn.cli import calibrate as calibrate_command
 from patchattn.cli import demo as demo_command
 from patchattn.cli import doctor as doctor_command
+from patchattn.cli import evaluate as evaluate_command
 from patchattn.cli.problems import explained
 
 app = typer.Typer(
@@ -110,6 +111,89 @@ def doctor(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a causal language model, or demo for the shipped model.")
+    ],
+    *,
+    lengths: Annotated[str, typer.Option(help="Tokens in prompt and answer, with commas between several.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Short names and policy files (.json), with commas between them: default, oracle, static, open, "
+            "closed, calibrated; a number as in default:0.8 sets threshold or share. Dense is always measured."
+        ),
+    ] = "default,closed",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks and groups (ruler, shipped, all), with commas between them. Default: all; for demo, shipped."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 20,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Real text for haystacks and text loss, UTF-8. Default: Python source that ships along."),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Folder or Hub id of a calibration of the model.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First tokens always attended, under short names.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens always attended, under short names. Default: a sixteenth of the shortest length, "
+            "at least 64 and at most 1,024."
+        ),
+    ] = None,
+    min_bulk: Annotated[
+        int, typer.Option(min=0, help="Queries with fewer far keys attend densely, under short names.")
+    ] = 0,
+    backend: Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the model was saved.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table, numbers and picture; a broken-off run goes on from it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Ask a model long-range questions, as it came and under policies, and print one table.
+
+    Needles in a haystack, variable tracking and word counts after RULER, key-value pairs, long copy, few-shot examples
+    far away, and the loss of a text by position. All of it is made from a seed, for any tokenizer and any length;
+    docs/reference/tasks.md describes each. Tasks that do not fit a length are left out, and a note says so.
+
+    **Examples**
+
+    - `patchattn evaluate demo --lengths 1024 --samples 5`: the shipped model, two minutes on two cores
+    - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
+    - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
+    """
+    with explained():
+        evaluate_command.run(
+            evaluate_command.Choice(
+                model=model,
+                lengths=lengths,
+                policies=policies,
+                tasks=tasks,
+                samples=samples,
+                seed=seed,
+                text=text,
+                calibration=calibration,
+                sink=sink,
+                window=window,
+                min_bulk=min_bulk,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                out=out,
+                json=json,
+            )
+        )
+
+
+@app.command()
 def calibrate(
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of a causal language model. Default: the shipped model.")
@@ -132,6 +216,10 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
     ] = 0.02,
+    moments: Annotated[
+        Literal["prompt", "calibration"] | None,
+        typer.Option(help="Where the gate takes key moments from. Default: as in --policy, or prompt."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which documents are drawn, and their order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
     corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
@@ -162,6 +250,7 @@ def calibrate(
                 window=window,
                 min_bulk=min_bulk,
                 alpha=alpha,
+                moments=moments,
                 seed=seed,
                 name=name,
                 corpus=corpus,
@@ -203,6 +292,7 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option(help="Open a pull request in place of a commit.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Publish a calibration with its card; prints the commit.
 
@@ -212,8 +302,7 @@ def push(
     - `patchattn push calibrations/my-model org/my-model-patchattn --private --message "128k tokens"`
     """
     with explained():
-        commit = calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request)
-    typer.echo(commit)
+        calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request, as_json=json)
 
 
 @app.command()
@@ -222,6 +311,7 @@ def pull(
     folder: Annotated[Path, typer.Argument(help="Folder to write the calibration into.")],
     *,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Get a calibration from the Hub, check it, and write it into a folder.
 
@@ -230,7 +320,7 @@ def pull(
     - `patchattn pull org/my-model-patchattn calibrations/my-model --revision v1`
     """
     with explained():
-        calibrate_command.read(repo, revision=revision).save_pretrained(folder)
+        calibrate_command.pull(repo, folder, revision=revision, as_json=json)
 
 
 @app.command()
@@ -238,6 +328,7 @@ def card(
     calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
     *,
     write: Annotated[bool, typer.Option("--write", help="Write card and plots into the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the model card of a calibration, or write it again.
 
@@ -247,7 +338,4 @@ def card(
     - `patchattn card calibrations/my-model --write`
     """
     with explained():
-        if write:
-            calibrate_command.write_cards(Path(calibration))
-        else:
-            typer.echo(calibrate_command.text_of_card(calibration))
+        calibrate_command.card(calibration, write=write, as_json=json)

@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -17,13 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from patchattn.calibration import Calibration
-from patchattn.calibration.card import card_text, risk_table, write_card
+from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
 from patchattn.calibration.collect import calibrate
 from patchattn.cli.models import load
-from patchattn.cli.problems import stop
+from patchattn.cli.problems import read_text, stop
 from patchattn.policy import MomentGate, Policy, RiskTarget
 
-_SHOWN_ALPHA = 0.02
+_SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Choice:
     window: int | None
     min_bulk: int | None
     alpha: float
+    moments: Literal["prompt", "calibration"] | None
     seed: int
     name: str | None
     corpus: str | None
@@ -54,7 +55,6 @@ def run(choice: Choice) -> None:
     texts = _texts(choice.texts)
     if choice.out.exists() and not choice.out.is_dir():
         raise stop(f"{choice.out} is not a folder.", fix="Choose another --out.")
-    choice.out.mkdir(parents=True, exist_ok=True)
     rank = _join_processes()
     model, tokenizer = load(choice.model, choice.device)
     bar = Progress(
@@ -116,38 +116,23 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
     console.print(
         f"{manifest.n_documents} documents of {', '.join(f'{n:,}' for n in manifest.lengths)} tokens from "
         f"{manifest.corpus.name}; sink {manifest.sink_size}, window {manifest.window_size}, "
-        f"{manifest.fingerprint.dtype}.",
+        f"{manifest.fingerprint.dtype}; thresholds are for moments of the {_SOURCES[manifest.moments]}.",
         highlight=False,
     )
-    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open pairs", "missed mass", "heads never open", "heads always open"):
-        risks.add_column(name, justify="right")
-    for row in rows:
-        scope = "each head" if row.scope == "head" else "mean over heads"
-        if row.open_fraction is None or row.missed_mass is None:
-            risks.add_row(f"{row.alpha:g}", scope, f"needs {row.documents_needed} documents", "", "", "")
-        else:
-            risks.add_row(
-                f"{row.alpha:g}",
-                scope,
-                f"{row.open_fraction:.1%}",
-                f"{row.missed_mass:.2%}",
-                str(row.never_open),
-                str(row.always_open),
-            )
-    console.print(risks)
+    _print_risks(console, rows)
+    target = shown_target(calibration)
     layers = Table("layer", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open by exact share", f"open at alpha {_SHOWN_ALPHA:g}", "missed", "bias", "spread"):
+    for name in (
+        "open by exact share",
+        *([f"open at {name_of(target)}", "missed"] if target else []),
+        "bias",
+        "spread",
+    ):
         layers.add_column(name, justify="right")
     for row in found["layers"]:
-        layers.add_row(
-            str(row["layer"]),
-            f"{row['oracle_open_fraction']:.1%}",
-            "-" if row["open_fraction"] is None else f"{row['open_fraction']:.1%}",
-            "-" if row["missed_mass"] is None else f"{row['missed_mass']:.2%}",
-            f"{row['bias']:+.2f}",
-            f"{row['spread']:.2f}",
-        )
+        chosen = (f"{row['open_fraction']:.1%}", f"{row['missed_mass']:.2%}") if target else ()
+        exact = f"{row['oracle_open_fraction']:.1%}"
+        layers.add_row(str(row["layer"]), exact, *chosen, f"{row['bias']:+.2f}", f"{row['spread']:.2f}")
     console.print(layers)
     console.print(
         "Means over the heads of a layer; bias and spread of the estimated log mass in nats. Measured on dense "
@@ -156,27 +141,65 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
     )
 
 
-def push(folder: Path, repo: str, *, private: bool | None, message: str | None, pull_request: bool) -> str:
-    """Publish a folder; returns the commit."""
-    return Calibration.from_pretrained(folder).push_to_hub(
+def _print_risks(console: Console, rows: list[RiskRow]) -> None:
+    """Print what can be promised as a table, and below it what would take how many documents."""
+    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("open pairs", "missed mass", "heads\nnever open", "heads\nalways open"):
+        risks.add_column(name, justify="right")
+    needed: dict[str, list[str]] = {}
+    for row in rows:
+        scope = "each head" if row.scope == "head" else "mean of heads"
+        if row.open_fraction is None or row.missed_mass is None:
+            needed.setdefault(scope, []).append(f"alpha {row.alpha:g} needs {row.documents_needed} documents")
+        else:
+            cells = (f"{row.open_fraction:.1%}", f"{row.missed_mass:.2%}", str(row.never_open), str(row.always_open))
+            risks.add_row(f"{row.alpha:g}", scope, *cells)
+    if risks.rows:
+        console.print(risks)
+    for scope, lines in needed.items():
+        console.print(f"Promise for {scope}: {', '.join(lines)}.", style="dim", highlight=False)
+
+
+def push(
+    folder: Path, repo: str, *, private: bool | None, message: str | None, pull_request: bool, as_json: bool
+) -> None:
+    """Publish a folder, and print the commit."""
+    commit = Calibration.from_pretrained(folder).push_to_hub(
         repo, private=private, commit_message=message, create_pr=pull_request
     )
+    _print(json.dumps({"repo": repo, "commit": commit}) if as_json else commit)
 
 
-def write_cards(folder: Path) -> None:
-    """Write the card and the pictures of a folder again."""
-    write_card(Calibration.from_pretrained(folder), folder)
+def pull(repo: str, folder: Path, *, revision: str | None, as_json: bool) -> None:
+    """Write a repository's calibration into a folder, and say what it is."""
+    calibration = read(repo, revision=revision)
+    calibration.save_pretrained(folder)
+    if as_json:
+        show(calibration, where=str(folder), as_json=True)
+    else:
+        documents = calibration.manifest.n_documents
+        _print(f"Calibration of {calibration.manifest.model} on {documents} documents, in {folder}")
 
 
-def text_of_card(where: str) -> str:
-    """Return the card of a folder or repository without writing it."""
-    return card_text(read(where))
+def card(where: str, *, write: bool, as_json: bool) -> None:
+    """Print the card of a folder or repository, or write card and pictures of a folder again."""
+    calibration = Calibration.from_pretrained(Path(where)) if write else read(where)
+    if write:
+        write_card(calibration, Path(where))
+    text = card_text(calibration)
+    if as_json:
+        _print(json.dumps({"calibration": where, "written": write, "card": text}))
+    else:
+        _print(f"{where}/README.md" if write else text)
+
+
+def _print(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _layers(calibration: Calibration) -> list[dict[str, Any]]:
-    target = RiskTarget(alpha=max(_SHOWN_ALPHA, 1 / (calibration.manifest.n_documents + 1)))
-    enough = target.alpha == _SHOWN_ALPHA
-    found = calibration.expected(calibration.thresholds(target))
+    target = shown_target(calibration)
+    found = None if target is None else calibration.expected(calibration.thresholds(target))
     index = calibration.manifest.estimates.index(_estimate(calibration))
     rows = []
     for at, layer in enumerate(calibration.manifest.layers):
@@ -184,9 +207,9 @@ def _layers(calibration: Calibration) -> list[dict[str, Any]]:
             {
                 "layer": layer,
                 "oracle_open_fraction": float(calibration.tensors["oracle_open_fraction"][at].mean()),
-                "alpha": _SHOWN_ALPHA,
-                "open_fraction": float(found.open_fraction[at].mean()) if enough else None,
-                "missed_mass": float(found.missed_mass[at].mean()) if enough else None,
+                "target": None if target is None else target.model_dump(),
+                "open_fraction": None if found is None else float(found.open_fraction[at].mean()),
+                "missed_mass": None if found is None else float(found.missed_mass[at].mean()),
                 "bias": float(calibration.tensors["bias"][index, at].mean()),
                 "spread": float(calibration.tensors["spread"][index, at].mean()),
             }
@@ -208,6 +231,13 @@ def _policy(choice: Choice) -> Policy:
             fields = Policy.model_validate_json(choice.policy.read_text(encoding="utf-8")).model_dump()
         except (OSError, UnicodeDecodeError):
             raise stop(f"Can't read {choice.policy}.", fix="Give the path of a policy file.") from None
+    if choice.moments is not None:
+        if fields["gate"]["kind"] != "moment":
+            raise stop(
+                f"--moments goes with a moment gate; the policy has the gate {fields['gate']['kind']!r}.",
+                fix="Leave --moments out, or choose another policy.",
+            )
+        fields["gate"] = fields["gate"] | {"moments": choice.moments}
     for name, value in (
         ("sink_size", choice.sink),
         ("window_size", choice.window),
@@ -224,16 +254,7 @@ def _texts(pattern: str) -> list[str]:
     paths = sorted(base.rglob("*.txt")) if base.is_dir() else [Path(name) for name in sorted(glob.glob(pattern))]
     if not paths:
         raise stop(f"No text file fits {pattern!r}.", fix="Give a file, a folder with .txt files, or a quoted pattern.")
-    return [_read_text(path) for path in paths]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise stop(f"{path} is not UTF-8 text.", fix="Give plain text files encoded as UTF-8.") from None
-    except OSError as error:
-        raise stop(f"Can't read {path}: {error.strerror}.", fix="Give readable files.") from None
+    return [read_text(path) for path in paths]
 
 
 def _join_processes() -> int:

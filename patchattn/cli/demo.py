@@ -19,7 +19,7 @@ from rich.table import Table
 
 from patchattn import demo
 from patchattn.cli.models import load
-from patchattn.cli.problems import stop
+from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation.compare import Comparison, compare
 from patchattn.policy import Policy
 
@@ -47,7 +47,7 @@ class Choice:
 def run(choice: Choice) -> None:
     """Compare, print, and save the picture and the page."""
     policy = _policy(choice)
-    text = demo.sample_text() if choice.text is None else _read(choice.text)
+    text = demo.sample_text() if choice.text is None else read_text(choice.text)
     _check_out(choice.out)
     errors = Console(stderr=True)
     with _progress(errors) as tell:
@@ -98,21 +98,12 @@ def _policy(choice: Choice) -> Policy:
     if choice.policy is None:
         fields: dict[str, Any] = Policy(window_size=256, min_bulk=0).model_dump()
     else:
-        fields = Policy.model_validate_json(_read(choice.policy)).model_dump()
+        fields = Policy.model_validate_json(read_text(choice.policy)).model_dump()
     if choice.threshold is not None:
         fields["gate"]["threshold"] = choice.threshold
     if choice.window is not None:
         fields["window_size"] = choice.window
     return Policy.model_validate(fields)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise stop(f"{path} is not UTF-8 text.", fix="Give a plain text file encoded as UTF-8.") from None
-    except OSError as error:
-        raise stop(f"Can't read {path}: {error.strerror}.", fix="Give the path of a readable file.") from None
 
 
 def _check_out(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from pydantic import ValidationError
@@ -49,3 +50,13 @@ def explained() -> Iterator[None]:
 
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "policy"
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file that the user named."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise stop(f"{path} is not UTF-8 text.", fix="Give a plain text file encoded as UTF-8.") from None
+    except OSError as error:
+        raise stop(f"Can't read {path}: {error.strerror}.", fix="Give the path of a readable file.") from None

@@ -1,1 +1,21 @@
-"""Long-range tasks and the tables made from them."""
+"""Long-range tasks, scores, and tables made from them: `evaluate` measures a model on all of it."""
+
+from patchattn.evaluation.families import GROUPS, TASKS, make_sample
+from patchattn.evaluation.material import Material
+from patchattn.evaluation.measure import evaluate
+from patchattn.evaluation.policies import named_policy
+from patchattn.evaluation.results import Cell, Evaluation
+from patchattn.evaluation.samples import DocumentError, Sample
+
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "Cell",
+    "DocumentError",
+    "Evaluation",
+    "Material",
+    "Sample",
+    "evaluate",
+    "make_sample",
+    "named_policy",
+]

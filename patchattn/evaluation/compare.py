@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional
 
 import patchattn
-from patchattn.errors import PatchAttnError
+from patchattn.evaluation.greedy import write
+from patchattn.evaluation.samples import DocumentError
 from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
 from patchattn.policy import Phase, Policy
 
@@ -33,12 +34,6 @@ _TIMED_DECODE_STEPS = 32
 # Logits of more positions than this would take more memory than the model.
 _MOST_LOSS_TOKENS = 8192
 _SHARE_OF_WORK = {"answering": 0.6, "reading plain text": 0.1, "timing": 0.3}
-
-
-class DocumentError(PatchAttnError, ValueError):
-    """A document that can't be made: too little text, or more questions or tokens than fit."""
-
-    code = "document"
 
 
 @dataclass(frozen=True)
@@ -202,17 +197,26 @@ def check_length(model: Any, text: TokenizedText, length: int) -> None:
     Raises:
         DocumentError: See above.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise DocumentError(
-            f"The model reads at most {longest:,} tokens and the document was to have {length:,}.",
-            fix=f"Choose a length of at most {longest}, or a model with a longer context.",
-        )
+    check_longest(model, length)
     available = sum(map(len, text.tokens))
     if available < length:
         raise DocumentError(
             f"The text has {available:,} tokens and the document was to have {length:,}.",
             fix=f"Give a longer text, or choose a length of at most {available}.",
+        )
+
+
+def check_longest(model: Any, length: int) -> None:
+    """Refuse a document that is longer than the model's context.
+
+    Raises:
+        DocumentError: See above.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise DocumentError(
+            f"The model reads at most {longest:,} tokens and the document was to have {length:,}.",
+            fix=f"Choose a length of at most {longest}, or a model with a longer context.",
         )
 
 
@@ -258,7 +262,7 @@ def _quality(
     for index, question in enumerate(document.questions):
         given += ids[question.start : question.answer_start]
         answer = list(ids[question.answer_start : question.answer_end])
-        written, cache = _write(model, given, cache, len(answer))
+        written, cache = write(model, given, cache, len(answer))
         right += written == answer
         read += given + written[:-1]
         # What comes next in the conversation: the token that is not in the cache yet, and the line break.
@@ -269,18 +273,6 @@ def _quality(
     read += plain.token_ids
     work.done("reading plain text", 1.0)
     return right, loss
-
-
-def _write(model: Any, given: list[int], cache: Any, count: int) -> tuple[list[int], Any]:
-    """Write `count` tokens greedily after the given ones; returns them and the cache, which lacks the last one."""
-    tokens = torch.tensor([given], device=model.device)
-    written: list[int] = []
-    for _ in range(count):
-        result = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = result.past_key_values
-        tokens = result.logits[:, -1].argmax(-1, keepdim=True)
-        written.append(int(tokens))
-    return written, cache
 
 
 def _loss_tokens(plain: Document) -> int:
@@ -307,12 +299,12 @@ def _times(model: Any, document: Document, work: _Work) -> tuple[float, float]:
     cache, written = None, []
     for repeat in range(1 + _TIMED_PREFILLS):
         begin = _now(model)
-        written, cache = _write(model, given, None, 1)
+        written, cache = write(model, given, None, 1)
         seconds.append(_now(model) - begin)
         work.done("timing", 0.7 * (repeat + 1) / (1 + _TIMED_PREFILLS))
-    written, cache = _write(model, written, cache, _WARM_DECODE_STEPS)
+    written, cache = write(model, written, cache, _WARM_DECODE_STEPS)
     begin = _now(model)
-    _write(model, written[-1:], cache, _TIMED_DECODE_STEPS)
+    write(model, written[-1:], cache, _TIMED_DECODE_STEPS)
     speed = _TIMED_DECODE_STEPS / (_now(model) - begin)
     work.done("timing", 1.0)
     return statistics.median(seconds[1:]), speed

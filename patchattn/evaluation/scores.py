@@ -64,7 +64,7 @@ def score(model: Any, documents: Iterable[Document]) -> Scores:
     return Scores(right, asked, loss / n_text)
 
 
-def wilson_interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(right: float, asked: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a share, 95% unless `z` says otherwise."""
     share, spread = right / asked, z * z / asked
     centre = (share + spread / 2) / (1 + spread)

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
+from patchattn.evaluation.samples import n_shared
+from patchattn.evaluation.words import draw_number, draw_word
+
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
 
@@ -31,9 +34,6 @@ Split = Literal["train", "test"]
 FACT_PROMPTS = ("# {key} =", "# What is {key}? It is", "assert {key} ==", "# get({key}) ->")
 """Phrasings of a question for a fact; the answer follows after one space."""
 
-_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "st", "tr")
-_VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("", "", "", "n", "r", "s", "l", "x")
 _TEST_KEYS_ONE_IN = 8
 _NOTE_CHARACTERS = range(10, 49)
 
@@ -105,8 +105,8 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What one question needs: the lines to plant, in order, and how to ask."""
+class PlantedTask:
+    """What one question needs: the lines to plant, in order, and how to ask; fields as in `Question`."""
 
     kind: Kind
     planted: tuple[str, ...]
@@ -175,7 +175,7 @@ def make_document(
         (4096, 25)
     """
     rng = random.Random(f"{seed}/{split}/{length}")
-    tasks = [_make_task(kind, text, rng, split) for kind in kinds]
+    tasks = [draw_task(kind, text, rng, split) for kind in kinds]
     n_tasks = len(tasks)
     pieces = [line for task in tasks for line in task.planted]
     n_planted = len(pieces)
@@ -219,7 +219,7 @@ def make_document(
                 answer=tasks[event.task].answer,
                 planted_at=planted_at[event.task],
                 start=start,
-                answer_start=start + _n_shared(prompts[event.task], tokens),
+                answer_start=start + n_shared(prompts[event.task], tokens),
                 answer_end=start + len(tokens),
             )
         )
@@ -237,7 +237,9 @@ class _Event:
     planted_line: int | None
 
 
-def _order_events(tasks: Sequence[_Task], rng: random.Random, *, ask: str, depth: tuple[float, float]) -> list[_Event]:
+def _order_events(
+    tasks: Sequence[PlantedTask], rng: random.Random, *, ask: str, depth: tuple[float, float]
+) -> list[_Event]:
     """Choose a depth for each planted line and question; a question follows all its lines."""
     events = []
     n_lines = 0
@@ -251,47 +253,38 @@ def _order_events(tasks: Sequence[_Task], rng: random.Random, *, ask: str, depth
     return sorted(events, key=lambda event: (event.depth, event.planted_line is None))
 
 
-def _make_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split) -> _Task:
-    """Draw one task."""
+def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split) -> PlantedTask:
+    """Draw one task.
+
+    Raises:
+        ValueError: There is no such kind, or the text has no line to copy.
+    """
     if kind == "fact":
-        key, value = _draw_key(rng, split), _draw_number(rng)
+        key, value = _draw_key(rng, split), draw_number(rng, digits=5)
         prompt = rng.choice(FACT_PROMPTS).format(key=key)
-        return _Task(kind, (f"# {key} = {value}\n",), prompt, f" {value}")
+        return PlantedTask(kind, (f"# {key} = {value}\n",), prompt, f" {value}")
     if kind == "chain":
         first, second, third = (_draw_key(rng, split) for _ in range(3))
-        value = _draw_number(rng)
+        value = draw_number(rng, digits=5)
         planted = (f"# {first} = {value}\n", f"# {second} = {first}\n", f"# {third} = {second}\n")
-        return _Task(kind, planted, f"# follow {third} ->", f" {second} -> {first} -> {value}")
+        return PlantedTask(kind, planted, f"# follow {third} ->", f" {second} -> {first} -> {value}")
     if kind == "list":
         key = _draw_key(rng, split)
-        items = ", ".join(_draw_word(rng) for _ in range(rng.randint(3, 6)))
-        return _Task(kind, (f"# list {key}: {items}\n",), f"# items of {key} in order:", f" {items}")
+        items = ", ".join(draw_word(rng) for _ in range(rng.randint(3, 6)))
+        return PlantedTask(kind, (f"# list {key}: {items}\n",), f"# items of {key} in order:", f" {items}")
     if kind == "note":
         key = _draw_key(rng, split)
         line = _draw_line(text, rng)
-        return _Task(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
+        return PlantedTask(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
     raise ValueError(f"unknown kind of task {kind!r}: use 'fact', 'chain', 'list' or 'note'")
 
 
 def _draw_key(rng: random.Random, split: Split) -> str:
     """Draw a key such as `trano_vexi` of one split."""
     while True:
-        key = f"{_draw_word(rng)}_{_draw_word(rng)}"
+        key = f"{draw_word(rng)}_{draw_word(rng)}"
         if is_test_key(key) == (split == "test"):
             return key
-
-
-def _draw_word(rng: random.Random) -> str:
-    """Draw a pseudo-word of two syllables."""
-    syllables = (
-        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS if last else ("",)) for last in (False, True)
-    )
-    return "".join(syllables)
-
-
-def _draw_number(rng: random.Random) -> str:
-    """Draw a number of five digits."""
-    return str(rng.randint(10_000, 99_999))
 
 
 def _draw_line(text: TokenizedText, rng: random.Random) -> str:
@@ -322,11 +315,3 @@ def _take_filling(text: TokenizedText, n_tokens: int, rng: random.Random) -> lis
         if not filling[0]:
             filling.pop(0)
     return filling
-
-
-def _n_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the tokens that two sequences share at their start."""
-    for count, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return count
-    return min(len(first), len(second))

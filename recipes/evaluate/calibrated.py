@@ -1,4 +1,4 @@
-"""Compare thresholds from a calibration with one threshold for all heads, and both sources of moments.
+"""Compare thresholds from a calibration with one threshold for all heads.
 
 python recipes/evaluate/calibrated.py --calibration calibrations/patchattn-demo --out docs/results/calibrated.md
 """
@@ -28,7 +28,6 @@ def gates(calibration: Calibration) -> dict[str, Gate]:
         "risk 0.05, mean over heads": MomentGate(threshold=RiskTarget(alpha=0.05, scope="model")),
         "budget 43%": MomentGate(threshold=OpenFractionTarget(fraction=0.43)),
         "budget 25%": MomentGate(threshold=OpenFractionTarget(fraction=0.25)),
-        "one threshold, 0.6, moments of the calibration": MomentGate(threshold=0.6, moments="calibration"),
         "one threshold, 0.25": MomentGate(threshold=0.25),
         "8 static heads of the calibration": StaticGate.from_calibration(calibration, heads=8),
         "risk 0.1 for each head": MomentGate(threshold=RiskTarget(alpha=0.1)),

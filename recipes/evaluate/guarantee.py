@@ -67,7 +67,7 @@ def measure(model: Any, tokens: list[Tensor], kept: Path) -> tuple[Tensor, Tenso
     with Collecting(model, POLICY, settings) as collecting:
         for at in range(len(done), len(tokens)):
             totals = Totals(settings)
-            collecting.start_document(totals, 0)
+            collecting.start(totals.add_document(0))
             read_document(model, tokens[at])
             done.append((totals.sums["missed_mass"][0, 0].float(), totals.sums["open_fraction"][0].float()))
             if at % 32 == 31:
@@ -119,7 +119,7 @@ def on_patched(model: Any, tokens: list[Tensor], margins: Tensor, settings: Any)
     with Collecting(model, POLICY, settings, measured=measured) as collecting:
         for ids in tokens:
             totals = Totals(settings)
-            collecting.start_document(totals, 0)
+            collecting.start(totals.add_document(0))
             read_document(model, ids)
             at = torch.searchsorted(RUNGS, margins.contiguous(), right=True)[..., None] - 1
             at = torch.where(margins[..., None] == torch.inf, len(RUNGS) - 1, at)

@@ -29,6 +29,7 @@ from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments
 from patchattn.reference import attend
 from patchattn.regions import Regions
+from patchattn.rotary import RotaryMoments
 from patchattn.testing import recorded_gates, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -147,23 +148,22 @@ def make_inputs(length=400) -> AttentionInputs:
     return AttentionInputs(query, key, value, regions, 0.4)
 
 
-def test_moments_of_a_calibration_are_those_of_the_nearest_length() -> None:
+def test_moments_of_a_calibration_are_turned_to_the_chunk_of_the_query() -> None:
     inputs = make_inputs()
-    parts = [KeyMoments.of(inputs.key[0, :, 4 : 4 + n]) for n in (64, 256)]
-    moments = KeyMoments(
-        torch.tensor([[64.0, 64.0], [256.0, 256.0]]),
-        torch.stack([part.mean for part in parts]),
-        torch.stack([part.covariance for part in parts]),
-    )
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    frequencies = torch.tensor([1.0, 0.2, 0.04, 0.0], dtype=torch.float64)
+    moments = RotaryMoments(torch.randn(2, 8, generator=generator).double(), root @ root.mT, frequencies)
     policy = with_gate(MomentGate(threshold=0.5, moments="calibration"))
     mass, state = bulk_log_mass(policy, 0, inputs, measured=Measured(moments=moments))
     assert state is None
     n_bulk = inputs.regions.n_bulk[0]
     assert (mass[0, :, n_bulk == 0] == -torch.inf).all()
-    for row, part in ((36 + 100, 0), (36 + 140, 1), (399, 1)):
+    for row, middle in ((36, 64), (36 + 126, 64), (36 + 127, 192), (399, 320)):
+        turned = moments.over_slots(4, torch.tensor(middle))
         for head in range(4):
             kv_head = slice(head // 2, head // 2 + 1)
-            one = KeyMoments(parts[part].count[kv_head], parts[part].mean[kv_head], parts[part].covariance[kv_head])
+            one = KeyMoments(turned.count[kv_head], turned.mean[kv_head], turned.covariance[kv_head])
             want = one.log_mass(inputs.query[0, head, row][None, None], n_bulk[row], scale=0.4)
             torch.testing.assert_close(mass[0, head, row], want[0, 0])
     missing, _ = bulk_log_mass(policy, 0, inputs)
@@ -180,11 +180,15 @@ def test_a_margin_of_minus_infinity_closes_and_of_plus_infinity_opens() -> None:
 
 
 def test_slices_of_heads_for_tensor_parallel_ranks() -> None:
-    moments = KeyMoments(torch.ones(3, 2), torch.randn(3, 2, 8), torch.randn(3, 2, 8, 8))
+    moments = RotaryMoments(torch.randn(2, 8), torch.randn(2, 8, 8), torch.randn(4), torch.arange(8).flip(0))
     measured = Measured(torch.arange(8.0), moments)
     part = measured.of_heads(slice(4, 8), slice(1, 2))
     assert part.margins.tolist() == [4, 5, 6, 7]
-    assert torch.equal(part.moments.mean, moments.mean[:, 1:])
+    assert torch.equal(part.moments.mean, moments.mean[1:])
+    again = Measured.of_bits(part.bits())
+    assert again.margins.tolist() == [4, 5, 6, 7]
+    assert torch.equal(again.moments.covariance, moments.covariance[1:])
+    assert torch.equal(again.moments.order, moments.order)
 
 
 def changed(calibration: Calibration, **fields) -> Calibration:

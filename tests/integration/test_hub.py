@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from typer.testing import CliRunner
 
 import patchattn
@@ -27,6 +27,7 @@ from patchattn.errors import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import hub_server
 from hub_server import TOKEN, FakeHub
 from made_up import made_up_calibration
 
@@ -105,7 +106,7 @@ def test_private_repositories_need_a_token(hub: FakeHub, monkeypatch: pytest.Mon
 
 def test_what_is_missing_is_named(hub: FakeHub) -> None:
     commit = push()
-    with pytest.raises(CalibrationNotFoundError, match="no repository me/nothing"):
+    with pytest.raises(CalibrationNotFoundError, match="no folder me/nothing here, and no repository me/nothing"):
         Calibration.from_pretrained("me/nothing", revision="main")
     with pytest.raises(CalibrationNotFoundError, match="no revision 'v9'"):
         pull("v9")
@@ -113,8 +114,25 @@ def test_what_is_missing_is_named(hub: FakeHub) -> None:
     del without[files.POLICY_FILE]
     with pytest.raises(CalibrationNotFoundError, match=r"no policy\.json"):
         pull(commit)
+    del without[files.FILE]
+    with pytest.raises(CalibrationNotFoundError, match=r"no calibration\.safetensors"):
+        pull(commit)
+    asked = len(hub.requests)
     with pytest.raises(CalibrationNotFoundError, match="neither a folder nor the name of a repository"):
-        Calibration.from_pretrained("../up/and/away")
+        Calibration.from_pretrained("up/and/../away")
+    for path in ("../up/and/away", "./away", "/away", "~/away", Path("up/away")):
+        with pytest.raises(CalibrationNotFoundError, match="There is no folder"):
+            Calibration.from_pretrained(path)
+    assert len(hub.requests) == asked
+
+
+def test_nothing_outside_the_two_files_is_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    commit = push()
+    hub.repos[REPO].commits[commit] |= {"../../outside": b"x", "evil.py": b"raise SystemExit", "model.pkl": b"x"}
+    assert same(pull(commit), made_up_calibration())
+    cached = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink()}
+    assert cached == {files.FILE, files.POLICY_FILE}
+    assert not list(tmp_path.rglob("outside"))
 
 
 def test_offline_the_cache_is_enough(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +166,39 @@ def test_server_errors_and_broken_downloads_are_typed_and_leave_nothing_behind(h
     assert same(pull(), made_up_calibration())
 
 
-def test_a_slow_server_times_out_or_is_waited_for(hub: FakeHub, monkeypatch) -> None:
+def test_a_slow_server_is_waited_for(hub: FakeHub) -> None:
     push()
-    hub.delay = 0.3
+    hub.delay, hub.trickle = 0.2, 0.05
     assert same(pull(), made_up_calibration())
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait a fifth of a second for an answer, and not at all between tries."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.2)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("slow", ["delay", "stall", "trickle"])
+def test_a_server_slower_than_the_timeout_is_a_hub_error_and_the_next_try_works(hub: FakeHub, slow: str) -> None:
+    push()
+    setattr(hub, slow, 0.6)
+    with pytest.raises(CalibrationHubError) as caught:
+        pull()
+    assert "local_files_only=True" in caught.value.fix
+    setattr(hub, slow, 0.0)
+    assert same(pull(), made_up_calibration())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_in_the_cache_is_used_when_the_server_stalls(hub: FakeHub) -> None:
+    commit = push()
+    pull(commit)
+    hub.stall = 0.6
+    assert same(pull(commit), made_up_calibration())
 
 
 def test_a_hub_that_hangs_up_is_typed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +222,18 @@ def test_a_changed_file_under_a_pinned_commit_is_noticed_or_not_fetched(hub: Fak
     blob = next(path.resolve() for path in (tmp_path / "cache").rglob(files.FILE))
     blob.chmod(0o644)
     blob.write_bytes(other)
+    with pytest.raises(CalibrationFormatError, match="not the file that its digest"):
+        pull(commit)
+
+
+def test_a_file_changed_on_the_server_before_it_was_fetched_is_noticed_by_its_digest(hub: FakeHub, monkeypatch) -> None:
+    commit = push()
+    other = files.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
+    digest = hub_server._git_digest
+    right = digest(hub.repos[REPO].commits[commit][files.FILE])
+    hub.repos[REPO].commits[commit][files.FILE] = other
+    # The server still promises what was committed.
+    monkeypatch.setattr(hub_server, "_git_digest", lambda data: right if data == other else digest(data))
     with pytest.raises(CalibrationFormatError, match="not the file that its digest"):
         pull(commit)
 
@@ -233,17 +292,35 @@ def test_commands_push_pull_inspect_and_card(hub: FakeHub, tmp_path: Path) -> No
     commit = result.stdout.strip()
     assert hub.repos[REPO].names["main"] == commit
     assert hub.repos[REPO].messages == ["Try"]
+    found = json.loads(run("push", tmp_path / "here", REPO, "--json").stdout)
+    assert found == {"repo": REPO, "commit": hub.repos[REPO].names["main"]}
     result = run("pull", REPO, tmp_path / "there", "--revision", commit)
     assert result.exit_code == 0, result.output
+    assert f"Calibration of org/made-up on 100 documents, in {tmp_path / 'there'}" in result.stdout
+    result = run("pull", REPO, tmp_path / "again", "--revision", commit, "--json")
+    assert json.loads(result.stdout)["calibration"] == str(tmp_path / "again")
     assert same(Calibration.from_pretrained(tmp_path / "there"), made_up_calibration())
     result = run("inspect", REPO, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["manifest"]["model"] == "org/made-up"
-    assert commit in result.stderr
+    assert hub.repos[REPO].names["main"] in result.stderr
     assert "# patchattn calibration of org/made-up" in run("card", REPO).stdout
-    result = run("inspect", "me/nothing")
-    assert result.exit_code == 2
-    assert "Fix: " in result.stderr
+    asked = len(hub.requests)
+    for arguments, words in {
+        ("inspect", "me/nothing"): "no repository me/nothing",
+        ("pull", REPO, tmp_path / "x", "--revision", "v9"): "has no revision 'v9'",
+        ("push", tmp_path / "typo", REPO): f"There is no folder {tmp_path / 'typo'}",
+        ("push", "no/folder", REPO): "There is no folder no/folder",
+        ("card", "no/folder", "--write"): "There is no folder no/folder",
+        ("inspect", "./typo"): "There is no folder typo",
+        ("inspect", tmp_path / "here", "--revision", "v1"): "is a folder, which has no revision 'v1'",
+    }.items():
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert words in result.stderr
+        assert "Fix: " in result.stderr
+    # Folders are never looked for on the Hub.
+    assert {line for line in hub.requests[asked:] if "folder" in line or "typo" in line} == set()
 
 
 def test_environment_variables_of_the_hub_are_respected(hub: FakeHub, tmp_path: Path) -> None:

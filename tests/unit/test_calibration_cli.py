@@ -70,11 +70,11 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
     options = ("--policy", path, "--lengths", 200, "--documents", 2, "--no-key-moments", "--sink", 4, "--min-bulk", 7)
     result = run("calibrate", demo.model_folder(), "--texts", f"{texts}/[01].txt", "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert "heads always open" in result.stdout
+    assert "never open" in result.stdout
     calibration = Calibration.from_pretrained(tmp_path / "out")
     policy = calibration.policy
     assert (policy.sink_size, policy.window_size, policy.min_bulk) == (4, 100, 7)
-    assert calibration.manifest.bulk_counts == ()
+    assert calibration.manifest.rotary is None
     assert calibration.manifest.model == "model"
     assert calibration.manifest.n_documents == 2
 
@@ -85,7 +85,10 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
         (("--texts", "nothing*.txt"), "No text file fits 'nothing*.txt'"),
         (("--texts", "{texts}", "--lengths", "64"), "no keys beyond sink 16 and window 1024"),
         (("--texts", "{texts}", "--lengths", "256", "--window", "64", "--documents", "99"), "99 were asked for"),
+        (("--texts", "{texts}", "--lengths", "4097", "--window", "64"), "longer than the model's context of 4096"),
         (("--texts", "{texts}", "--window", "0"), "window_size"),
+        (("--texts", "{texts}", "--window", "64", "--moments", "calibration", "--no-key-moments"), "key_moments is"),
+        (("--texts", "{texts}", "--policy", "oracle.json", "--moments", "prompt"), "goes with a moment gate"),
         (("--texts", "{texts}", "--alpha", "2"), "alpha"),
         (("--texts", "{texts}", "--policy", "nothing.json"), "Can't read nothing.json"),
         (("--texts", "picture.png"), "not UTF-8"),
@@ -95,19 +98,21 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
 def test_mistakes_are_explained(arguments, message, texts: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "oracle.json").write_text('{"gate": {"kind": "oracle"}}')
     filled = [argument.replace("{texts}", str(texts)) for argument in arguments]
     result = run("calibrate", *filled, "--out", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Fix: " in result.stderr
     assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_shows_tables_and_writes_plots(tmp_path: Path) -> None:
     made_up_calibration().save_pretrained(tmp_path / "in", card=False)
     result = run("inspect", tmp_path / "in", "--plots", tmp_path / "plots")
     assert result.exit_code == 0, result.output
-    for words in ("org/made-up", "100 documents", "each head", "mean over heads", "needs 199 documents", "layer"):
+    for words in ("org/made-up", "100 documents", "each head", "mean of heads", "needs 199 documents", "layer"):
         assert words in result.stdout
     made = {path.name for path in (tmp_path / "plots" / "plots").iterdir()}
     assert made == {"risk.png", "heads.png", "estimate.png"}
@@ -124,6 +129,9 @@ def test_card_is_printed_or_written(tmp_path: Path) -> None:
     assert not (tmp_path / "README.md").exists()
     assert run("card", tmp_path, "--write").exit_code == 0
     assert "| 0.02 | head |" in (tmp_path / "README.md").read_text()
+    found = json.loads(run("card", tmp_path, "--json").stdout)
+    assert found["written"] is False
+    assert "library_name: patchattn" in found["card"]
 
 
 def test_the_shipped_calibration_is_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,17 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchattn
-from patchattn import CalibrationError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
-from patchattn.calibration.collect import _half_upwards, calibrate
+from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn.calibration import Rotary
+from patchattn.calibration.collect import Collecting, _half_upwards, calibrate, settings_of
+from patchattn.calibration.documents import cut_documents
+from patchattn.calibration.rotary import find_rotary
 from patchattn.calibration.statistics import MARGINS, Settings, Totals, _closed_sums
 from patchattn.gate import attention_scores, bulk_log_mass
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments
 from patchattn.reference import attend, masked_log_mass
 from patchattn.regions import Regions
+from patchattn.rotary import Rotation
 from patchattn.testing import tiny_model
+from patchattn.testing.models import FAMILIES
 
 POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=RiskTarget(alpha=0.3)))
+
+
+OTHER_TEXT = POLICY.model_copy(
+    update={"gate": MomentGate(threshold=RiskTarget(alpha=0.3), moments="calibration"), "min_bulk": 0}
+)
 
 
 class Letters:
@@ -42,9 +53,9 @@ def texts(count: int = 6, length: int = 330) -> list[str]:
     return ["".join(map(chr, row)) for row in ids.tolist()]
 
 
-def measure(model=None, **fields):
+def measure(model=None, *, policy=POLICY, **fields):
     model = tiny_model("llama") if model is None else model
-    return calibrate(model, Letters(), texts(), POLICY, **({"lengths": (300,), "corpus": "letters"} | fields))
+    return calibrate(model, Letters(), texts(), policy, **({"lengths": (300,), "corpus": "letters"} | fields))
 
 
 def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> AttentionInputs:
@@ -63,8 +74,9 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
     # Several slabs.
     monkeypatch.setitem(patchattn.calibration.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
     inputs = make_inputs(softcap=softcap, sinks=sinks)
-    settings = Settings((3,), 6, 2, 16, (100, 300), 0.4)
-    totals = Totals(settings)
+    settings = Settings((3,), 6, 2, 16, key_moments=True, oracle_margin=0.4)
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0]))
+    totals = Totals(settings, rotations={3: rotation})
     output = totals.add_document(1).attend(3, inputs).output
     torch.testing.assert_close(output, dense_output(inputs), rtol=1e-10, atol=1e-10)
 
@@ -91,12 +103,13 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
         torch.testing.assert_close(totals.sums["errors"][1, index, 0], error.sum(-1), rtol=1e-9, atol=1e-9)
     assert torch.equal(totals.sums["oracle_pairs"][0], needed.sum(-1).double())
     assert (totals.sums["missed_mass"][0] == 0).all()
-    for index, count in enumerate((100, 300)):
-        want = KeyMoments.of(inputs.key[0, :, 4 : 4 + count])
-        mean = totals.sums["key_total"][index, 0] / count
-        outer = totals.sums["key_outer"][index, 0] / count
-        torch.testing.assert_close(mean, want.mean)
-        torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
+    # Keys that are the bulk of the last query, each turned back by its own slot.
+    count = 400 - 4 - 32
+    want = KeyMoments.of(rotation.undone(inputs.key[0, :, 4 : 4 + count], torch.arange(4, 4 + count)))
+    assert totals.sums["key_count"].tolist() == [count]
+    mean, outer = totals.sums["key_total"][0] / count, totals.sums["key_outer"][0] / count
+    torch.testing.assert_close(mean, want.mean)
+    torch.testing.assert_close(outer - mean[..., :, None] * mean[..., None, :], want.covariance)
 
 
 def test_a_margin_on_the_grid_closes_from_there_on() -> None:
@@ -117,7 +130,7 @@ def dense_output(inputs: AttentionInputs) -> torch.Tensor:
 
 def test_nan_opens_and_extreme_masses_do_not_break_the_sums() -> None:
     inputs = make_inputs(spread=60.0)
-    totals = Totals(Settings((0,), 6, 2, 16, (), 0.4))
+    totals = Totals(Settings((0,), 6, 2, 16, key_moments=False, oracle_margin=0.4))
     assert totals.add_document(0).attend(0, inputs).output.isfinite().all()
     for values in totals.sums.values():
         assert values.isfinite().all()
@@ -154,7 +167,8 @@ def test_documents_are_cut_in_turn_and_the_manifest_says_what_was_measured() -> 
     assert calibration.manifest.n_documents == 6
     assert calibration.manifest.corpus.tokens == 600 - 3 + 3 + 91 - 1 + 1 + 200 - 3 + 3
     assert calibration.manifest.model == "org/tiny"
-    assert calibration.manifest.bulk_counts == (164,)
+    assert calibration.manifest.rotary == Rotary(layout="halves", first=0, size=16)
+    assert calibration.manifest.moment_documents == 6
     assert calibration.policy == POLICY
 
 
@@ -174,6 +188,40 @@ def test_progress_is_shown_with_the_time_left(capfd: pytest.CaptureFixture[str])
     assert "measuring" not in capfd.readouterr().err
 
 
+def interleaved_model():
+    """A family whose rotary embedding turns neighbours together."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 130}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 512}
+    return CohereForCausalLM(CohereConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere"])
+def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None:
+    model = interleaved_model() if family == "cohere" else tiny_model(family)
+    settings, fingerprint = settings_of(model, POLICY, (300,), 0.6, key_moments=True)
+    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
+        found = find_rotary(collecting, 300)
+    assert found is not None
+    assert found.rotary.layout == ("interleaved" if family == "cohere" else "halves")
+    assert found.rotary.size == {"deepseek_v3": 8, "gpt_neox": 4}.get(family, fingerprint.head_dim)
+    turned = [layer for layer, rotation in found.rotations.items() if rotation.frequencies.any()]
+    assert turned == {"cohere2": [], "smollm3": [0, 1]}.get(family, list(settings.layers))
+
+
+def test_models_whose_keys_are_turned_in_unknown_ways_have_no_key_moments() -> None:
+    model = tiny_model("llama")
+    rotate = model.model.rotary_emb.forward
+    # Frequencies that grow with the position, as no list of them can say.
+    model.model.rotary_emb.forward = lambda x, position_ids: rotate(x, position_ids * position_ids)
+    with pytest.warns(UserWarning, match="will have no key moments"):
+        assert measure(model, documents=1).manifest.rotary is None
+    with pytest.raises(CalibrationError, match="no moments of other text"):
+        measure(model, policy=OTHER_TEXT)
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_missed_mass_is_never_rounded_down(values: list[float]) -> None:
     exact = torch.tensor(values, dtype=torch.float64)
@@ -188,25 +236,98 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_from_the_last_finished_document(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("policy", "last"), [(POLICY, 3), (OTHER_TEXT, 1), (OTHER_TEXT, 3)])
+def test_a_broken_run_goes_on_from_the_last_finished_document(policy, last, tmp_path: Path) -> None:
     kept = tmp_path / "sums"
     finished = []
 
     def die(done: int, of: int) -> None:
         finished.append(done)
-        if done == 3:
+        if done == last:
             raise Killed
 
     model = tiny_model("llama")
     with pytest.raises(Killed):
-        measure(model, checkpoint=kept, progress=die)
+        measure(model, policy=policy, checkpoint=kept, progress=die)
     assert not patchattn.is_patched(model)
     assert kept.exists()
-    resumed = measure(model, checkpoint=kept, progress=lambda done, of: finished.append(done))
+    resumed = measure(model, policy=policy, checkpoint=kept, progress=lambda done, of: finished.append(done))
     assert finished == [1, 2, 3, 4, 5, 6]
     assert not kept.exists()
-    whole = measure(model)
+    whole = measure(model, policy=policy)
+    assert resumed.manifest == whole.manifest
     assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+MEASURE_FOREVER = """
+import sys, time
+sys.path[:0] = [{here!r}]
+from test_calibration_collect import measure
+
+def tell(done, of):
+    print(done, flush=True)
+    # Long enough for the kill to come, between two documents or within one.
+    time.sleep(0 if done < 3 else 60)
+
+measure(checkpoint={kept!r}, progress=tell)
+"""
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path: Path) -> None:
+    kept = tmp_path / "sums"
+    code = MEASURE_FOREVER.format(here=str(Path(__file__).parent), kept=str(kept))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    assert told == ["1\n", "2\n", "3\n"]
+    assert process.returncode == -signal.SIGKILL
+    finished = []
+    resumed = measure(checkpoint=kept, progress=lambda done, of: finished.append(done))
+    assert finished == [4, 5, 6]
+    whole = measure()
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_thresholds_measured_with_moments_of_other_text_are_for_those() -> None:
+    model = tiny_model("llama")
+    calibration = measure(model, policy=OTHER_TEXT)
+    manifest = calibration.manifest
+    # The fifth of six documents in the drawn order gives moments only.
+    assert (manifest.moments, manifest.moment_documents, manifest.documents) == ("calibration", 1, (3, 2))
+    share, margin = 0.1, math.log(0.1) - math.log(0.9)
+    want = calibration.expected(torch.full((3, 6), margin)).open_fraction[0]
+    gate = MomentGate(threshold=share, moments="calibration")
+    fractions = []
+    with patchattn.patch(model, POLICY.model_copy(update={"gate": gate, "min_bulk": 0}), calibration=calibration) as h:
+        for ids in cut_documents(Letters(), texts(), (300,), documents=None, seed=0, local=(4, 32)):
+            h.reset_report()
+            with torch.no_grad():
+                model(ids[None], use_cache=False)
+            fractions.append(torch.tensor(h.report().head_open_fractions("prefill")[0]))
+    del fractions[4]
+    # In the first layer the patched model has the activations of the dense one. The margin lies between two of the
+    # grid, so the curve at the next ones bounds it.
+    above = calibration.expected(torch.full((3, 6), margin + 0.25)).open_fraction[0]
+    got = torch.stack(fractions).mean(0)
+    assert (want - 1e-3 <= got).all()
+    assert (got <= above + 1e-3).all()
+    assert 0.05 < float(want.mean()) < 0.95
+    with patchattn.patch(model, calibration=calibration) as handle:
+        assert handle.policy.gate == OTHER_TEXT.gate
+
+
+def test_targets_with_moments_that_were_not_measured_are_refused() -> None:
+    model = tiny_model("llama")
+    for policy, other in ((POLICY, OTHER_TEXT), (OTHER_TEXT, POLICY)):
+        calibration = measure(model, policy=policy)
+        with pytest.raises(CalibrationMismatchError, match="were measured with moments=") as caught:
+            patchattn.patch(model, other, calibration=calibration)
+        assert other.gate.moments in caught.value.message.split("asks for")[1]
+        assert not patchattn.is_patched(model)
+        with pytest.raises(CalibrationMismatchError):
+            patchattn.Calibration(calibration.manifest, other, calibration.tensors)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -232,6 +353,12 @@ def test_what_cannot_be_measured_is_refused_with_the_model_untouched() -> None:
         measure(model, documents=7)
     with pytest.raises(CalibrationError, match="no keys beyond sink 4 and window 32"):
         measure(model, lengths=(36,))
+    with pytest.raises(CalibrationError, match="longer than the model's context of"):
+        measure(model, lengths=(300, 10**6))
+    with pytest.raises(CalibrationError, match="needs 5 documents or more"):
+        measure(model, policy=OTHER_TEXT, documents=4)
+    with pytest.raises(CalibrationError, match="key_moments is False"):
+        measure(model, policy=OTHER_TEXT, key_moments=False)
     with pytest.raises(CalibrationError, match="oracle_threshold"):
         measure(model, oracle_threshold=1.0)
     with pytest.raises(patchattn.UnsupportedModelError):
@@ -257,11 +384,12 @@ def test_curves_of_an_oracle_policy_are_those_of_prompt_moments() -> None:
 RANKS = """
 import sys, torch
 sys.path[:0] = [{here!r}]
-from test_calibration_collect import measure
+from test_calibration_collect import OTHER_TEXT, POLICY, measure
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{{port}}", rank=rank, world_size=2)
-calibration = measure()
-calibration.save_pretrained(sys.argv[3] + str(rank), card=False)
+for policy in (POLICY, OTHER_TEXT):
+    name = f"{{sys.argv[3]}}-{{policy.gate.moments}}-{{rank}}"
+    measure(policy=policy).save_pretrained(name, card=False)
 torch.distributed.destroy_process_group()
 """
 
@@ -276,10 +404,12 @@ def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) ->
     for process in ranks:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
-    zero, one = (patchattn.Calibration.from_pretrained(tmp_path / f"out{rank}") for rank in range(2))
-    alone = measure()
-    assert zero.manifest == one.manifest == alone.manifest
-    for name, tensor in alone.tensors.items():
-        assert torch.equal(zero.tensors[name], one.tensors[name])
-        # Sums in another order: a rounding of float64 may cross a rounding of half precision.
-        torch.testing.assert_close(zero.tensors[name].float(), tensor.float(), rtol=1e-3, atol=1e-6)
+    for policy in (POLICY, OTHER_TEXT):
+        names = (tmp_path / f"out-{policy.gate.moments}-{rank}" for rank in range(2))
+        zero, one = (patchattn.Calibration.from_pretrained(name) for name in names)
+        alone = measure(policy=policy)
+        assert zero.manifest == one.manifest == alone.manifest
+        for name, tensor in alone.tensors.items():
+            assert torch.equal(zero.tensors[name], one.tensors[name])
+            # Sums in another order: a rounding of float64 may cross a rounding of half precision.
+            torch.testing.assert_close(zero.tensors[name].float(), tensor.float(), rtol=1e-3, atol=1e-6)

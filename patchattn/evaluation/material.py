@@ -1,0 +1,99 @@
+"""What tasks are made of: the user's text, a tokenizer, and lines to fill a prompt with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+from patchattn.evaluation.samples import DocumentError, Encoder, Units
+from patchattn.evaluation.tasks import TokenizedText, tokenize_text
+
+# Five short sentences that say nothing, as RULER's noise does.
+_NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"
+
+
+class Material:
+    """A text and a tokenizer, ready for tasks of any length.
+
+    Args:
+        text: Real text; its lines are haystack, and its tokens are what text loss is measured on.
+        tokenizer: Any Hugging Face tokenizer.
+
+    Raises:
+        DocumentError: The text is empty, or has no tokens.
+    """
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        self.encoder = Encoder(tokenizer)
+        self.tokenizer = tokenizer
+        self.source = text.lower()
+        self.text: TokenizedText = tokenize_text(text, tokenizer)
+        if not self.text.lines:
+            raise DocumentError("The text is empty.", fix="Give some text to fill the prompts with.")
+        self._ends = list(accumulate(map(len, self.text.tokens)))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the text."""
+        return self._ends[-1]
+
+    def lines(self, rng: random.Random) -> Callable[[int], Units]:
+        """Return a haystack of consecutive lines of the text, from a random one on; a short text is repeated."""
+
+        def haystack(size: int) -> Units:
+            units, at = [], rng.randrange(len(self.text.lines))
+            while size > 0:
+                units.append(self.text.tokens[at % len(self.text.lines)])
+                size -= len(units[-1])
+                at += 1
+            return units
+
+        return haystack
+
+    def noise(self) -> Callable[[int], Units]:
+        """Return a haystack that repeats the same line."""
+        (unit,) = self.encoder.encode([_NOISE])
+        return lambda size: [unit] * -(-size // len(unit))
+
+    def stream(self, draw: Callable[[], str]) -> Callable[[int], Units]:
+        """Return a haystack of lines that are drawn one after the other."""
+
+        def haystack(size: int) -> Units:
+            units: Units = []
+            while size > 0:
+                more = self.encoder.encode([draw() for _ in range(max(1, size // 64))])
+                for unit in more:
+                    if size > 0:
+                        units.append(unit)
+                        size -= len(unit)
+            return units
+
+        return haystack
+
+    def draw_new(self, draw: Callable[[], str], taken: set[str]) -> str:
+        """Draw a string that is neither in the text nor part of what was drawn before, and add it to `taken`."""
+        while True:
+            found = draw()
+            if found.lower() not in self.source and not any(found in other or other in found for other in taken):
+                taken.add(found)
+                return found
+
+    def stretches(self, length: int, most: int) -> list[tuple[int, ...]]:
+        """Cut the text into at most `most` stretches of `length` tokens that do not overlap, spread evenly.
+
+        Raises:
+            DocumentError: The text is shorter than one.
+        """
+        begin = self.encoder.begin
+        body = length - len(begin)
+        count = min(most, self.n_tokens // body)
+        if count < 1:
+            raise DocumentError(
+                f"The text has {self.n_tokens:,} tokens, too few to measure text loss at a length of {length:,}.",
+                fix=f"Give a longer text, choose a length of at most {self.n_tokens}, or leave out the task text.",
+            )
+        tokens = [token for line in self.text.tokens for token in line]
+        step = (self.n_tokens - body) // max(count - 1, 1)
+        return [(*begin, *tokens[at * step : at * step + body]) for at in range(count)]

@@ -1,0 +1,273 @@
+"""Measure a model on tasks of several lengths: as it came, and under each policy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import patchattn
+from patchattn.calibration.calibration import Calibration
+from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
+from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks, make_sample
+from patchattn.evaluation.greedy import stop_tokens, write
+from patchattn.evaluation.loss import loss_by_position
+from patchattn.evaluation.material import Material
+from patchattn.evaluation.policies import DENSE
+from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
+from patchattn.evaluation.samples import DocumentError
+from patchattn.hf.patching import PatchHandle
+from patchattn.policy import Policy
+from patchattn.report import GateReport
+
+Progress = Callable[[str, int, int], None]
+"""Called after each sample with what is being done, the tokens that are behind, and all tokens."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    policies: Mapping[str, Policy],
+    *,
+    text: str,
+    lengths: Sequence[int],
+    tasks: Sequence[str] = ("all",),
+    samples: int = 20,
+    seed: int = 0,
+    calibration: Calibration | str | None = None,
+    backend: str = "auto",
+    name: str | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model on long-range tasks, first as it came, then under each policy.
+
+    Everyone is asked the same questions. Answers are written greedily, so that gates decide in prefill and in decode.
+
+    Args:
+        model: A causal language model of transformers, not patched.
+        tokenizer: Its tokenizer.
+        policies: Policies by the names they have in the table; `dense` is measured without being named.
+        text: Real text: haystack of some tasks, and what text loss is measured on.
+        lengths: Tokens in prompt and answer together, one or more lengths.
+        tasks: Names of tasks or groups, see `patchattn.evaluation.families`.
+        samples: Prompts of each task, and documents of text loss as far as the text goes.
+        seed: Everything random follows from it.
+        calibration: For policies that need one.
+        backend: Backend of the patched runs, as in `patchattn.patch`.
+        name: Name of the model in the table; None takes the one of its configuration.
+        checkpoint: File to which each cell is added as a line of JSON; what is in it already is not measured again.
+        progress: Told about progress.
+
+    Returns:
+        The results. The model is as it was before.
+
+    Raises:
+        DocumentError: The text is empty, a length is more than the model reads, a task is unknown, or no task fits.
+            If only some do not fit, they are left out and `Evaluation.notes` says why.
+        UnsupportedModelError: The model has no head to write with.
+        PolicyError: No policy, or one named `dense`; or as `patchattn.patch` raises it.
+        PatchStateError: The model is patched.
+        ReportError: The checkpoint is not the file of an evaluation.
+        PatchAttnError: As `patchattn.patch` raises it.
+
+    Example:
+        >>> from patchattn import Policy, demo
+        >>> model, tokenizer = demo.load()
+        >>> found = evaluate(
+        ...     model, tokenizer, {"default": Policy(window_size=64, min_bulk=0)},
+        ...     text=demo.sample_text(), lengths=[256], tasks=["fact"], samples=1,
+        ... )
+        >>> [cell.policy for cell in found.cells]
+        ['dense', 'default']
+    """
+    _check(model, policies, lengths, samples)
+    material = Material(text, tokenizer)
+    if isinstance(calibration, str):
+        calibration = Calibration.from_pretrained(calibration)
+    chosen = chosen_tasks(tasks)
+    plan, notes = _plan(material, chosen, lengths, samples, seed)
+
+    def patched(policy: Policy) -> PatchHandle:
+        return patchattn.patch(model, policy, calibration=calibration, backend=backend)
+
+    resolved: dict[str, Policy | None] = {DENSE: None}
+    used = backend
+    for policy_name, policy in policies.items():
+        with patched(policy) as handle:  # What can't be patched is refused before anything is measured.
+            resolved[policy_name], used = handle.policy, handle.backend
+    about = [
+        patchattn.__version__,
+        _about_model(model),
+        _sha(text),
+        samples,
+        seed,
+        used,
+        None if calibration is None else _sha(calibration.manifest.model_dump_json()),
+    ]
+    known = {} if checkpoint is None else read_cells(Path(checkpoint))
+    told = _Told(progress, len(resolved) * sum(part.tokens for part in plan))
+    runner = _Runner(model, tokenizer, samples, seed, told)
+    cells = []
+    for policy_name, policy in resolved.items():
+        plain = None if policy is None else policy.model_dump(mode="json")
+        with contextlib.nullcontext() if policy is None else patched(policy) as handle:
+            for part in plan:
+                key = _sha(json.dumps([*about, plain, part.task, part.length]))
+                told.begin(f"{policy_name}: {part.task}, {part.length:,} tokens", part.tokens)
+                cell = known.get(key)
+                if cell is None:
+                    cell = runner.cell(policy_name, part, material, handle, key)
+                    if checkpoint is not None:
+                        append_cell(Path(checkpoint), cell)
+                cells.append(dataclasses.replace(cell, policy=policy_name))
+                told.end()
+    found = Evaluation(
+        model=name or Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,
+        tasks=chosen,
+        lengths=tuple(lengths),
+        policies=resolved,
+        backend=used,
+        samples=samples,
+        seed=seed,
+        cells=tuple(cells),
+        notes=tuple(notes),
+    )
+    return dataclasses.replace(found, notes=(*found.notes, *never_asked(found)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One task at one length, and the tokens that all its samples take."""
+
+    task: str
+    length: int
+    tokens: int
+
+
+def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], samples: int) -> None:
+    """Refuse what can't be measured."""
+    if not policies or DENSE in policies:
+        raise PolicyError(
+            f"Expected policies by name, none of them {DENSE!r}; got {list(policies)}.",
+            fix='Pass at least one, as in {"default": Policy()}; dense is measured anyway.',
+        )
+    if patchattn.is_patched(model):
+        raise PatchStateError("The model is patched already.", fix="Call patchattn.unpatch(model) first.")
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no head to write with.", fix="Load the model with AutoModelForCausalLM."
+        )
+    if samples < 1 or not lengths or min(lengths) < 1:
+        raise DocumentError(
+            f"Expected samples and lengths of at least 1; got {samples} samples and lengths {list(lengths)}.",
+            fix="Give positive numbers.",
+        )
+    check_longest(model, max(lengths))
+
+
+def _plan(
+    material: Material, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
+) -> tuple[list[_Part], list[str]]:
+    """Find out which tasks fit which lengths; those that do not are left out, and the notes say why."""
+    plan, notes, problem = [], [], None
+    for length, task in itertools.product(lengths, tasks):
+        count, reason = _fitting(material, task, length, samples, seed)
+        if reason is not None:
+            problem = reason
+            notes.append(f"Left out at {length:,} tokens: {reason.message}")
+            continue
+        plan.append(_Part(task, length, count * length))
+        if count < samples:
+            notes.append(f"Text loss at {length:,} tokens: over {count} documents, as the text has no more.")
+    if not plan:
+        raise problem or DocumentError("No tasks were named.", fix="Name at least one.")
+    if material.n_tokens < max(lengths):
+        notes.append(f"The text has {material.n_tokens:,} tokens; in longer prompts it is repeated.")
+    return plan, notes
+
+
+def _fitting(material: Material, task: str, length: int, samples: int, seed: int) -> tuple[int, DocumentError | None]:
+    """Count the prompts that can be made; or say why none can."""
+    try:
+        if task == TEXT_LOSS:
+            return len(material.stretches(length, samples)), None
+        make_sample(task, material, length=length, seed=f"{seed}/0")
+    except DocumentError as error:
+        return 0, error
+    return samples, None
+
+
+class _Runner:
+    """Measures one cell."""
+
+    def __init__(self, model: Any, tokenizer: Any, samples: int, seed: int, told: _Told) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._samples, self._seed = samples, seed
+        self._told = told
+        self._stop = stop_tokens(model, tokenizer)
+
+    def cell(self, policy: str, part: _Part, material: Material, handle: PatchHandle | None, key: str) -> Cell:
+        if handle is not None:
+            handle.reset_report()
+        scores, losses = [], []
+        if part.task == TEXT_LOSS:
+            for tokens in material.stretches(part.length, self._samples):
+                losses.append(tuple(loss_by_position(self._model, tokens)))
+                self._told.step(part.length)
+        else:
+            for at in range(self._samples):
+                sample = make_sample(part.task, material, length=part.length, seed=f"{self._seed}/{at}")
+                written, _ = write(self._model, sample.prompt, None, sample.budget, stop=self._stop)
+                scores.append(sample.score(written, self._tokenizer))
+                self._told.step(part.length)
+        counts = {} if handle is None else _counts(handle.report())
+        return Cell(policy, part.task, part.length, tuple(scores), tuple(losses), counts, key)
+
+
+class _Told:
+    """Tells about progress in tokens; what was known already counts as done."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._behind, self._within, self._size, self._what = 0, 0, 0, ""
+
+    def begin(self, what: str, size: int) -> None:
+        self._what, self._size, self._within = what, size, 0
+        self._tell()
+
+    def step(self, tokens: int) -> None:
+        self._within += tokens
+        self._tell()
+
+    def end(self) -> None:
+        self._behind, self._within = self._behind + self._size, 0
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._what, self._behind + self._within, self._total)
+
+
+def _counts(report: GateReport) -> dict[str, PhaseCounts]:
+    return {phase: PhaseCounts.of(report, phase) for phase in PHASES}
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _about_model(model: Any) -> str:
+    """Tell models apart: by their configuration, and by the first numbers of each of their tensors."""
+    numbers = [
+        (name, str(tensor.dtype), None if tensor.is_meta else tensor.detach().flatten()[:4].tolist())
+        for name, tensor in model.named_parameters()
+    ]
+    return _sha(json.dumps([model.config.to_json_string(), numbers]))

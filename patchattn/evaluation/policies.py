@@ -1,0 +1,120 @@
+"""Policies by short names, and a static choice of heads to compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import patchattn
+from patchattn.calibration.calibration import Calibration
+from patchattn.errors import PolicyError
+from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+
+DENSE = "dense"
+"""The model as it came; always measured, as what all others are compared with."""
+
+NAMES = {
+    DENSE: "the model as it came",
+    "default": "the moment gate with its default threshold; default:0.8 sets the threshold",
+    "oracle": "the exact local share, which saves no time; oracle:0.3 sets the threshold",
+    "static": "a quarter of the heads always open, the others never; static:0.5 sets the share",
+    "open": "every head open: dense attention through the library",
+    "closed": "every head closed: sink and window only",
+    "calibrated": "the policy that the calibration brings along",
+}
+"""What each short name means."""
+
+_WITH_NUMBER = ("default", "oracle", "static")
+_STATIC_SHARE = 0.25
+_RANKING_THRESHOLD = 0.8
+
+RankedHeads = Callable[[], list[tuple[int, int]]]
+"""Called for (layer, query head) pairs, those that need the far keys most first."""
+
+
+def named_policy(
+    name: str, base: Policy, *, calibration: Calibration | None = None, ranked_heads: RankedHeads | None = None
+) -> Policy | None:
+    """Return the policy that a short name stands for; None for `dense`.
+
+    Args:
+        name: One of `NAMES`; `default`, `oracle` and `static` may be followed by a colon and a number in (0, 1).
+        base: Sink, window, break-even, layers and phases.
+        calibration: Brings the policy of `calibrated`, and the ranking of heads for `static`.
+        ranked_heads: Ranks heads for `static` without a calibration; see `heads_by_oracle`.
+
+    Raises:
+        PolicyError: There is no such name, its number is not in (0, 1), or it needs a calibration.
+
+    Example:
+        >>> named_policy("oracle:0.3", Policy(window_size=64)).gate
+        OracleGate(kind='oracle', threshold=0.3)
+    """
+    kind, _, setting = name.partition(":")
+    if kind not in NAMES or (setting and kind not in _WITH_NUMBER):
+        raise PolicyError(
+            f"There is no policy {name!r}.",
+            fix=f"Choose from {', '.join(NAMES)}, with a number as in default:0.8, or give the path of a policy file.",
+        )
+    number = _number(name, setting)
+    if kind == DENSE:
+        return None
+    if kind == "calibrated":
+        if calibration is None:
+            raise PolicyError("The policy calibrated needs a calibration.", fix="Give one, or leave this policy out.")
+        return calibration.policy
+    gate: Gate
+    if kind == "static":
+        ranked_heads = ranked_heads if calibration is None else calibration.heads_by_oracle
+        if ranked_heads is None:
+            raise PolicyError("The policy static needs ranked heads.", fix="Pass calibration=... or ranked_heads=...")
+        heads = ranked_heads()
+        gate = StaticGate(open_heads=tuple(heads[: max(1, round((number or _STATIC_SHARE) * len(heads)))]))
+    elif kind == "open":
+        gate = OpenGate()
+    elif kind == "closed":
+        gate = ClosedGate()
+    else:
+        of_kind = MomentGate if kind == "default" else OracleGate
+        gate = of_kind() if number is None else of_kind(threshold=number)
+    return base.model_copy(update={"gate": gate})
+
+
+def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) -> list[tuple[int, int]]:
+    """Rank (layer, query head) by how often the exact share opens them, most used first.
+
+    Args:
+        model: The model, not patched.
+        prompts: Token ids to read, other ones than those that the ranking is judged by.
+        base: Sink, window and break-even.
+
+    Raises:
+        PolicyError: No prompt is long enough for a gate to be asked.
+    """
+    policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
+    with patchattn.patch(model, policy) as handle, torch.no_grad():
+        for tokens in prompts:
+            model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)
+    fractions = handle.report().head_open_fractions("prefill")
+    ranked = [(value, layer, head) for layer, heads in fractions.items() for head, value in enumerate(heads)]
+    if any(math.isnan(value) for value, _, _ in ranked):
+        raise PolicyError(
+            "No prompt has keys beyond sink, window and break-even, so heads can't be ranked.",
+            fix="Choose a greater length, a smaller window, or min_bulk=0.",
+        )
+    return [(layer, head) for _, layer, head in sorted(ranked, reverse=True)]
+
+
+def _number(name: str, setting: str) -> float | None:
+    if not setting:
+        return None
+    try:
+        number = float(setting)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
+    return number

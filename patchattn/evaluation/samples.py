@@ -1,0 +1,212 @@
+"""One prompt with the answers that are expected: the shape that all tasks share, and how it gets its exact length."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patchattn.errors import PatchAttnError
+
+Units = list[tuple[int, ...]]
+"""Tokens of pieces of text that follow each other: lines, sentences or words."""
+
+# Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
+_DEPTHS = tuple(at / 39 for at in range(40))
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
+
+
+class DocumentError(PatchAttnError, ValueError):
+    """A document that can't be made: too little text, more than fits, or a tokenizer that can't write the answer."""
+
+    code = "document"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt of a task.
+
+    Args:
+        task: Name of the task.
+        prompt: Token ids; the first is what the tokenizer puts before a text, if anything.
+        answers: What the right continuation holds.
+        target: Token ids of the right continuation.
+        budget: Tokens that the model may write; prompt and budget together have the length that was asked for.
+        exact: True: right means that the first tokens written are `target`, which is the same as every token of it
+            being the most likely one given the true tokens before it. False: the share of `answers` that occur
+            anywhere in what was written.
+        planted: `(start, end)` of each planted piece in tokens of the prompt, `end` exclusive.
+    """
+
+    task: str
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+    target: tuple[int, ...]
+    budget: int
+    exact: bool
+    planted: tuple[tuple[int, int], ...]
+
+    def score(self, written: Sequence[int], tokenizer: Any) -> float:
+        """Score what a model wrote after the prompt.
+
+        Args:
+            written: Token ids.
+            tokenizer: Decodes them, unless the sample is scored by exact tokens.
+
+        Returns:
+            A number from 0 to 1.
+        """
+        if self.exact:
+            return float(tuple(written[: len(self.target)]) == self.target)
+        return recall(tokenizer.decode(list(written), skip_special_tokens=True), self.answers)
+
+
+def recall(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that occur in a text; upper and lower case are the same.
+
+    Source: RULER, arXiv 2404.06654, string match of all references.
+
+    Example:
+        >>> recall("They are 12 and Ab.", ["12", "ab", "34", "xy"])
+        0.5
+    """
+    text = _CONTROL_CHARACTERS.sub("\n", text).lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A task in words, before it has its length.
+
+    Args:
+        before: Text before the haystack.
+        after: Text after it, up to where the answer begins.
+        continuation: The right continuation, with the space or line break that it begins with.
+        answers: As in `Sample`.
+        haystack: Gives units of at least as many tokens as it is asked for; the first one may be cut.
+        planted: Pieces that go into the haystack in this order, at random depths.
+        exact: As in `Sample`.
+    """
+
+    before: str
+    after: str
+    continuation: str
+    answers: tuple[str, ...]
+    haystack: Callable[[int], Units]
+    planted: tuple[str, ...] = ()
+    exact: bool = False
+
+
+class Encoder:
+    """Encodes pieces of text as they are encoded within a text, so that their tokens can be put side by side.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._line_break = self._plain(["\n"])[0]
+        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
+        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
+        self.begin = tuple(given[:at])
+        """What the tokenizer puts before a text: BOS for most, nothing for some."""
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode(self, texts: Sequence[str]) -> Units:
+        """Return the tokens of each text, as they are after a line break.
+
+        At the start of a text, some tokenizers put a space that is not there within it.
+        """
+        if not self._line_break:
+            return [tuple(ids) for ids in self._plain(texts)]
+        found, size = [], len(self._line_break)
+        after_break = self._plain([f"\n{text}" for text in texts])
+        for text, ids in zip(texts, after_break, strict=True):
+            if ids[:size] == self._line_break:
+                found.append(tuple(ids[size:]))
+            else:  # The line break became one token with what follows.
+                found.append(tuple(self._plain([text])[0]))
+        return found
+
+
+def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: random.Random) -> Sample:
+    """Give a draft its exact length.
+
+    Args:
+        task: Name of the task.
+        draft: The task in words.
+        encoder: Encoder for the model's tokenizer.
+        length: Tokens in the prompt and the budget together.
+        rng: Chooses the depths of what is planted.
+
+    Raises:
+        DocumentError: The length is too small, or the tokenizer can't write the answers.
+    """
+    before, after, whole = encoder.encode([draft.before, draft.after, draft.after + draft.continuation])
+    shared = n_shared(after, whole)
+    after, target = whole[:shared], whole[shared:]
+    _check_answers(draft, target, encoder.tokenizer)
+    # Models put words around an answer, and separate several in their own way.
+    budget = len(target) if draft.exact else 2 * len(target) + 8
+    planted = encoder.encode(draft.planted)
+    fixed = sum(map(len, (encoder.begin, before, *planted, after))) + budget
+    if fixed > length:
+        raise DocumentError(
+            f"The task {task} needs {fixed} tokens without any haystack, and the length is {length}.",
+            fix="Choose a greater length, or leave this task out.",
+        )
+    haystack = cut(draft.haystack(length - fixed), length - fixed)
+    prompt = [*encoder.begin, *before]
+    spans = _plant(prompt, haystack, planted, rng)
+    return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
+
+
+def cut(units: Units, size: int) -> Units:
+    """Cut units at the front, so that exactly `size` tokens are left."""
+    surplus = sum(map(len, units)) - size
+    at = 0
+    while surplus > 0 and surplus >= len(units[at]):
+        surplus -= len(units[at])
+        at += 1
+    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []
+
+
+def _plant(prompt: list[int], haystack: Units, planted: Units, rng: random.Random) -> tuple[tuple[int, int], ...]:
+    """Add the haystack to the prompt, with the planted units at random depths; returns where they are."""
+    size = sum(map(len, haystack))
+    enough = len(planted) <= len(_DEPTHS)
+    depths = sorted(rng.sample(_DEPTHS, len(planted)) if enough else [rng.random() for _ in planted])
+    waiting = list(zip(depths, planted, strict=True))
+    spans, behind = [], 0
+    for unit in (*haystack, ()):
+        # Between two units, as close to the depth as they allow; after the last one, whatever is left.
+        while waiting and (not unit or behind + len(unit) / 2 > waiting[0][0] * size):
+            piece = waiting.pop(0)[1]
+            spans.append((len(prompt), len(prompt) + len(piece)))
+            prompt += piece
+        prompt += unit
+        behind += len(unit)
+    return tuple(spans)
+
+
+def _check_answers(draft: Draft, target: Sequence[int], tokenizer: Any) -> None:
+    """Refuse a tokenizer that has no tokens for an answer: every model would be wrong."""
+    back = tokenizer.decode(list(target), skip_special_tokens=True)
+    if recall(back, draft.answers) < 1:
+        raise DocumentError(
+            f"The tokenizer can't write the answer: it makes {back!r} of {draft.continuation!r}.",
+            fix="Choose tasks whose answers are made of what the tokenizer knows.",
+        )
+
+
+def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Count the tokens that two sequences share at their start."""
+    for count, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return count
+    return min(len(first), len(second))

@@ -1,0 +1,55 @@
+"""The tasks that the shipped model was trained on, one question for each sample."""
+
+from __future__ import annotations
+
+import random
+
+from patchattn.evaluation.material import Material
+from patchattn.evaluation.samples import DocumentError, Draft
+from patchattn.evaluation.tasks import Kind, PlantedTask, draw_task
+
+_FACTS_PER_1024_TOKENS = 6
+_OTHERS: tuple[Kind, ...] = ("chain", "list", "note")
+
+
+def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Draft:
+    """Draw as many tasks as the model's card plants at this length, and ask for one of them.
+
+    Facts: six for every 1,024 tokens. Chains, lists and lines to copy: one of each for every 1,024 tokens.
+    """
+    n = max(1, length // 1024)
+    others: list[Kind] = [kind] * (_FACTS_PER_1024_TOKENS * n - 1)
+    if kind != "fact":
+        others = [*_OTHERS] * n
+        others.remove(kind)
+    asked = _draw(kind, material, rng)
+    planted = [asked.planted]
+    while len(planted) <= len(others):
+        other = _draw(others[len(planted) - 1], material, rng)
+        if other.answer not in "".join(asked.planted) and asked.answer not in "".join(other.planted):
+            planted.append(other.planted)
+    return Draft(
+        before="",
+        after=asked.prompt,
+        continuation=asked.answer,
+        answers=(asked.answer.strip(),),
+        haystack=material.lines(rng),
+        planted=tuple(_interleaved(planted, rng)),
+        exact=True,
+    )
+
+
+def _draw(kind: Kind, material: Material, rng: random.Random) -> PlantedTask:
+    try:
+        return draw_task(kind, material.text, rng, "test")
+    except ValueError as error:
+        fix = "Give other text, or leave this task out."
+        raise DocumentError(f"The task {kind} can't be made: {error}.", fix=fix) from error
+
+
+def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:
+    """Put the lines of all tasks in one random order that keeps the order within each."""
+    turns = [at for at, lines in enumerate(tasks) for _ in lines]
+    rng.shuffle(turns)
+    waiting = [iter(lines) for lines in tasks]
+    return [next(waiting[at]) for at in turns]

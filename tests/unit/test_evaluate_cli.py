@@ -1,0 +1,96 @@
+"""Tests of `patchattn evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from patchattn import demo
+from patchattn.cli.app import app
+from patchattn.policy import MomentGate, Policy
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("demo", "--lengths", "300", "--tasks", "fact,text", "--samples", "2")
+
+
+def run(*arguments: str | Path) -> Result:
+    environment = {"COLUMNS": "160", "NO_COLOR": "1"}
+    return CliRunner().invoke(app, ["evaluate", *(str(argument) for argument in arguments)], env=environment)
+
+
+def test_a_table_and_its_files(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text(Policy(window_size=48, min_bulk=0, gate=MomentGate(threshold=0.2)).model_dump_json())
+    out = tmp_path / "out"
+    result = run(*SMALL, "--policies", f"closed,static:0.1,{mine}", "--sink", "4", "--out", out)
+    assert result.exit_code == 0, result.output
+    for words in ("300 tokens", "dense", "closed", "static:0.1", "mine", "fact", "text loss", "open, decode"):
+        assert words in result.stdout
+    assert {path.name for path in out.iterdir()} == {
+        "cells.jsonl",
+        *(f"evaluation.{kind}" for kind in ("md", "csv", "json", "png")),
+    }
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["policies"]["closed"] | {"gate": None} == found["policies"]["static:0.1"] | {"gate": None}
+    assert (found["policies"]["closed"]["window_size"], found["policies"]["closed"]["sink_size"]) == (64, 4)
+    assert len(found["policies"]["static:0.1"]["gate"]["open_heads"]) == 3
+    assert found["policies"]["mine"]["window_size"] == 48
+    cells = (out / "cells.jsonl").read_text()
+    again = run(*SMALL, "--policies", "closed", "--sink", "4", "--out", out, "--json")
+    assert again.exit_code == 0, again.output
+    assert (out / "cells.jsonl").read_text() == cells
+    assert json.loads(again.stdout)["summary"] == found["summary"][:2]
+
+
+def test_a_model_by_its_folder_and_a_calibration() -> None:
+    options = ("--lengths", "600", "--tasks", "niah_single_1", "--samples", "1", "--dtype", "bfloat16", "--json")
+    calibration = ROOT / "calibrations" / "patchattn-demo"
+    result = run(demo.model_folder(), *options, "--policies", "calibrated", "--calibration", calibration)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["policies"]["calibrated"]["gate"]["threshold"]["kind"] == "risk"
+    assert found["tasks"] == ["niah_single_1"]
+    assert found["saved"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policies", "best"), "no policy 'best'"),
+        (("--policies", "default:2"), "no number in (0, 1)"),
+        (("--policies", "dense"), "Expected policies by name"),
+        (("--policies", "calibrated"), "needs a calibration"),
+        (("--policies", "nothing.json"), "Can't read nothing.json"),
+        (("--tasks", "riddle"), "no task 'riddle'"),
+        (("--lengths", "many"), "Expected lengths in tokens"),
+        (("--lengths", "8192"), "at most 4,096 tokens"),
+        (("--lengths", "32", "--tasks", "fact"), "without any haystack"),
+        (("--text", "nothing.txt"), "Can't read nothing.txt"),
+        (("--text", "empty.txt"), "The text is empty"),
+        (("--dtype", "int3"), "Unknown dtype 'int3'"),
+        (("--window", "0"), "window_size"),
+        (("--backend", "fastest"), "Unknown backend 'fastest'"),
+        (("--out", "empty.txt"), "not a folder"),
+        (("--calibration", "./nothing"), "nothing"),
+    ],
+)
+def test_mistakes_are_explained(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    result = run(*SMALL, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Fix: " in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_help_has_examples() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "patchattn evaluate demo" in result.stdout.split("Examples")[1]

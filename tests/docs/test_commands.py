@@ -101,7 +101,7 @@ def check_files(words: list[str]) -> None:
         if option == "-m":
             markers = [marker.split(":")[0] for marker in project["tool"]["pytest"]["ini_options"]["markers"]]
             assert value.removeprefix("not ") in markers, f"there is no marker {value}"
-    for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+    for extra in re.findall(r"(?:\.|patchattn)\[([\w,]+)\]", " ".join(words)):
         missing = set(extra.split(",")) - project["project"]["optional-dependencies"].keys()
         assert not missing, f"there is no extra {missing}"
 

@@ -13,7 +13,13 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = ("recipes/**/README.md", "recipes/**/*.py", "calibrations/**/README.md", "calibrations/**/*.png")
+OUTSIDE = (
+    "recipes/**/README.md",
+    "recipes/**/*.py",
+    "calibrations/**/README.md",
+    "calibrations/**/*.png",
+    "patchattn/**/*.py",
+)
 """What docs/ links to: pages, their pictures, scripts. They stay beside docs/ here too, so that links lead to them."""
 
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(https?:[^\"' >]+)")

@@ -87,8 +87,9 @@ def check_torchrun(words: list[str]) -> None:
     assert words[0] == "--nproc-per-node"
     if words[2:4] == ["-m", "patchattn.cli"]:
         check_patchattn(words[4:])
-    else:
-        assert words[2] in SCRIPTS, f"{words[2]} is not the title of a block"
+    for script in words[2:3]:
+        known = script == "-m" or script in SCRIPTS or (ROOT / script).is_file()
+        assert known, f"{script} is neither a file nor the title of a block"
 
 
 def check_files(words: list[str]) -> None:
@@ -100,7 +101,7 @@ def check_files(words: list[str]) -> None:
         if option == "-m":
             markers = [marker.split(":")[0] for marker in project["tool"]["pytest"]["ini_options"]["markers"]]
             assert value.removeprefix("not ") in markers, f"there is no marker {value}"
-    for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+    for extra in re.findall(r"(?:\.|patchattn)\[([\w,]+)\]", " ".join(words)):
         missing = set(extra.split(",")) - project["project"]["optional-dependencies"].keys()
         assert not missing, f"there is no extra {missing}"
 
@@ -135,7 +136,7 @@ def test_commands_are_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("patchattn calibrate MODEL --texts books", "Missing parameter: out"),
         ("python recipes/benchmarks/memory.py --no-such-option", "stopped with 2"),
         ("python recipes/missing.py", "there is no"),
-        ("torchrun --nproc-per-node 2 missing.py", "not the title"),
+        ("torchrun --nproc-per-node 2 missing.py", "nor the title"),
         ('pip install ".[missing]"', "no extra"),
         ("pip install -c missing.txt pytest", "there is no"),
         ("pytest -m missing", "no marker"),

@@ -41,8 +41,8 @@ class Setting:
         return (self.kinds, self.length, self.window)
 
 
-FULL = Setting("facts", 4096, 256, 4, 12)
-_DOCUMENTS = {1024: 16, 2048: 8, 4096: 3}
+FULL = Setting("facts", 4096, 256, 4, 4)
+_DOCUMENTS = {1024: 16, 2048: 8, 4096: 2}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])
     for kinds, windows in (("facts", WINDOWS), ("chains and lists", (256,)))

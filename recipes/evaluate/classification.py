@@ -259,15 +259,18 @@ def page(found: dict[tuple[int, int], Recorded]) -> str:
         parts.append(f"| {LABELS[name]} | " + " | ".join(written) + " |")
     parts += ["", "## Answers only", "", _ANSWERING, ""]
     parts.append(
-        "| estimate, threshold | oracle opens | gate opens | recall (95%) | precision |\n|---|---|---|---|---|"
+        "| estimate, threshold | oracle opens | gate opens | recall (95%) | precision | recall by layer |\n"
+        "|---|---|---|---|---|---|"
     )
     for name in main.estimates:
         one = main.confusion(name, DEFAULT, answering=True)
         recall, shown = one.share(*SHARES["recall"]), ("oracle open", "open", "precision")
         oracle, opened, precision = (one.value(*SHARES[measure]) for measure in shown)
+        layers = (main.confusion(name, DEFAULT, layer=layer, answering=True) for layer in range(main.layers))
+        by_layer = " / ".join(f"{layer.recall:.2f}" for layer in layers)
         parts.append(
             f"| {LABELS[name]}, {DEFAULT} | {oracle:.1%} | {opened:.1%} | "
-            f"{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}) | {precision:.3f} |"
+            f"{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f}) | {precision:.3f} | {by_layer} |"
         )
     parts += ["", f"## Lengths and windows, threshold {DEFAULT}", ""]
     parts.append("In each cell: recall / precision / missed mass.\n")

@@ -89,9 +89,10 @@ def work(part: int, parts: int, folder: Path) -> None:
     store = Store(folder, "gates", part)
     done = {_key(row) for row in store.rows()}
     found = {length: ranking(folder, length) for length in LENGTHS}
-    for setting, first, last, headline in _stages():
-        for begin in range(first, last, BLOCK * parts):
-            block = range(begin + part, min(begin + BLOCK * parts, last), parts)
+    for setting, every, headline in _stages():
+        mine = every[part::parts]
+        for begin in range(0, len(mine), BLOCK):
+            block = mine[begin : begin + BLOCK]
             documents = {i: document(setting.kinds, setting.length, f"gates/{i}") for i in block}
             for case in cases(setting, found[setting.length][str(setting.window)]):
                 if headline and not case.headline:
@@ -103,17 +104,12 @@ def work(part: int, parts: int, folder: Path) -> None:
             print(f"process {part}: {setting.key}, documents {list(block)}", flush=True)
 
 
-def _stages() -> Iterator[tuple[Setting, int, int, bool]]:
-    """Yield (setting, first document, last document, only headline cases): something of everything comes first."""
-    yield FULL, 0, 4, False
+def _stages() -> Iterator[tuple[Setting, range, bool]]:
+    """Yield (setting, documents, only headline cases): what matters most comes first."""
+    yield FULL, FULL.documents, False
     for setting in LEAN:
-        if setting.kinds == FULL.kinds:
-            yield setting, 0, setting.documents, False
-    yield FULL, 4, FULL.headline, True
-    for setting in LEAN:
-        if setting.kinds != FULL.kinds:
-            yield setting, 0, setting.documents, False
-    yield FULL, 4, FULL.documents, False
+        yield setting, setting.documents, False
+    yield FULL, FULL.headline, True
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -261,7 +261,7 @@ def _floors(work: Path) -> str:
 
 
 def _lean_text() -> str:
-    counts = {setting.length: setting.documents for setting in LEAN if setting.kinds == "facts"}
+    counts = {setting.length: len(setting.documents) for setting in LEAN if setting.kinds == "facts"}
     documents = ", ".join(f"{count} documents of {length:,}" for length, count in counts.items())
     return (
         f"{documents} tokens. In each cell: open / facts exact / text loss above dense. A gate that can't open so few "

@@ -31,6 +31,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=40, help="steps of decode for each repeat")
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
     device = prepare(options)
@@ -43,7 +44,7 @@ def main() -> None:
     ids = torch.tensor([tokenizer(demo.sample_text())["input_ids"][: options.length]], device=device)
     rows = []
     with progress(2) as step, torch.no_grad():
-        for phase, call, passes in (("prefill", prefill, 1), ("decode", decode, 40)):
+        for phase, call, passes in (("prefill", prefill, 1), ("decode", decode, options.steps)):
             step(phase)
             variants = {str(record): call(model, ids) for record, (model, _) in models.items()}
             # Short turns: a slow moment of the machine lasts longer than a pass.

@@ -83,6 +83,7 @@ def test_a_calibration_is_measured_and_saved(run, tmp_path: Path) -> None:
     assert "patched at a risk of 0.2" in printed
 
 
+@pytest.mark.slow
 def test_a_calibration_is_shared_on_the_hub(tmp_path: Path) -> None:
     hub = FakeHub()
     options = ("--documents", "4", "--length", "320", "--alpha", "0.2", "--repo", "me/demo")

@@ -50,7 +50,7 @@ def main() -> None:
     table = Table("risk", title=f"What a risk costs, by {options.documents} documents")
     table.add_column("pairs open", justify="right")
     table.add_column("attention missed", justify="right")
-    for alpha in (options.alpha, 2 * options.alpha, 5 * options.alpha):
+    for alpha in (options.alpha, 2 * options.alpha, 4 * options.alpha):
         expected = shared.expected(shared.thresholds(RiskTarget(alpha=alpha)))
         table.add_row(f"{alpha:g}", f"{expected.open_fraction.mean():.1%}", f"{expected.missed_mass.mean():.2%}")
     Console(width=80).print(table)

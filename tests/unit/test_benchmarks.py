@@ -16,7 +16,7 @@ TINY = {
     "attention_decode": "--lengths 400 --dtypes bf16 --no-replay",
     "gate_overhead": "--lengths 600",
     "end_to_end": "--lengths 40 --steps 2 --window 16",
-    "report_recording": "--length 900 --window 64",
+    "report_recording": "--length 700 --window 64 --steps 2",
     "compile": "--lengths 40 --steps 2 --compiler eager",
 }
 

@@ -370,7 +370,7 @@ def test_decisions_stay_where_they_are_until_a_report_asks_and_take_bounded_room
         handle.reset_report()
         model(prompt)
         assert len(handle.report().timeline_of().phases) == 200
-        assert handle.report().notes() == []
+        assert not any("ends early" in note for note in handle.report().notes())
         state = model.model.layers[0].self_attn._modules["patchattn_layer"]
         decisions = torch.ones(1, 6, 4, device="meta", dtype=torch.bool)
         state.keep("prefill", decisions)

@@ -111,7 +111,7 @@ Intervals: Wilson for facts, resampled documents for the text loss.
 
 Correlation with the true margin and standard deviation of the error, mean over heads, where the estimate is finite:
 *guarded* leaves out the pairs above the freezing point, so its rows are not to be compared with the others. Missed mass
-is the mean over all pairs asked; two of the documents.
+is the mean over all pairs asked, in one of the documents.
 
 {fits}
 

@@ -23,10 +23,10 @@ from transformers import DynamicCache
 
 from patchattn import demo
 
-KEPT = (0.08, 0.25, 0.5, 0.75)
+KEPT = (0.08, 0.25, 0.5)
 """Shares of the context's keys that stay in the cache."""
 
-KEPT_KNOWN = (0.08, 0.25)
+KEPT_KNOWN = (0.25,)
 """The same where the question is known; each question takes a prefill of its own."""
 
 PRESSES = {
@@ -71,7 +71,7 @@ def main() -> None:
     """Measure every press at every share."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=6)
-    parser.add_argument("--questions", type=int, default=6, help="of each document, where the question is known")
+    parser.add_argument("--questions", type=int, default=4, help="of each document, where the question is known")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     asked, plain = documents(arguments.documents)

@@ -93,6 +93,7 @@ RUNS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("probe, linear", (0.1, 0.2)),
     ("8 directions of 32, every key", (0.2,)),
     ("mixture, chunks of 64", (0.2,)),
+    ("boxes of 16 keys", (0.2,)),
 )
 """Rows measured on the model, and the open fractions that thresholds are chosen for; what matters most comes first."""
 

@@ -127,7 +127,7 @@ def draw(
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes: Any = figure.subplots(1, 4)
     expected = [NormalDist().inv_cdf(share) for share in shares]
-    highest = max(12.0, *(float(curve[-1]) for curve in curves.values()))
+    highest = max(5.0, *(float(curve[-1]) + 1 for curve in curves.values()))
     for (name, row), one in zip(chosen.items(), axes, strict=False):
         one.plot([-4, 4], [-4, 4], color="grey", lw=1)
         one.plot(expected, curves[name], color=_COLOURS[name], lw=2.2)
@@ -137,7 +137,7 @@ def draw(
         )
         one.set_ylim(-6, highest)
         one.set_xlabel("standard normal quantile")
-        one.text(3.5, 2.2, "Gaussian", color="dimgrey", fontsize=8, rotation=0, ha="right")
+        one.text(-3.9, -2.6, "Gaussian", color="dimgrey", fontsize=8)
     axes[0].set_ylabel("whitened score")
     scatter = axes[3]
     scatter.scatter(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
+from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.rotary import RotaryMoments, bulk_log_mass_from_text
 
 _ROWS_PER_SLAB = 256
@@ -129,7 +129,7 @@ def bulk_log_mass(
     break_even = policy.break_even(phase_of(regions.query_length))
     match gate:
         case MomentGate(moments="calibration"):
-            mass = _from_calibration(inputs, measured, gate.estimate)
+            mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
         case MomentGate():
             mass, state = bulk_log_mass_from_prompt(
                 inputs.query,
@@ -207,9 +207,12 @@ def attention_scores(inputs: AttentionInputs, rows: slice = slice(None), keys: s
     return scores
 
 
-def _from_calibration(inputs: AttentionInputs, measured: Measured | None, estimate: Estimate) -> Tensor:
+def bulk_log_mass_from_calibration(inputs: AttentionInputs, measured: Measured | None, *, estimate: Estimate) -> Tensor:
+    """Estimate each query's bulk log mass from the key moments of a calibration, [batch, heads, query] nats.
+
+    Without moments it is NaN, which opens; -inf without bulk keys.
+    """
     if measured is None or measured.moments is None:
-        # NaN opens.
         return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
     return bulk_log_mass_from_text(
         inputs.query,

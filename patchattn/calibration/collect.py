@@ -28,8 +28,8 @@ from patchattn.gate import Measured, with_margins
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
-from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import MomentGate, OpenGate, Policy
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from patchattn.gate import attention_scores
 from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import Estimate
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 

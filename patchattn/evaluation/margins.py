@@ -16,8 +16,8 @@ from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import Estimate, OpenGate, Policy
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import bulk_log_mass_from_prompt
 from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.testing.dense import DenseCall
 

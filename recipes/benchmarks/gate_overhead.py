@@ -12,7 +12,7 @@ from problems import DTYPES, Shape, dense_baselines, gated, iid_gates, make_inpu
 
 from patchattn.backends import load, resolve
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import bulk_log_mass_from_prompt
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 
 
 def main() -> None:

@@ -130,14 +130,16 @@ def _shapes_table(found: list[dict[str, Any]]) -> str:
 
 
 def _replayed(found: list[dict[str, Any]]) -> str:
+    percents, factors = ("open", "density"), ("speed-up", "limit")
     lines = [
         [phase, f"{row['tokens']:,}", row["gates"].removeprefix("shipped model, ")]
-        + [f"{row['open']:.0%}", f"{row['density']:.0%}", f"{row['speed-up']:.2f}x", f"{row['limit']:.2f}x"]
+        + [f"{row[name]:.0%}" for name in percents]
+        + [f"{row[name]:.2f}x" for name in factors]
         for phase in ("prefill", "decode")
         for row in _rows(found, phase)
         if row["gates"].startswith("shipped model")
     ]
-    return _table(["phase", "tokens", "gates", "open", "density", "speed-up", "limit"], lines)
+    return _table(["phase", "tokens", "gates", *percents, *factors], lines)
 
 
 def _compiling(found: list[dict[str, Any]]) -> list[str]:

@@ -32,8 +32,9 @@ from patchattn.gate import attention_scores, exact_bulk_log_mass
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
 from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import CHUNK, KeyMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
+from patchattn.moments import CHUNK, KeyMoments, log_mass_of_gaussian
 from patchattn.policy import Estimate
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.reference import masked_log_mass
 from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 

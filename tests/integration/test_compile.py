@@ -14,7 +14,8 @@ from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
 from patchattn.hf.cache import COMPILED_CALLS_CAN_TRACK
 from patchattn.inputs import AttentionInputs
-from patchattn.moments import CHUNK, bulk_log_mass_from_prompt
+from patchattn.moments import CHUNK
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.testing import assert_within_budget, recorded_gates, replay_gates, tiny_model
 

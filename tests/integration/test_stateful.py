@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
 from patchattn.hf import cache as tracking
-from patchattn.moments import CHUNK, bulk_log_mass_from_prompt
+from patchattn.moments import CHUNK
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.testing import gates_of_chunks, recorded_gates, replay_gates, tiny_model
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from patchattn.hf.cache import load_moments, store_moments
-from patchattn.moments import CHUNK, KeyMoments, PromptMoments, bulk_log_mass_from_prompt
+from patchattn.moments import CHUNK, KeyMoments
+from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 from patchattn.testing.strategies import FINITE_KEYS, GROUP_SIZES, KeyKind, lengths, make_keys
 

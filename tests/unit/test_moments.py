@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from patchattn.moments import CHUNK, KeyMoments, bulk_log_mass_from_prompt, log_mass_of_gaussian
+from patchattn.moments import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
 
 

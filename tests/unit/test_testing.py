@@ -17,7 +17,7 @@ from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, Stat
 from patchattn.backends import blockwise
 from patchattn.hf import attention as hf_attention
 from patchattn.hf import patching
-from patchattn.moments import PromptMoments
+from patchattn.prompt_moments import PromptMoments
 from patchattn.regions import Regions
 from patchattn.testing import ProvesNothingError, assert_equivalent, assert_within_budget, tiny_model
 from patchattn.testing.dense import dense_attention, token_masks

@@ -1,0 +1,313 @@
+"""Prompt moments: those of a sequence's own bulk keys, kept up as it grows, and the bulk log mass they predict.
+
+They stand on a fixed grid of chunks, so that the answer does not depend on how a sequence was cut into calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from patchattn.moments import CHUNK, KeyMoments, accumulator, log_mass_of_gaussian, log_mass_of_log_count
+from patchattn.policy import Estimate
+from patchattn.regions import Regions
+
+_CHUNKS_PER_SLAB = 32
+
+
+@dataclass(frozen=True)
+class PromptMoments:
+    """Running moments of each sequence's own bulk keys, on a fixed grid of chunks.
+
+    At a query with `n_bulk` bulk keys they cover the first `CHUNK * floor(n_bulk / CHUNK)` of them, so the answer does
+    not depend on how the sequence was cut into calls. Sums are taken of `key - reference`, which keeps keys with a
+    large mean exact. Appending keys never makes them wrong; cropping below the covered keys does, and is seen because
+    the grid then asks for fewer chunks than there are.
+
+    Args:
+        chunks: [batch] int64; complete chunks of bulk keys that the sums cover.
+        count: [batch]; real keys among them.
+        reference: [batch, kv_heads, dim]; the first bulk key.
+        total: [batch, kv_heads, dim]; sum of `key - reference`.
+        outer: [batch, kv_heads, dim, dim]; sum of `(key - reference) (key - reference)^T`.
+    """
+
+    chunks: Tensor
+    count: Tensor
+    reference: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def empty(cls, key: Tensor) -> PromptMoments:
+        """Return moments that cover nothing, for keys of shape [batch, kv_heads, keys, dim]."""
+        batch, kv_heads, _, dim = key.shape
+        zeros = key.new_zeros(batch, kv_heads, dim, dtype=accumulator(key))
+        nothing = torch.zeros(batch, dtype=torch.long, device=key.device)
+        outer = zeros[..., None].repeat(1, 1, 1, dim)
+        return cls(nothing, zeros[:, 0, 0].clone(), zeros, zeros.clone(), outer)
+
+    def select(self, rows: Tensor) -> PromptMoments:
+        """Return the moments of the given batch rows, in that order."""
+        return PromptMoments(*(part.index_select(0, rows.to(part.device)) for part in self._parts()))
+
+    def to(self, device: torch.device) -> PromptMoments:
+        """Return the moments on a device."""
+        return PromptMoments(*(part.to(device) for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.chunks, self.count, self.reference, self.total, self.outer
+
+    @cached_property
+    def key_moments(self) -> KeyMoments:
+        """Count, mean and covariance of the covered keys, computed once; not for compiled code."""
+        divisor = self.count.clamp(min=1)[:, None, None]
+        shift = self.total / divisor
+        covariance = self.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
+        return KeyMoments(self.count[:, None].expand(self.total.shape[:2]), self.reference + shift, covariance)
+
+    @cached_property
+    def _second_and_first(self) -> Tensor:
+        """Covariance and mean side by side, [batch, kv_heads, dim, dim + 1]: one product with a query gives both."""
+        return torch.cat([self.key_moments.covariance, self.key_moments.mean[..., None]], dim=-1)
+
+    @cached_property
+    def _chunks_on_host(self) -> list[int]:
+        return self.chunks.tolist()
+
+    def is_complete(self, regions: Regions) -> bool:
+        """Say whether the sums cover exactly what the last query asks for, in every row; reads the device."""
+        needed = [n // CHUNK for n in regions.last_n_bulk]
+        return self._chunks_on_host == needed and min(needed, default=0) > 0
+
+    def rewound(self, chunks: Tensor) -> PromptMoments:
+        """Start afresh in the rows that cover more than `chunks` [batch] chunks: their keys may have been replaced."""
+        keep = self.chunks <= chunks
+        return PromptMoments(*(torch.where(keep.view(-1, *[1] * (p.dim() - 1)), p, 0) for p in self._parts()))
+
+    def prefixes(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
+        """Continue the sums chunk by chunk.
+
+        Args:
+            key: [batch, kv_heads, keys, dim]; all keys so far.
+            regions: Sink, window and padding of the call.
+            upto: [batch]; no row goes beyond this number of chunks.
+            n_chunks: Number of chunks to go on by; rows that reach `upto` earlier stand still.
+
+        Returns:
+            Moments whose parts have a further axis of length `n_chunks + 1` at the end of the leading ones
+            (after batch, or after batch and KV heads): entry `g` covers `min(chunks + g, upto)` chunks.
+        """
+        first_bulk = regions.first + regions.sink_size
+        first_bulk_key = _take(key, first_bulk[:, None])[:, :, 0].to(self.total.dtype)
+        fresh = (self.chunks == 0)[:, None, None]
+        reference = torch.where(fresh, first_bulk_key, self.reference)
+
+        index = torch.arange(n_chunks * CHUNK, device=key.device)
+        slots = (first_bulk + CHUNK * self.chunks)[:, None] + index
+        inside = slots < (first_bulk + CHUNK * upto)[:, None]
+        real = inside & regions.valid.gather(1, slots.clamp(max=regions.key_length - 1))
+        x = _take(key, slots).to(self.total.dtype) - reference[:, :, None]
+        x = torch.where(real[:, None, :, None], x, 0).unflatten(2, (n_chunks, CHUNK))
+
+        def running(start: Tensor, steps: Tensor, axis: int) -> Tensor:
+            return torch.cat([start.unsqueeze(axis), steps], dim=axis).cumsum(axis)
+
+        steps = torch.arange(n_chunks + 1, device=key.device)
+        return PromptMoments(
+            chunks=torch.minimum(self.chunks[:, None] + steps, torch.maximum(upto, self.chunks)[:, None]),
+            count=running(self.count, real.unflatten(1, (n_chunks, CHUNK)).sum(-1).to(self.count.dtype), 1),
+            reference=reference[:, :, None].expand(-1, -1, n_chunks + 1, -1),
+            total=running(self.total, x.sum(3), 2),
+            outer=running(self.outer, x.mT @ x, 2),
+        )
+
+    def last(self) -> PromptMoments:
+        """Take the last entry of the axis that `prefixes` adds."""
+        return PromptMoments(
+            self.chunks[:, -1].clone(),
+            self.count[:, -1].clone(),
+            self.reference[:, :, -1].contiguous(),
+            self.total[:, :, -1].contiguous(),
+            self.outer[:, :, -1].contiguous(),
+        )
+
+    def advanced(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
+        """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""
+        moments = self
+        for start in range(0, n_chunks, _CHUNKS_PER_SLAB):
+            step = min(_CHUNKS_PER_SLAB, n_chunks - start)
+            moments = moments.prefixes(key, regions, upto, step).last()
+        return moments
+
+
+def bulk_log_mass_from_prompt(
+    query: Tensor,
+    key: Tensor,
+    regions: Regions,
+    state: PromptMoments | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    estimate: Estimate = "guarded",
+    max_chunks: int | None = None,
+    least_bulk: int = 0,
+) -> tuple[Tensor, PromptMoments]:
+    """Estimate each query's bulk log mass from the moments of its own sequence.
+
+    Args:
+        query: [batch, heads, query, dim].
+        key: [batch, kv_heads, keys, dim]; all keys so far, the queries' own included.
+        regions: Sink, window and padding of the call.
+        state: Moments left by earlier calls on the same keys; None starts from nothing. Rows whose state covers more
+            than the first query may see start from nothing too.
+        scale: Factor on the dot products.
+        softcap: See `log_mass_of_gaussian`.
+        estimate: See `log_mass_of_gaussian`.
+        max_chunks: Upper bound on the chunks a row goes on by, known without looking at the tensors; None looks (a
+            host synchronisation on an accelerator). A row that needs more opens its gates.
+        least_bulk: Where looking is free, queries of a prefill with fewer bulk keys are not evaluated and get +inf.
+
+    Returns:
+        The estimate, [batch, heads, query] nats in float32 (float64 for float64 keys): -inf without bulk keys, +inf
+        (which opens the gate) before the first chunk is full. And the state after the last query.
+    """
+    on_host = key.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and regions.query_length == 1 and state is not None and state.is_complete(regions):
+        return _decode_step(query, regions, state, scale, softcap, estimate), state
+    n_bulk = regions.n_bulk
+    needed = n_bulk // CHUNK
+    state = PromptMoments.empty(key) if state is None else state.rewound(needed[:, 0])
+    upto = needed[:, -1]
+    if max_chunks is None:
+        if regions.query_length > 1 and least_bulk >= CHUNK:
+            enough = upto.clamp(max=least_bulk // CHUNK)
+            state = state.advanced(key, regions, enough, int((enough - state.chunks).clamp(min=0).max()))
+        max_chunks = int((upto - state.chunks).max())
+    if regions.query_length == 1:
+        state = state.advanced(key, regions, upto, max_chunks)
+        if on_host and state.is_complete(regions):
+            return _decode_step(query, regions, state, scale, softcap, estimate), state
+        mass = _evaluate(query[:, :, None, :], _with_chunk_axis(state), n_bulk[:, None], scale, softcap, estimate)[
+            :, :, 0
+        ]
+        known = (state.chunks == upto)[:, None] & (needed > 0)
+    else:
+        mass, state, known = _prefill(query, key, regions, state, max_chunks, scale, softcap, estimate)
+    mass = torch.where(known[:, None], mass, torch.inf)
+    return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
+
+
+def _decode_step(
+    query: Tensor, regions: Regions, state: PromptMoments, scale: float, softcap: float | None, estimate: Estimate
+) -> Tensor:
+    """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
+    both = state._second_and_first
+    batch, kv_heads, dim = both.shape[:3]
+    q = query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * scale
+    along = q @ both
+    variance = (along[..., :dim] * q).sum(-1)
+    mass = log_mass_of_log_count(regions.last_log_n_bulk.to(both.dtype), along[..., dim], variance, softcap, estimate)
+    return mass.flatten(1).unsqueeze(-1)
+
+
+def _with_chunk_axis(state: PromptMoments) -> PromptMoments:
+    """Add the chunk axis of `PromptMoments.prefixes`, with one entry."""
+    return PromptMoments(
+        state.chunks[:, None],
+        state.count[:, None],
+        state.reference[:, :, None],
+        state.total[:, :, None],
+        state.outer[:, :, None],
+    )
+
+
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    regions: Regions,
+    state: PromptMoments,
+    max_chunks: int,
+    scale: float,
+    softcap: float | None,
+    estimate: Estimate,
+) -> tuple[Tensor, PromptMoments, Tensor]:
+    """Evaluate many queries: those that share a chunk count are one group, aligned to the grid, slab by slab."""
+    n_bulk = regions.n_bulk
+    needed = n_bulk // CHUNK
+    upto = needed[:, -1]
+    start_chunks = state.chunks
+    # The row whose n_bulk is zero, extended below zero where the padding or the sink has not been filled yet.
+    zero_row = regions.first + regions.sink_size + regions.window_size - 1 - regions.query_slot
+    within = torch.arange(CHUNK, device=query.device)
+    masses = []
+    for begin in range(0, max_chunks + 1, _CHUNKS_PER_SLAB):
+        groups = min(_CHUNKS_PER_SLAB, max_chunks + 1 - begin)
+        prefixes = state.prefixes(key, regions, upto, groups)
+        grid = CHUNK * (start_chunks[:, None] + begin + torch.arange(groups, device=query.device))
+        bulk_counts = grid[..., None] + within
+        rows = (bulk_counts + zero_row[:, None, None]).flatten(1)
+        aligned = _take(query, rows).unflatten(2, (groups, CHUNK))
+        at_groups = PromptMoments(
+            prefixes.chunks[:, :-1],
+            prefixes.count[:, :-1],
+            prefixes.reference[:, :, :-1],
+            prefixes.total[:, :, :-1],
+            prefixes.outer[:, :, :-1],
+        )
+        masses.append(_evaluate(aligned, at_groups, bulk_counts, scale, softcap, estimate).flatten(2))
+        state = prefixes.last()
+    column = n_bulk - CHUNK * start_chunks[:, None]
+    known = (needed > 0) & (column >= 0) & (column < CHUNK * (max_chunks + 1))
+    column = column.clamp(0, CHUNK * (max_chunks + 1) - 1)
+    mass = torch.cat(masses, dim=2).gather(2, column[:, None].expand(-1, query.shape[1], -1))
+    return mass, state, known
+
+
+def _evaluate(
+    query: Tensor,
+    moments: PromptMoments,
+    n_bulk: Tensor,
+    scale: float,
+    softcap: float | None,
+    estimate: Estimate,
+) -> Tensor:
+    """Evaluate groups of queries against one set of moments each.
+
+    Args:
+        query: [batch, heads, groups, rows, dim].
+        moments: Parts with a `groups` axis, as `PromptMoments.prefixes` returns them.
+        n_bulk: [batch, groups, rows].
+        scale: Factor on the dot products.
+        softcap: See `log_mass_of_gaussian`.
+        estimate: See `log_mass_of_gaussian`.
+
+    Returns:
+        [batch, heads, groups, rows].
+    """
+    kv_heads, dtype = moments.total.shape[1], moments.total.dtype
+    heads_apart = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [batch, kv_heads, groups, group, rows, dim]
+    # All rows that share a matrix side by side: one product each. The scale goes to the matrices, which are smaller.
+    q = heads_apart.flatten(3, 4).to(dtype)
+    divisor = moments.count.clamp(min=1)[:, None, :, None]
+    shift = moments.total / divisor
+    second = moments.outer * (scale * scale / divisor[..., None])
+    along = q @ (torch.stack([shift, moments.reference], dim=-1) * scale)
+    along_shift = along[..., 0]
+    variance = ((q @ second) * q).sum(-1) - along_shift.square()
+    mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (along.sum(-1), variance))
+    mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=softcap, estimate=estimate)
+    return mass.transpose(2, 3).flatten(1, 2)
+
+
+def _take(x: Tensor, slots: Tensor) -> Tensor:
+    """Gather [batch, heads, tokens, dim] at [batch, n] slots, clamped to the ends."""
+    slots = slots.clamp(0, x.shape[2] - 1)
+    if x.shape[0] == 1:
+        # Copies whole rows, twice as fast as `gather`, which reads an index for each number.
+        return x.index_select(2, slots[0])
+    index = slots[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))

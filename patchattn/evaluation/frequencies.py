@@ -18,7 +18,7 @@ _COMMON = 10
 _FEWEST_OTHERS = 10
 _MANY_WORDS = 20_000
 _LONG_FROM = 4096
-_MAY_BE_CUT = 4
+_MAY_BE_CUT = 10
 # The zeta distribution with exponent 2 gives rank k the share 1 / (k^2 zeta(2)).
 _ZETA_2 = 1.6449340668482264
 _TOKENS_PER_CODED_WORD = 50

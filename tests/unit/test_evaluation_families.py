@@ -139,17 +139,18 @@ def test_variables_form_a_chain(seed: int) -> None:
     assert [line[-1] for line in lines[1:]] == list(sample.answers[:-1])
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("length", [2048, 9000])
-def test_common_words_are_the_most_common(length: int) -> None:
+def test_common_words_are_the_most_common(length: int, seed: int) -> None:
     tokenizer = material("shipped").tokenizer
-    sample = make_sample("cwe", material("shipped"), length=length)
+    sample = make_sample("cwe", material("shipped"), length=length, seed=seed)
     words = tokenizer.decode(sample.prompt).rsplit("Below is", 1)[1].rsplit("Question", 1)[0].split("\n")[1:]
     counts = count([line.split(". ")[1] for line in words if ". " in line])
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     assert {counts.pop(answer) for answer in sample.answers} == {often}
     assert max(counts.values()) == seldom
     # Of the others, only those whose entries were cut are missing one.
-    assert sum(times != seldom for times in counts.values()) <= 2
+    assert sum(times != seldom for times in counts.values()) <= 10
 
 
 @pytest.mark.parametrize("length", [1024, 8192])

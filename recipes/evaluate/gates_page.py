@@ -54,11 +54,9 @@ def write_pages(rows: list[Row], out: Path, work: Path) -> None:
         "\n## Other lengths and windows\n",
         _lean_text(),
         *(lean_table(listed, length) + "\n" for length in LENGTHS),
-        "## Other questions\n",
-        _others_text(),
-        others_table(rows),
-        "",
     ]
+    if by_kind(rows):
+        parts += ["## Other questions\n", _others_text(), others_table(rows), ""]
     out.with_suffix(".md").write_text("\n".join(parts))
 
 

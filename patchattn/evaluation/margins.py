@@ -98,7 +98,9 @@ def record_margins(
         for window, (local, bulk, top) in zip(sizes, exact, strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses = {("prompt", name): _from_prompt(at_window, name)[:, asked] for name in estimates}
+            guesses: dict[tuple[str, Estimate], Tensor] = {
+                ("prompt", name): _from_prompt(at_window, name)[:, asked] for name in estimates
+            }
             if calibration is not None and calibration.manifest.window_size == window:
                 measured = Measured(moments=calibration.key_moments(layer))
                 for name in estimates:

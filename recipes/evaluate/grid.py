@@ -147,6 +147,16 @@ def _targets(*, full: bool) -> Iterator[Case]:
             yield Case(f"budget, {estimate}", f"{fraction:.0%}", gate, headline=fraction == 0.15)
 
 
+def expected(found: dict[int, dict[str, Any]]) -> dict[tuple[Any, ...], range]:
+    """Name the documents of every gate in every setting; `found` is what `ranking` says, by length."""
+    named: dict[tuple[Any, ...], range] = {}
+    for setting in (FULL, *LEAN):
+        for case in cases(setting, found[setting.length][str(setting.window)]):
+            documents = setting.headline if case.headline else setting.documents
+            named[(*setting.key, case.family, case.setting)] = documents
+    return named
+
+
 def wanted(rows: Iterable[Row], found: dict[int, dict[str, Any]]) -> list[Row]:
     """Leave out rows of documents or gates that the grid does not name (any more).
 
@@ -154,10 +164,6 @@ def wanted(rows: Iterable[Row], found: dict[int, dict[str, Any]]) -> list[Row]:
         rows: Saved rows.
         found: What `ranking` says, by length.
     """
-    named: dict[tuple[Any, ...], range] = {}
-    for setting in (FULL, *LEAN):
-        for case in cases(setting, found[setting.length][str(setting.window)]):
-            documents = setting.headline if case.headline else setting.documents
-            named[(*setting.key, case.family, case.setting)] = documents
+    named = expected(found)
     names = ("kinds", "length", "window", "family", "setting")
     return [row for row in rows if row["document"] in named.get(tuple(row[name] for name in names), ())]

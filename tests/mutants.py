@@ -216,7 +216,7 @@ MUTANTS = (
     Mutant(
         "sink_logits_dropped",
         "blockwise leaves the learned sink logits out of the output",
-        "backends/blockwise_prefill.py",
+        "backends/blockwise_kernel.py",
         "(part.output * (part.log_mass - total).exp()[..., None])",
         "part.output",
         BLOCKWISE,

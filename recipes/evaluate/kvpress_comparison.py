@@ -182,8 +182,8 @@ be used for another question afterwards. For patchattn nothing changes: it does 
 ## How to read it
 
 - From a third of the keys on, gates answer most facts that dense attention does, and presses that do not know the
-  question do not. At a quarter neither does, and StreamingLLM is ahead. The static choice of eight heads is as good as the
-  moment gate at about a third.
+  question do not. At a quarter neither does, and StreamingLLM is ahead. The static choice of eight heads is as good as
+  the moment gate at about a third.
 - In text loss presses are not behind at the same share of keys: they read the context densely, the gates did not.
 - A decoding step of the default moment gate reads nearly all keys in this model: its three query heads per KV head are
   rarely closed together, and questions open more than text.

@@ -222,7 +222,8 @@ def never_asked(found: Evaluation) -> list[str]:
         for length in found.lengths:
             if policy is None or any(found.counts(name, length, phase).asked_pairs for phase in PHASES):
                 continue
-            enough = f"{policy.break_even} keys" if policy.break_even else "keys"
+            fewest = min(map(policy.break_even, policy.phases))
+            enough = f"{fewest} keys" if fewest else "keys"
             notes.append(
                 f"{name} at {length:,} tokens: no query had {enough} beyond sink "
                 f"{policy.sink_size} and window {policy.window_size}, so no gate was asked and attention was dense."

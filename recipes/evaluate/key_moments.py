@@ -236,8 +236,8 @@ def quality(model: Any, judged: list[Document], source: Source) -> tuple[float, 
 def main() -> None:
     """Take moments, judge every source, write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--measured", type=int, default=32, help="documents that moments are taken from")
-    parser.add_argument("--judged", type=int, default=8, help="documents that sources are judged on")
+    parser.add_argument("--measured", type=int, default=16, help="documents that moments are taken from")
+    parser.add_argument("--judged", type=int, default=6, help="documents that sources are judged on")
     parser.add_argument("--out", type=Path, default=Path("docs/results/key_moments.md"))
     arguments = parser.parse_args()
     model, _ = demo.load()

@@ -19,7 +19,7 @@ ROOMS = [
     ("backends",),
     ("report", "calibration"),
     ("hf",),
-    ("calibration.collect", "evaluation", "testing"),
+    ("calibration.collect", "calibration.rotary", "evaluation", "testing"),
     ("demo", "cli"),
 ]
 """From the ground up: a file imports from its own row and from rows above it in this list."""

@@ -275,7 +275,7 @@ def test_a_run_that_proves_nothing_says_what_to_change(change: dict[str, Any], c
 
 
 def test_calls_that_go_around_the_gate_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "_is_layout", lambda mask: False)
+    monkeypatch.setattr(hf_attention, "_is_layout", lambda mask, queries: False)
     monkeypatch.setattr(hf_attention, "original_attention", lambda *args: around)
 
     def around(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -127,13 +127,11 @@ class PromptMoments:
 
     def last(self) -> PromptMoments:
         """Take the last entry of the axis that `prefixes` adds."""
-        return PromptMoments(
-            self.chunks[:, -1].clone(),
-            self.count[:, -1].clone(),
-            self.reference[:, :, -1].contiguous(),
-            self.total[:, :, -1].contiguous(),
-            self.outer[:, :, -1].contiguous(),
-        )
+        ends = (self.chunks[:, -1], self.count[:, -1], self.reference[:, :, -1], self.total[:, :, -1])
+        # Clones in plain strides: those of a view depend on the number of chunks, for which a compiled step would be
+        # compiled again.
+        plain = torch.contiguous_format
+        return PromptMoments(*(end.clone(memory_format=plain) for end in (*ends, self.outer[:, :, -1])))
 
     def advanced(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
         """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""

@@ -26,7 +26,7 @@ AttendPlainly = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
 
 BREAK_EVEN_BULK_KEYS: dict[Backend, MinBulk] = {
     "flex": MinBulk(prefill=4096, decode=4096),
-    "blockwise": MinBulk(prefill=2048, decode=8192),
+    "blockwise": MinBulk(prefill=4096, decode=8192),
     "reference": MinBulk(prefill=0, decode=0),
 }
 """What `min_bulk="auto"` means: below this many bulk keys the gated path is not expected to be faster than dense.

@@ -162,6 +162,21 @@ def test_a_compiled_call_without_a_cache_is_gated():
     assert not model.model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_compiled_step_is_compiled_once_for_prompts_of_any_length(family):
+    model = tiny_model(family, num_hidden_layers=1)
+    counter = CompileCounterWithBackend("eager")
+    with patchattn.patch(model, policy(MOMENTS)) as handle:
+        step = torch.compile(model, backend=counter, fullgraph=True)
+        for length in (200, 300, 430):
+            cache, ids = StaticCache(config=model.config, max_cache_len=480), tokens(length, batch=1)
+            forward(model, ids, past_key_values=cache)
+            positions = torch.tensor([[length]])
+            forward(step, tokens(1, batch=1), past_key_values=cache, position_ids=positions)
+        assert_gated(handle.report(), ["decode"])
+    assert counter.frame_count == 1
+
+
 def test_generate_compiles_decode_by_itself():
     from transformers import CompileConfig
 

@@ -29,8 +29,8 @@ CUDA_GOALS = {
 }
 
 MISSED = """\
-- *Decode at 4,096 and 8,192 keys*: a step with all gates closed takes 0.2 ms at any length. Dense attention takes little
-  more at these lengths, and the second core halves its time, for it has eight heads to share out; a step of some thirty
+- *Decode at 4,096 and 8,192 keys*: a step with all gates closed takes 0.2 ms at any length. Dense attention takes
+  little more at these lengths, and the second core halves its time, for it has eight heads to share out; a step of some thirty
   small tensor operations gains nothing from it and pays for waking it. On one thread the same step meets the goals
   ([measurements](benchmarks/one_thread/decode.md)). Fewer operations need a kernel that does local attention, decision
   and merge at once.

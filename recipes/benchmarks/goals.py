@@ -30,16 +30,17 @@ CUDA_GOALS = {
 
 MISSED = """\
 - *Decode at 4,096 and 8,192 keys*: a step with all gates closed takes 0.2 ms at any length. Dense attention takes
-  little more at these lengths, and the second core halves its time, for it has eight heads to share out; a step of some thirty
-  small tensor operations gains nothing from it and pays for waking it. On one thread the same step meets the goals
-  ([measurements](benchmarks/one_thread/decode.md)). Fewer operations need a kernel that does local attention, decision
-  and merge at once.
-- *Decode with one KV head open*: a call over the bulk keys, in one stretch for each core, and two merges come on top of
-  the local pass, about 0.3 ms together. From 16,384 keys on, reading fewer keys outweighs it.
-- *Whole model, prefill*: this model's layers have 6 heads of 32 and gain 0.8 to 1.5x with their own gates replayed, the
-  gate takes a part of it back, and a third of the time is not attention. With `auto`, prompts this short are dense.
-- *Whole model, decode with `min_bulk=0`*: nearly every step of an answer opens both KV heads, so all keys are read, and
-  local pass, gate and merge come on top.
+  little more at these lengths, and the second core halves its time, for it has eight heads to share out; a step of
+  some thirty small tensor operations gains nothing from it and pays for waking it. On one thread the same step meets
+  the goals ([measurements](benchmarks/one_thread/decode.md)). Fewer operations need a kernel that does local
+  attention, decision and merge at once.
+- *Decode with one KV head open*: a call over the bulk keys, in one stretch for each core, and two merges come on top
+  of the local pass, about 0.3 ms together. From 16,384 keys on, reading fewer keys outweighs it.
+- *Whole model, prefill*: this model's layers have 6 heads of 32 and gain 0.8 to 1.5x with their own gates replayed,
+  the gate takes a part of it back, and a third of the time is not attention. With `auto`, prompts this short are
+  dense.
+- *Whole model, decode with `min_bulk=0`*: nearly every step of an answer opens both KV heads, so all keys are read,
+  and local pass, gate and merge come on top.
 - *Whole model below break-even*: the hook of a layer, the choice of a path and the padding layout cost the same
   microseconds in a layer of any size, and this model's layers take about a millisecond. Single repeats differ by more
   than what is missing."""

@@ -5,7 +5,6 @@ python recipes/evaluate/classification.py --out docs/results/classification
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from intervals import Interval, bootstrap
 from pictures import STYLES, open_axis
 from recording import DOCUMENTS, THRESHOLDS, recorded
-from shipped import LENGTHS, WINDOWS, WORK
+from shipped import LENGTHS, WINDOWS, command_line
 from store import Row
 from summary import LABELS
 
@@ -326,11 +325,7 @@ def draw(place: Recorded, path: Path) -> None:
 
 def main() -> None:
     """Measure what is missing, then write table, page and picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/classification"), help="without suffix")
-    arguments = parser.parse_args()
+    arguments = command_line("classification", __doc__)
     rows = recorded(arguments.work, arguments.processes)
     found = {(length, window): Recorded(rows, length, window) for length in LENGTHS for window in WINDOWS}
     write_csv(found, arguments.out.with_suffix(".csv"))

@@ -5,7 +5,6 @@ python recipes/evaluate/gates.py --out docs/results/gates
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from gates_page import write_pages
 from grid import FULL, LEAN, Case, Setting, cases, wanted
 from ranking import ranking
-from shipped import LENGTHS, SINK, WORK, calibration, document, load
+from shipped import LENGTHS, SINK, calibration, command_line, document, load
 from store import Row, Store, share_out
 
 import patchattn
@@ -118,11 +117,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def main() -> None:
     """Measure every gate; documents that are saved already are kept."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/gates"), help="without suffix")
-    arguments = parser.parse_args()
+    arguments = command_line("gates", __doc__)
     found = {length: ranking(arguments.work, length) for length in LENGTHS}
     share_out(work, arguments.processes, arguments.work)
     write_pages(wanted(Store(arguments.work, "gates").rows(), found), arguments.out, arguments.work)

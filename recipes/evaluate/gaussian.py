@@ -5,7 +5,6 @@ python recipes/evaluate/gaussian.py --out docs/results/gaussian
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import random
@@ -21,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from classification import DEFAULT, PLACE, Recorded
 from gaussian_page import draw, page
 from recording import THRESHOLDS, recorded
-from shipped import SINK, TASKS, WORK, document, load
+from shipped import SINK, TASKS, command_line, document, load
 from store import Row, kept
 
 from patchattn.evaluation.margins import read, watching, with_window
@@ -127,11 +126,7 @@ def quantiles(counts: Any, shares: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Measure what is missing, then write table, page and picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/gaussian"), help="without suffix")
-    arguments = parser.parse_args()
+    arguments = command_line("gaussian", __doc__)
     place = Recorded(recorded(arguments.work, arguments.processes), *PLACE)
     samples = kept(arguments.work / "gaussian-scores.json", sample_scores)
     heads = per_head(place, samples)

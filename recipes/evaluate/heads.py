@@ -5,7 +5,6 @@ python recipes/evaluate/heads.py --out docs/results/heads
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from classification import DEFAULT, PLACE, Recorded
 from pictures import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from recording import THRESHOLDS, recorded
-from shipped import LENGTHS, TASKS, WINDOWS, WORK
+from shipped import LENGTHS, TASKS, WINDOWS, command_line
 
 GATES = {"oracle": "oracle_by_task", "default": "guarded_by_task"}
 SWINGS = (0.1, 0.9)
@@ -216,11 +215,7 @@ def draw(found: dict[tuple[int, int], Recorded], path: Path) -> None:
 
 def main() -> None:
     """Measure what is missing, then write table, page and picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/heads"), help="without suffix")
-    arguments = parser.parse_args()
+    arguments = command_line("heads", __doc__)
     rows = recorded(arguments.work, arguments.processes)
     found = {(length, window): Recorded(rows, length, window) for length in LENGTHS for window in WINDOWS}
     write_csv(found[PLACE], arguments.out.with_suffix(".csv"))

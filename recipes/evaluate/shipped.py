@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,20 @@ WORK = Path("runs/evaluate")
 """Folder of what was measured; a recipe that finds its rows there goes on from them."""
 
 _CALIBRATION = Path(__file__).parents[2] / "calibrations" / "patchattn-demo"
+
+
+def command_line(page: str, description: str | None) -> argparse.Namespace:
+    """Parse what the commands that share the work between processes take: `processes`, `work` and `out`.
+
+    Args:
+        page: Name of the files that the command writes.
+        description: Its module's docstring, whose first line is shown.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the rows; a run goes on from what is there")
+    parser.add_argument("--out", type=Path, default=Path("docs/results") / page, help="without suffix")
+    return parser.parse_args()
 
 
 @cache

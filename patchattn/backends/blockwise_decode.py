@@ -6,6 +6,9 @@ and what is known to be visible is merged without guards.
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -17,8 +20,6 @@ _MOST_SPLITS = 8
 _FEWEST_KEYS_TO_SPLIT = 512
 # From this share of open KV heads on, one call over all of them is faster than one for each.
 _TOGETHER_FROM = 0.75
-# Numbers in the local keys and values up to which copying sink and window together is faster than a second call.
-_MOST_COPIED = 1 << 18
 
 
 def is_plain_decode(inputs: AttentionInputs) -> bool:
@@ -38,33 +39,30 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: flo
     local = _attend_local(inputs)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
-    masses = zip(local.log_mass.flatten(1).tolist(), bulk_log_mass[:, :, 0].tolist(), strict=True)
-    opened = [[is_open(near, far, threshold) for near, far in zip(*row, strict=True)] for row in masses]
+    opened = [
+        [is_open(mass, far, threshold) for mass, (far,) in zip(chain.from_iterable(near), bulk, strict=True)]
+        for near, bulk in zip(local.log_mass.tolist(), bulk_log_mass.tolist(), strict=True)
+    ]
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
-    scored += _add_bulk(inputs, opened, local)
-    decisions = torch.tensor(opened, device=inputs.query.device).unsqueeze(2)
+    if any(map(any, opened)):
+        scored += _add_bulk(inputs, opened, local)
+        decisions = torch.tensor(opened, device=inputs.query.device).unsqueeze(2)
+    else:
+        decisions = torch.zeros(batch, heads, 1, dtype=torch.bool, device=inputs.query.device)
     return Attended(local.output.reshape(batch, heads, 1, -1), decisions, scored)
 
 
 def _attend_local(inputs: AttentionInputs) -> Part:
     """Attend to sink and window: output [batch, kv_heads, group, value_dim], log mass [batch, kv_heads, group]."""
-    regions, host, key, value = inputs.regions, inputs.regions.host, inputs.key, inputs.value
-    query, begin, n_local = _grouped(inputs), host.filled - regions.window_size, regions.sink_size + regions.window_size
-
-    def window(x: Tensor) -> Tensor:
-        return x.narrow(2, begin, regions.window_size)
-
-    def sinks(x: Tensor) -> Tensor:
-        return _sinks(x, host.first, regions.sink_size)
-
+    regions, host = inputs.regions, inputs.regions.host
+    query, begin = _grouped(inputs), host.filled - regions.window_size
+    key, value = (x.narrow(2, begin, regions.window_size) for x in (inputs.key, inputs.value))
+    window = attend_to(inputs, query, key, value)
     if not regions.sink_size:
-        return attend_to(inputs, query, window(key), window(value))
-    if key.shape[0] * key.shape[1] * n_local * (key.shape[3] + value.shape[3]) <= _MOST_COPIED:
-        keys, values = (torch.cat((sinks(x), window(x)), dim=2) for x in (key, value))
-        return attend_to(inputs, query, keys, values)
-    return merge_visible(
-        attend_to(inputs, query, window(key), window(value)), attend_to(inputs, query, sinks(key), sinks(value))
-    )
+        return window
+    # Two calls on views: one on a copy of both takes as long at best, and half as long again where its memory is new.
+    key, value = (_sinks(x, host.first, regions.sink_size) for x in (inputs.key, inputs.value))
+    return merge_visible(window, attend_to(inputs, query, key, value))
 
 
 def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) -> int:
@@ -93,7 +91,7 @@ def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) ->
         if n_heads > len(heads):
             at = kv_head * group + heads[0]
             kept = torch.tensor(opened[row][at : at + n_heads], device=inputs.query.device)
-        _merge_in_place(near, Part(bulk.output.view(n_heads, -1), bulk.log_mass.view(n_heads)), kept)
+        _merge_in_place(near, Part(bulk.output[0], bulk.log_mass[0]), kept)
         scored += n_heads * (end - begin)
     return scored
 
@@ -114,7 +112,7 @@ def _one_kv_head(
     """Attend `n_heads` heads of a group, from its `head` on, to slots cut into stretches so that every core has some.
 
     Returns:
-        Output [1, 1, heads, value_dim] and log mass [1, 1, heads].
+        Output [1, heads, value_dim] and log mass [1, heads].
     """
     n_keys = end - begin
     splits = max(min(torch.get_num_threads(), _MOST_SPLITS, n_keys // _FEWEST_KEYS_TO_SPLIT), 1)
@@ -136,15 +134,12 @@ def _one_kv_head(
             inputs, rows, stretches(inputs.key, count, length, start), stretches(inputs.value, count, length, start)
         )
 
-    part = attend(splits, size, begin)
-    if splits > 1:
-        outputs, masses = part.output.split(1), part.log_mass.split(1)
-        part = Part(outputs[0], masses[0])
-        for output, mass in zip(outputs[1:], masses[1:], strict=True):
-            part = merge_visible(part, Part(output, mass))
+    together = attend(splits, size, begin)
+    parts = [Part(*part) for part in zip(together.output.unbind(0), together.log_mass.unbind(0), strict=True)]
     if splits * size < n_keys:
-        part = merge_visible(part, attend(1, n_keys - splits * size, begin + splits * size))
-    return part
+        rest = attend(1, n_keys - splits * size, begin + splits * size)
+        parts.append(Part(rest.output[0], rest.log_mass[0]))
+    return reduce(merge_visible, parts)
 
 
 def _merge_in_place(near: Part, far: Part, kept: Tensor | None) -> None:

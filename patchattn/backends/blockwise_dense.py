@@ -11,6 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from patchattn.backends.blockwise_kernel import attend_to, is_fused, merge_visible
 from patchattn.inputs import Attended, AttentionInputs
 
+# Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
+# one row of a narrower dtype is several times slower at any length.
+_FEWEST_TO_GROUP = 1 << 18
+
 
 def plain_dense(inputs: AttentionInputs) -> Tensor | None:
     """Attend densely where no key needs a mask beyond the causal one, as a model does that is not patched.
@@ -69,6 +73,8 @@ def causal_pairs(n_queries: int, n_before: int) -> int:
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     """Attend to every causal key where nothing is padding and the queries are the last slots, in one kernel call.
 
+    Not for compiled code.
+
     Args:
         query: [batch, heads, query, dim].
         key: [batch, kv_heads, keys, dim].
@@ -81,17 +87,21 @@ def attend_plainly(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     """
     batch, heads, length, dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    if query.device.type != "cpu" or not (length in (1, keys) and is_eager(query, key, value)):
+    if not query.is_cpu or length not in (1, keys) or _wants_gradient(query, key, value):
         return None
-    if length == 1:
+    if length == 1 and (query.dtype != torch.float32 or key.numel() >= _FEWEST_TO_GROUP):
         # Heads of a group as rows: their keys are read once.
         rows = query.reshape(batch, kv_heads, -1, dim)
         return scaled_dot_product_attention(rows, key, value, scale=scale).reshape(batch, heads, 1, -1)
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=heads > kv_heads)
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=length > 1, scale=scale, enable_gqa=heads > kv_heads
+    )
 
 
 def is_eager(*tensors: Tensor) -> bool:
     """Say whether the host may look at tensors and no backward pass is asked for."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not torch.compiler.is_compiling() and not _wants_gradient(*tensors)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

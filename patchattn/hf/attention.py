@@ -24,9 +24,10 @@ _TIMELINE_ROOM = 2**18
 _LEAST_ROOM = 16
 _REGIONS = "_patchattn_regions"
 _PLAIN = "_patchattn_plain"
-_KNOWN_ARGUMENTS = frozenset(
-    {CACHE_ARGUMENT, "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
-    | {"return_dict", "cache_position", "num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
+# Arguments that change nothing here, whatever they say.
+_HARMLESS_ARGUMENTS = frozenset(
+    {CACHE_ARGUMENT, "position_ids", "use_cache", "output_hidden_states", "return_dict", "cache_position"}
+    | {"num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
 )
 
 
@@ -234,20 +235,22 @@ def attention(
     if state._buffers["counts"].device != query.device:
         state.to(query.device)
     cache = kwargs.get(CACHE_ARGUMENT)
-    if not _is_layout(attention_mask, query.shape[2]):
+    is_known_plain = _is_known_plain(attention_mask)
+    if not is_known_plain and not _is_layout(attention_mask, query.shape[2]):
         state.add("dense_calls", "local" if is_local(module) else "mask")
         kwargs.pop(CACHE_ARGUMENT, None)
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
         kwargs = {name: given for name, given in kwargs.items() if given is not None}
         forward = original_attention(module, state.original)
         return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    _refuse_unknown(kwargs, dropout)
+    if dropout or not kwargs.keys() <= _HARMLESS_ARGUMENTS:
+        _refuse_unknown(kwargs, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     phase = phase_of(query.shape[2])
     reason = state.dense_reason(key.shape[2], phase)
     if reason is not None:
         state.add("dense_calls", reason)
-        if softcap is None and s_aux is None and _is_known_plain(attention_mask):
+        if is_known_plain and softcap is None and s_aux is None:
             output = state.attend_plainly(query, key, value, scale)
             if output is not None:
                 return output.transpose(1, 2).contiguous(), None
@@ -322,9 +325,9 @@ def _read_layout(layout: Tensor, policy: Policy, query_length: int) -> Regions:
     )
 
 
-def _is_known_plain(layout: Tensor) -> bool:
-    """Say whether `mask` knew that nothing is padding and that the queries are the last slots."""
-    return not torch.compiler.is_compiling() and getattr(layout, _PLAIN, False)
+def _is_known_plain(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Say whether `mask` made this and knew that nothing is padding and that the queries are the last slots."""
+    return not torch.compiler.is_compiling() and getattr(attention_mask, _PLAIN, False)
 
 
 def _layout_rows(query_length: int) -> int:
@@ -361,7 +364,7 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
     unknown = [
         name
         for name, given in kwargs.items()
-        if name not in _KNOWN_ARGUMENTS and name != "sliding_window" and given is not None and given is not False
+        if name not in _HARMLESS_ARGUMENTS and name != "is_causal" and given is not None and given is not False
     ]
     if unknown:
         raise UnsupportedCallError(

@@ -27,7 +27,8 @@ def install_cache_hook(module: nn.Module) -> Any:
 
 def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state = module._modules[STATE]
-    if module.config._attn_implementation != ORIGINALS[state.original]:
+    # Not through the property, which takes longer than the rest of this hook.
+    if module.config._attn_implementation_internal != ORIGINALS[state.original]:
         raise PatchStateError(
             f"The model's attention implementation was changed to {module.config._attn_implementation!r} after it was "
             "patched, which silently switches the patch off.",
@@ -35,8 +36,8 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         )
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return args, {**kwargs, CACHE_ARGUMENT: cache}
+    kwargs[CACHE_ARGUMENT] = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return args, kwargs
 
 
 def install_mask_hook(decoder: nn.Module) -> None:

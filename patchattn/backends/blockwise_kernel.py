@@ -70,20 +70,6 @@ def attend_to(
     return _without_rows(part, part.log_mass == -torch.inf)
 
 
-def merge(parts: list[Part]) -> Part:
-    """Merge attention to disjoint sets of keys; rows that see no key at all become zeros."""
-    if len(parts) == 1:
-        return parts[0]
-    masses = torch.stack([part.log_mass for part in parts])
-    total = masses.logsumexp(0)
-    # A row without any key would have the weight exp(-inf - -inf), which is NaN.
-    weights = (masses - total.masked_fill(total == -torch.inf, 0)).exp()
-    output = torch.zeros_like(parts[0].output, dtype=weights.dtype)
-    for part, weight in zip(parts, weights, strict=True):
-        output = torch.addcmul(output, part.output.to(weights.dtype), weight[..., None])
-    return Part(output.to(parts[0].output.dtype), total)
-
-
 def merge_visible(one: Part, other: Part) -> Part:
     """Merge attention to two disjoint sets of keys, for rows that see a key of at least one."""
     share = torch.sigmoid(other.log_mass - one.log_mass).unsqueeze(-1)

@@ -1,13 +1,14 @@
-"""Many queries per sequence: the local pass, the bulk pass over compacted rows, and whole KV heads done densely."""
+"""Many queries per sequence: the local pass, and the bulk pass over compacted rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.backends.blockwise_dense import causal_pairs
-from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge, with_sink_logits
+from patchattn.backends.blockwise_kernel import Part, attend_to
 from patchattn.inputs import AttentionInputs
 
 SLAB = 4096
@@ -16,14 +17,10 @@ SLAB = 4096
 # Queries per chunk of the local pass: more score more keys beyond their windows, fewer copy more keys per query.
 _LOCAL_ROWS = 64
 _MOST_LOCAL_ROWS = 128
-# Open rows per chunk of the bulk pass. More read the keys less often, for the kernel's tiles grow with them (from 192
-# and from 768 rows on; the last is a multiple of that tile, so that two cores get the same). Fewer score fewer keys
-# beyond their bulk: a chunk should not span more than this many positions, or this share of the keys.
-_BULK_ROWS = (32, 128, 256, 1024)
-_SPAN = 640
-_SPAN_SHARE = 1 / 8
-# From this share of open pairs on, one dense causal call is faster than gathering rows and merging.
-_DENSE_FROM = 0.8
+# Chunks per call: copies of the keys that fit the allocator's heap, whose fresh pages cost more than more calls.
+_LOCAL_CHUNKS = 32
+# Scores of a masked call of the bulk pass, times the head dimension: more waste half of them, fewer cost more calls.
+_MOST_MASKED = 6 << 20
 
 
 def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Part, int]:
@@ -46,8 +43,12 @@ def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Part, int]:
     # From here on a query's sink lies whole before its window, and nothing needs to be masked but the window's ends.
     plain_from = host.last_first + regions.sink_size + regions.window_size - 1 - host.query_slot - rows.start
     irregular = min(max(-(-plain_from // size), 0), chunks) if host.is_plain else chunks
-    pieces = [(0, irregular, size, False), (irregular * size, chunks - irregular, size, True)]
-    pieces.append((chunks * size, 1 if rest else 0, rest, host.is_plain and chunks * size >= plain_from))
+    most = max(_LOCAL_CHUNKS // inputs.query.shape[0], 1)
+    pieces = [
+        (0, irregular, size, False),
+        *((begin * size, min(most, chunks - begin), size, True) for begin in range(irregular, chunks, most)),
+        (chunks * size, 1 if rest else 0, rest, host.is_plain and chunks * size >= plain_from),
+    ]
     parts, scored = [], 0
     for begin, count, chunk, is_plain in pieces:
         if count:
@@ -76,18 +77,11 @@ def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Part) 
     # Past the end of this range of slots, in key slots; a query of slot `s` has its bulk end at `s - window + 1`.
     bulk_ends = (regions.query_slots[rows] - regions.window_size + 1).clamp(0, regions.key_length)
     kv_heads = inputs.key.shape[1]
-    share = opened.unflatten(1, (kv_heads, group)).float().mean((2, 3)).tolist()
+    is_wanted = opened.unflatten(1, (kv_heads, group)).any(3).any(2).tolist()
     scored = 0
     for row, first in enumerate(host.first):
-        dense = [head for head in range(kv_heads) if share[row][head] >= _DENSE_FROM]
-        if dense and is_fused(inputs) and host.is_plain:
-            done, triples = _densely(inputs, rows, row, dense, opened, local)
-            scored += triples
-            dense = dense if done else []
-        else:
-            dense = []
         for kv_head in range(kv_heads):
-            if kv_head not in dense and share[row][kv_head]:
+            if is_wanted[row][kv_head]:
                 scored += _compacted(inputs, rows, row, kv_head, first + regions.sink_size, bulk_ends, opened, local)
     return scored
 
@@ -141,97 +135,82 @@ def _compacted(
     opened: Tensor,
     local: Part,
 ) -> int:
-    """Gather the open (position, head-in-group) rows of one KV head and attend them to the bulk, chunk by chunk."""
+    """Gather the open (position, head-in-group) rows of one KV head and attend them to the bulk."""
     regions, group = inputs.regions, inputs.group_size
     heads = slice(kv_head * group, (kv_head + 1) * group)
     position, head = opened[row, heads].T.nonzero(as_tuple=True)
     head = head + heads.start
     query = inputs.query[row, head, position + rows.start][None, None]
     key, value = (x[row : row + 1, kv_head : kv_head + 1] for x in (inputs.key, inputs.value))
-    # Where padding lies between real tokens every chunk is masked.
+    # Where padding lies between real tokens every call is masked.
     real = None if regions.host.is_plain else regions.valid[row]
     ends = bulk_ends[position]
-    size = _bulk_rows(len(position), rows.stop - rows.start, int(ends[-1]) - bulk_begin)
-    full, ragged, scored = [], [], 0
-    for begin in range(0, len(position), size):
-        chunk = slice(begin, begin + size)
-        chunk_query, chunk_ends = query[:, :, chunk], ends[chunk]
-        shortest, longest = int(chunk_ends[0]), int(chunk_ends[-1])
-        n_rows = chunk_query.shape[2]
-        # Keys that every row of the chunk sees need no mask, which would cost as much as reading them.
-        split = shortest if real is None else bulk_begin
-        full.append(_rows_against(inputs, chunk_query, key, value, slice(bulk_begin, split)))
-        slots = torch.arange(split, longest, device=ends.device)
-        seen = slots < chunk_ends[:, None]
+    merged = Part(
+        local.output[row, head, position].to(inputs.compute_dtype), local.log_mass[row, head, position].clone()
+    )
+    scored = 0
+    for some, slots, is_seen_whole in _rectangles(ends.tolist(), bulk_begin, _MOST_MASKED // query.shape[3]):
+        scored += (some.stop - some.start) * (slots.stop - slots.start)
+        seen = None if is_seen_whole else torch.arange(slots.start, slots.stop, device=ends.device) < ends[some, None]
         if real is not None:
-            seen = seen & real[split:longest]
-        ragged.append(_rows_against(inputs, chunk_query, key, value, slice(split, longest), seen[None, None]))
-        scored += n_rows * (longest - bulk_begin)
-    pieces = [_joined(pieces) for pieces in (full, ragged)]
-    near = Part(local.output[row, head, position], local.log_mass[row, head, position])
-    local.output[row, head, position] = merge([near, *pieces]).output
+            among = real[slots].expand(some.stop - some.start, -1)
+            seen = among if seen is None else seen & among
+        far = attend_to(
+            inputs,
+            query[:, :, some],
+            key[:, :, slots],
+            value[:, :, slots],
+            None if seen is None else seen[None, None],
+        )
+        _merge_in_place(merged, some, Part(far.output[0, 0], far.log_mass[0, 0]))
+    local.output[row, head, position] = merged.output.to(local.output.dtype)
     return scored
 
 
-def _bulk_rows(n_open: int, n_positions: int, n_keys: int) -> int:
-    """Choose the open rows per chunk, for `n_open` rows spread over a number of positions and their longest bulk."""
-    span = max(_SPAN, n_keys * _SPAN_SHARE)
-    fitting = [size for size in _BULK_ROWS if size * n_positions <= span * n_open]
-    return max(fitting, default=_BULK_ROWS[0])
+def _rectangles(ends: list[int], begin: int, most_masked: int) -> Iterator[tuple[slice, slice, bool]]:
+    """Cover what rows see by rectangles of rows and slots, nearly all of them without a mask.
 
+    All rows see the slots up to the end of the first: one rectangle. From there on, the first and the second half of
+    the rows are covered in the same way, until a mask over what is left is cheaper than more calls.
 
-def _rows_against(
-    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, slots: slice, seen: Tensor | None = None
-) -> Part:
-    """Attend rows [1, 1, rows, dim] to a range of slots, which may be empty."""
-    if slots.stop <= slots.start:
-        shape = query.shape[2]
-        return Part(
-            query.new_zeros(1, 1, shape, value.shape[3]),
-            query.new_full((1, 1, shape), -torch.inf, dtype=inputs.compute_dtype),
-        )
-    return attend_to(inputs, query, key[:, :, slots], value[:, :, slots], seen)
+    Args:
+        ends: Past the last slot that each row sees, in ascending order.
+        begin: First slot that they see.
+        most_masked: Scores that a masked rectangle may have.
 
-
-def _joined(parts: list[Part]) -> Part:
-    """Put parts [1, 1, rows, ...] of different rows behind each other, [rows, ...]."""
-    return Part(
-        torch.cat([part.output for part in parts], dim=2)[0, 0],
-        torch.cat([part.log_mass for part in parts], dim=2)[0, 0],
-    )
-
-
-def _densely(
-    inputs: AttentionInputs, rows: slice, row: int, kv_heads: list[int], opened: Tensor, local: Part
-) -> tuple[bool, int]:
-    """Attend whole groups causally, as a dense model does, and keep it where their gates are open.
-
-    Returns:
-        Whether it was done, and the number of (head, query, key) triples scored. Not done where a value that is not
-        finite spoils rows that do not see it.
+    Yields:
+        Rows, slots, and whether every row sees every slot. A row may see none of the slots of a masked rectangle.
     """
-    host, group = inputs.regions.host, inputs.group_size
-    first = host.first[row]
-    # Queries before the first real token have no bulk keys.
-    begin = max(rows.start, first - host.query_slot)
-    if begin >= rows.stop:
-        return True, 0
-    slot, last = host.query_slot + begin, host.query_slot + rows.stop
-    listed = torch.tensor(kv_heads, device=inputs.query.device)
-    heads = (listed[:, None] * group + torch.arange(group, device=listed.device)).flatten()
-    every = len(kv_heads) == inputs.key.shape[1]
-    key, value = (x[row : row + 1] if every else x[row : row + 1, listed] for x in (inputs.key, inputs.value))
-    query = inputs.query[row : row + 1, slice(None) if every else heads, begin : rows.stop]
-    part = attend_to(inputs, query, key[:, :, slot:last], value[:, :, slot:last], causal=True)
-    if slot > first:
-        part = merge([attend_to(inputs, query, key[:, :, first:slot], value[:, :, first:slot]), part])
-    if part.output.isnan().any() or part.log_mass.isnan().any():
-        return False, 0
-    if inputs.sink_logits is not None:
-        part = with_sink_logits(part, inputs.sink_logits[heads, None])
-    where = (row, slice(None) if every else heads, slice(begin - rows.start, None))
-    local.output[where] = torch.where(opened[where][..., None], part.output[0], local.output[where])
-    return True, len(heads) * causal_pairs(rows.stop - begin, slot - first)
+    waiting = [(0, len(ends), begin)]
+    while waiting:
+        first, last, begin = waiting.pop()
+        shared, longest = ends[first], ends[last - 1]
+        if shared > begin:
+            yield slice(first, last), slice(begin, shared), True
+            begin = shared
+        if longest <= begin:
+            continue
+        if last - first < 2 or (last - first) * (longest - begin) <= most_masked:
+            yield slice(first, last), slice(begin, longest), False
+            continue
+        middle = last - _evenly_shared((last - first + 1) // 2)
+        waiting += [(middle, last, begin), (first, middle, begin)]
+
+
+def _evenly_shared(n_rows: int) -> int:
+    """Return about so many rows, fewer if need be, that give each core the same number of the kernel's tiles."""
+    tile = 256 if n_rows >= 768 else 64 if n_rows >= 192 else 32
+    step = tile * torch.get_num_threads()
+    return n_rows // step * step or n_rows
+
+
+def _merge_in_place(near: Part, rows: slice, far: Part) -> None:
+    """Merge attention of some rows to other slots into that of all rows, both [rows, ...]."""
+    output, mass = near.output[rows], near.log_mass[rows]
+    torch.logaddexp(mass, far.log_mass, out=mass)
+    # A row without any key so far would have the weight exp(-inf - -inf), which is NaN.
+    share = (far.log_mass - mass.masked_fill(mass == -torch.inf, 0)).exp()
+    output.lerp_(far.output.to(output.dtype), share.unsqueeze(-1))
 
 
 def _at_slots(x: Tensor, slots: Tensor) -> Tensor:

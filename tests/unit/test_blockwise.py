@@ -261,27 +261,27 @@ PATHS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("first_head_open", [True, False])
-@pytest.mark.parametrize("slab", [129, 4096])
+@pytest.mark.parametrize(
+    ("slab", "chunks", "most_masked"), [(129, 2, 0), (129, 32, 1 << 20), (4096, 2, 1 << 14), (4096, 32, 1 << 20)]
+)
 @pytest.mark.parametrize("case", PATHS.values(), ids=PATHS.keys())
-def test_slabs_and_heads_done_densely_equal_reference(
-    case: dict[str, Any], slab: int, first_head_open: bool, monkeypatch: pytest.MonkeyPatch
+def test_slabs_chunks_and_rectangles_equal_reference(
+    case: dict[str, Any],
+    slab: int,
+    chunks: int,
+    most_masked: int,
+    first_head_open: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(blockwise, "SLAB", slab)
-    densely = 0
-    real = blockwise_prefill._densely
-
-    def counted(*args: Any) -> Any:
-        nonlocal densely
-        densely += 1
-        return real(*args)
-
-    monkeypatch.setattr(blockwise_prefill, "_densely", counted)
+    monkeypatch.setattr(blockwise_prefill, "_LOCAL_CHUNKS", chunks)
+    monkeypatch.setattr(blockwise_prefill, "_MOST_MASKED", most_masked)
     inputs = make_call(**case)
     inputs.key[:, :, inputs.regions.host.filled :] = torch.nan
     inputs.value[:, :, inputs.regions.host.filled :] = torch.nan
     opened = torch.rand(inputs.query.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.3
     if first_head_open:
-        # All but a few pairs of the first KV head, so that closed pairs of it must keep their local output.
+        # All but a few pairs of the first KV head, as where a head needs the far keys nearly always.
         opened[:, : inputs.group_size] = True
         opened[:, 0, ::11] = False
     bulk = gate.forced(opened, inputs)
@@ -296,7 +296,26 @@ def test_slabs_and_heads_done_densely_equal_reference(
     assert_mixed(expected.open, clean)
     assert torch.equal(actual.open, expected.open)
     torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
-    assert (densely > 0) == (first_head_open and not inputs.softcap and not case.get("holes"))
+
+
+@given(
+    ends=st.lists(st.integers(3, 60), min_size=1, max_size=70).map(sorted),
+    most_masked=st.integers(0, 500),
+    threads=st.integers(1, 4),
+)
+def test_rectangles_cover_what_each_row_sees_once(ends: list[int], most_masked: int, threads: int) -> None:
+    begin, times = 3, torch.zeros(len(ends), 60, dtype=torch.long)
+    sees = torch.arange(60) < torch.tensor(ends)[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        for rows, slots, is_seen_whole in blockwise_prefill._rectangles(ends, begin, most_masked):
+            assert slots.stop > slots.start
+            assert not is_seen_whole or sees[rows, slots].all()
+            times[rows, slots] += sees[rows, slots]
+            n_masked = (rows.stop - rows.start) * (slots.stop - slots.start)
+            assert is_seen_whole or n_masked <= max(most_masked, slots.stop - slots.start)
+    assert torch.equal(times[:, begin:], sees[:, begin:].long())
+    assert not times[:, :begin].any()
 
 
 DECODES: dict[str, dict[str, Any]] = {

@@ -65,7 +65,8 @@ def timed_rows(options: argparse.Namespace, device: torch.device, dtype: str, le
     one = closed.clone()
     one[:, : shape.heads // shape.kv_heads] = True
     gates = {"all closed": closed, f"1 of {shape.kv_heads} KV heads open": one, "all open": ~closed}
-    fields: Row = {"dtype": dtype, "tokens": length, "heads": f"{shape.heads}/{shape.kv_heads}", "batch": shape.batch}
+    fields: Row = {"dtype": dtype, "tokens": length, "heads": f"{shape.heads}/{shape.kv_heads}"}
+    fields |= {"window": shape.window, "batch": shape.batch}
     return compare(options, device, inputs, gates, fields)
 
 
@@ -75,7 +76,7 @@ def replayed_rows(
     """Time recorded decisions of the shipped model: the step with the median number of open pairs."""
     inputs = make_inputs(Shape(length, 1, 6, 2, 32), DTYPES[dtype], device)
     typical = sorted(recorded, key=lambda opened: int(opened.sum()))[len(recorded) // 2]
-    fields: Row = {"dtype": dtype, "tokens": length, "heads": "6/2", "batch": 1}
+    fields: Row = {"dtype": dtype, "tokens": length, "heads": "6/2", "window": 256, "batch": 1}
     return compare(options, device, inputs, {"shipped model": typical.to(device)}, fields)
 
 

@@ -58,6 +58,17 @@ def main() -> None:
             for length in options.lengths:
                 step(f"{name}, {length:,} tokens")
                 rows += rows_of(options, model, tokens[:, :length], policies, name)
+    notes = (
+        f"Sink 16, window {options.window}, default gate; `auto` leaves `min_bulk` to the library, `min_bulk=0` asks "
+        "every query. Dense is the model as it comes (SDPA). Models named after real ones have their shapes, "
+        f"{options.layers} layers and random weights. Times in milliseconds, a prefill or one decode step, batch 1; "
+        "the speed-up is the median over the repeats, with lowest and highest."
+    )
+    save(options, "end_to_end", "Whole models", rows, figure_of(rows), notes)
+
+
+def figure_of(rows: list[Row]) -> Figure:
+    """Draw the speed-up over the length, a line for each model, policy and phase."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for label in dict.fromkeys((row["model"], row["policy"], row["phase"]) for row in rows):
@@ -66,13 +77,7 @@ def main() -> None:
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as dense", title="Whole models")
     axes.legend(fontsize=7)
-    notes = (
-        f"Sink 16, window {options.window}, default gate; `auto` leaves `min_bulk` to the library, `min_bulk=0` asks "
-        "every query. Dense is the model as it comes (SDPA). Models named after real ones have their shapes, "
-        f"{options.layers} layers and random weights. Times in milliseconds, a prefill or one decode step, batch 1; "
-        "the speed-up is the median over the repeats, with lowest and highest."
-    )
-    save(options, "end_to_end", "Whole models", rows, figure, notes)
+    return figure
 
 
 def load(name: str, layers: int, longest: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,14 +203,29 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     # JSON has no NaN, which stands for what was not asked.
     rows = [{key: None if content != content else content for key, content in row.items()} for row in rows]
-    found = {"benchmark": name, "environment": environment(device) | {"clock": options.clock}, "rows": rows}
+    found = {
+        "benchmark": name,
+        "command": command_line(),
+        "environment": environment(device) | {"clock": options.clock},
+        "rows": rows,
+    }
     (folder / f"{stem}.json").write_text(json.dumps(found, indent=1, default=asdict) + "\n", encoding="utf-8")
-    text = f"# {title}\n\n{notes}\n\n{described(found['environment'])}\n\n{table(rows)}\n"
+    made_by = f"Made by `{found['command']}`."
+    text = f"# {title}\n\n{made_by} {notes}\n\n{described(found['environment'])}\n\n{table(rows)}\n"
     if figure is not None:
         figure.savefig(folder / f"{stem}.png", dpi=120)
         text += f"\n![{title}]({stem}.png)\n"
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     Console(width=200).print(table(rows), markup=False, highlight=False)
+
+
+def command_line() -> str:
+    """Return the command that runs this benchmark again, without the folder of the results."""
+    program, *given = sys.argv
+    if "--out" in given:
+        at = given.index("--out")
+        del given[at : at + 2]
+    return " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given])
 
 
 def described(environment: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ MISSED = """\
 - *Whole model, prefill with `min_bulk=0`*: this model's layers have 6 heads of 32 and gain 1.2 to 2.2x with their own
   gates replayed. The gate takes 8% of the dense attention, a quarter of the time is not attention, and copies of keys
   and rows make the model's other parts fetch fresh memory. With `auto`, prompts this short are dense.
-- *Whole model, decode with `min_bulk=0`*: nearly every step of an answer opens both KV heads, so all keys are read,
-  and local pass, gate and merge come on top: 0.15 ms in a layer whose dense attention takes 0.1 ms.
+- *Whole model, decode with `min_bulk=0`*: attention to 4,000 keys takes this model's layers 0.1 ms, and local pass,
+  gate and merge as long. The same gates gain from 8,192 keys on.
 - *Whole model, decode below break-even*: the hook of a layer, the choice of a path and the padding layout cost the same
   10 microseconds in a layer of any size, and this model's layers take 200. Single repeats differ by more than what is
   missing. In layers of real shapes nothing shows."""
@@ -59,8 +59,8 @@ def main() -> None:
         "How much of `1 / realised density` the same calls reach. In decode a share above 1 says that the dense kernel "
         "is slow: it reads the keys once for every query head, the gated path once for a group.",
         _limits(found),
-        "## Other shapes",
-        "As above, without goals: other windows, a KV head for each query head, and several sequences at once.",
+        "## Other shapes and gates",
+        "As above, without goals: other gates and windows, a KV head for each query head, several sequences at once.",
         _shapes_table(found),
         "## Gates of the shipped model",
         "Decisions recorded while the shipped model reads and writes, replayed in its own shape of 6 query heads over "
@@ -129,7 +129,11 @@ def _shapes_table(found: list[dict[str, Any]]) -> str:
         (phase, row)
         for phase in ("prefill", "decode")
         for row in _rows(found, phase)
-        if (row["heads"], row["window"], row["batch"]) != ("8/2", 256, 1) and row["heads"] != "6/2"
+        if row["heads"] != "6/2"
+        and not (
+            (row["heads"], row["window"], row["batch"]) == ("8/2", 256, 1)
+            and (phase, row["dtype"], row["gates"]) in CPU_GOALS
+        )
     ]
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for phase, row in rows:

@@ -41,7 +41,7 @@ class Setting:
         return (self.kinds, self.length, self.window)
 
 
-FULL = Setting("facts", 4096, 256, range(4), range(4))
+FULL = Setting("facts", 4096, 256, range(8), range(20))
 _DOCUMENTS = {1024: range(0, 16, 2), 2048: range(0, 8, 2), 4096: range(0, 4, 2)}
 LEAN = [
     Setting(kinds, length, window, _DOCUMENTS[length], _DOCUMENTS[length])

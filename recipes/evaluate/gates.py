@@ -100,6 +100,7 @@ def work(part: int, parts: int, folder: Path) -> None:
                 missing = {i: one for i, one in documents.items() if (*about, i) not in done}
                 if missing:
                     store.add(measure(model, case, setting, missing))
+                    done |= {(*about, i) for i in missing}
             print(f"process {part}: {setting.key}, documents {list(block)}", flush=True)
 
 

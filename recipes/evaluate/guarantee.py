@@ -182,11 +182,13 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=100)
     parser.add_argument("--patched", type=int, default=64, help="documents of the other half to read patched")
     parser.add_argument("--out", type=Path, default=Path("docs/results/guarantee"), help="without suffix")
+    parser.add_argument("--work", type=Path, default=Path("runs/evaluate"), help="folder of what was measured")
     arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     model, _ = demo.load()
     made = documents(arguments.documents, arguments.length, seed="guarantee")
     tokens = [torch.tensor(document.token_ids) for document in made]
-    missed, opened = measure(model, tokens, arguments.out.with_suffix(".documents.pt"))
+    missed, opened = measure(model, tokens, arguments.work / f"guarantee-{arguments.length}.documents.pt")
     settings, _ = settings_of(model, POLICY, (arguments.length,), 0.6, key_moments=False)
     half = len(tokens) // 2
     rows = []
@@ -201,7 +203,7 @@ def main() -> None:
             row |= dict(zip(("patched", "patched_worst_head", "patched_open_fraction"), found, strict=True))
             rows.append(row)
             print({name: value for name, value in row.items() if "by_split" not in name}, flush=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(rows))
+    (arguments.work / "guarantee.json").write_text(json.dumps(rows))
     arguments.out.with_suffix(".md").write_text(page(rows, arguments))
     plot(rows, arguments.out.with_suffix(".png"))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Row, arguments, measure, prepare, progress, save
+from harness import Row, arguments, measure, prepare, progress, save, tick_lengths
 from matplotlib.figure import Figure
 from problems import DTYPES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -76,6 +76,7 @@ def figure_of(rows: list[Row]) -> Figure:
         axes.plot([row["tokens"] for row in chosen], [row["speed-up"] for row in chosen], "o-", label=", ".join(label))
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as dense", title="Whole models")
+    tick_lengths(axes, rows, "tokens")
     axes.legend(fontsize=7)
     return figure
 

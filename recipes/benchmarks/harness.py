@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import patchattn
 
+_MOST_LEVEL_LABELS = 4
 Row = dict[str, Any]
 _BUSY = 0.1
 
@@ -267,7 +268,17 @@ def speedup_figure(rows: list[Row], *, x: str, series: str, title: str) -> Figur
         axes.plot(at, [row["limit"] for row in chosen], ":", color=f"C{index % 10}", linewidth=1)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel="times as fast as the fastest dense", title=title)
-    axes.set_xticks(sorted({row[x] for row in rows}), [f"{at:,}" for at in sorted({row[x] for row in rows})])
-    axes.minorticks_off()
+    steps = [0.5, 1, 2, 5, 10, 20, 50, 100, 200]
+    low, high = axes.get_ylim()
+    axes.set_yticks([step for step in steps if low <= step <= high], [f"{s:g}x" for s in steps if low <= s <= high])
+    tick_lengths(axes, rows, x)
     axes.legend(fontsize=8)
     return figure
+
+
+def tick_lengths(axes: Any, rows: list[Row], x: str) -> None:
+    """Mark the measured lengths on a logarithmic x axis, and nothing between them."""
+    lengths = sorted({row[x] for row in rows})
+    rotation = 45 if len(lengths) > _MOST_LEVEL_LABELS else 0
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=rotation)
+    axes.minorticks_off()

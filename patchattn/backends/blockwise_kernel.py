@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 
 from patchattn.inputs import AttentionInputs
 
+# Scores that exist at once where two matrix products take the place of the fused kernel.
+_MOST_SCORES = 1 << 22
+
 
 @dataclass(frozen=True)
 class Part:
@@ -106,6 +109,17 @@ def _fused(
 
 
 def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Part:
+    """Attend by two matrix products, as many rows at a time as bound the matrix of scores between them."""
+    step = max(_MOST_SCORES // max(query.shape[0] * query.shape[1] * key.shape[2], 1), 1)
+    if step < query.shape[2]:
+        slabs = [slice(begin, begin + step) for begin in range(0, query.shape[2], step)]
+        parts = [
+            _by_products(inputs, query[:, :, rows], key, value, None if seen is None else seen[:, :, rows])
+            for rows in slabs
+        ]
+        return Part(
+            torch.cat([part.output for part in parts], dim=2), torch.cat([part.log_mass for part in parts], dim=2)
+        )
     grouped = query.to(inputs.compute_dtype).unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key.to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
     if inputs.softcap is not None:

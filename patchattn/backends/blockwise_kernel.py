@@ -48,8 +48,8 @@ def attend_to(
         query: [batch, heads, rows, dim].
         key: [batch, kv_heads, keys, dim]; at least one key.
         value: [batch, kv_heads, keys, value_dim].
-        seen: [batch or 1, 1, rows, keys] bool; None means that every row sees every key. Rows that see none get the
-            log mass -inf.
+        seen: [batch or 1, 1, rows or 1, keys] bool; None means that every row sees every key. Rows that see none get
+            the log mass -inf.
         causal: Row `i` sees keys `0 .. i`; only where `is_fused`, and without `seen`. Values that are not finite spoil
             rows that do not see them.
 
@@ -113,9 +113,9 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     step = max(_MOST_SCORES // max(query.shape[0] * query.shape[1] * key.shape[2], 1), 1)
     if step < query.shape[2]:
         slabs = [slice(begin, begin + step) for begin in range(0, query.shape[2], step)]
+        masks = [seen if seen is None or seen.shape[2] == 1 else seen[:, :, rows] for rows in slabs]
         parts = [
-            _by_products(inputs, query[:, :, rows], key, value, None if seen is None else seen[:, :, rows])
-            for rows in slabs
+            _by_products(inputs, query[:, :, rows], key, value, mask) for rows, mask in zip(slabs, masks, strict=True)
         ]
         return Part(
             torch.cat([part.output for part in parts], dim=2), torch.cat([part.log_mass for part in parts], dim=2)

@@ -153,8 +153,7 @@ def _compacted(
         scored += (some.stop - some.start) * (slots.stop - slots.start)
         seen = None if is_seen_whole else torch.arange(slots.start, slots.stop, device=ends.device) < ends[some, None]
         if real is not None:
-            among = real[slots].expand(some.stop - some.start, -1)
-            seen = among if seen is None else seen & among
+            seen = real[None, slots] if seen is None else seen & real[slots]
         far = attend_to(
             inputs,
             query[:, :, some],

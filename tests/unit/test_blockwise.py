@@ -298,7 +298,7 @@ def test_slabs_chunks_and_rectangles_equal_reference(
     torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", ["softcap", "plain"])
+@pytest.mark.parametrize("case", ["softcap", "softcap and holes", "infinite key"])
 def test_products_of_few_rows_at_a_time_equal_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products, real = 0, blockwise_kernel._by_products
 
@@ -309,8 +309,10 @@ def test_products_of_few_rows_at_a_time_equal_reference(case: str, monkeypatch: 
 
     monkeypatch.setattr(blockwise_kernel, "_MOST_SCORES", 4000)
     monkeypatch.setattr(blockwise_kernel, "_by_products", counted)
-    inputs = make_call(batch=2, queries=200, left=(0, 30), softcap=2.0 if case == "softcap" else None)
-    if case == "plain":
+    holes = (slice(60, 70),) if case == "softcap and holes" else ()
+    softcap = None if case == "infinite key" else 2.0
+    inputs = make_call(batch=2, queries=200, left=(0, 30), holes=holes, softcap=softcap)
+    if case == "infinite key":
         # In the fused kernel a key that is not finite spoils rows that mask it, so products take its place.
         inputs.key[0, 0, 150] = torch.inf
     opened = torch.rand(inputs.query.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.3

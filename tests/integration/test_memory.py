@@ -52,6 +52,27 @@ assert_within_budget(got, *results)
 """
 
 
+CALL = """
+from patchattn.backends.blockwise import attend
+from patchattn.gate import forced
+from patchattn.inputs import AttentionInputs
+from patchattn.regions import Regions
+
+softcap, (length,) = {"softcap": 30.0, "holes": None}[backend], lengths
+valid = torch.ones(1, length, dtype=torch.bool)
+if backend == "holes":
+    valid[:, 600:650] = False
+query, key = torch.randn(1, 4, length, 16), torch.randn(1, 1, length, 16)
+regions = Regions.of(valid, query_length=length, sink_size=4, window_size=128)
+inputs = AttentionInputs(query, key, key, regions, 0.25, softcap)
+mass = forced(torch.rand(1, 4, length) < 0.5, inputs)
+with torch.no_grad():
+    before = peak()
+    attend(inputs, mass, 0.0)
+    print(peak() - before)
+"""
+
+
 def run_alone(code, backend, *lengths):
     """Run in a process with few allocator arenas; returns the numbers it printed."""
     environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
@@ -73,6 +94,14 @@ def test_memory_of_blockwise_is_linear():
     assert long < 512
     # Four times the tokens: linear growth, with half as much again for what the allocator keeps.
     assert long <= 6 * max(short, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["softcap", "holes"])
+def test_memory_of_calls_with_masks_and_products_is_linear(case):
+    (grown,) = run_alone(SETUP + CALL, case, 16384)
+    # A slab of open rows times their keys would take 8192 * 12288 * 4 bytes = 384 MiB.
+    assert grown < 160
 
 
 @pytest.mark.slow

@@ -145,9 +145,8 @@ def _compacted(
     # Where padding lies between real tokens every call is masked.
     real = None if regions.host.is_plain else regions.valid[row]
     ends = bulk_ends[position]
-    merged = Part(
-        local.output[row, head, position].to(inputs.compute_dtype), local.log_mass[row, head, position].clone()
-    )
+    # Indexed by tensors, so copies: merging changes them in place.
+    merged = Part(local.output[row, head, position].to(inputs.compute_dtype), local.log_mass[row, head, position])
     scored = 0
     for some, slots, is_seen_whole in _rectangles(ends.tolist(), bulk_begin, _MOST_MASKED // query.shape[3]):
         scored += (some.stop - some.start) * (slots.stop - slots.start)

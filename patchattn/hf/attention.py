@@ -24,7 +24,8 @@ _TIMELINE_ROOM = 2**18
 _LEAST_ROOM = 16
 _REGIONS = "_patchattn_regions"
 _PLAIN = "_patchattn_plain"
-# Arguments that change nothing here, whatever they say.
+# Arguments that are refused for some values by name, and those that change nothing here, whatever they say.
+_CHECKED_ARGUMENTS = frozenset({"is_causal", "output_attentions", "sliding_window"})
 _HARMLESS_ARGUMENTS = frozenset(
     {CACHE_ARGUMENT, "position_ids", "use_cache", "output_hidden_states", "return_dict", "cache_position"}
     | {"num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
@@ -361,11 +362,8 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
             "The call asks for attention in both directions (is_causal=False), which has no sink and window.",
             fix="drop is_causal, or unpatch the model for this call",
         )
-    unknown = [
-        name
-        for name, given in kwargs.items()
-        if name not in _HARMLESS_ARGUMENTS and name != "is_causal" and given is not None and given is not False
-    ]
+    known = _HARMLESS_ARGUMENTS | _CHECKED_ARGUMENTS
+    unknown = [name for name, given in kwargs.items() if name not in known and given is not None and given is not False]
     if unknown:
         raise UnsupportedCallError(
             f"The model passes arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",

@@ -43,10 +43,10 @@ class Counters(nn.Module):
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
         """Add to a counter; `which` is a phase, or the reason of a dense call."""
         place = _PLACE[name, which]
-        if not torch.compiler.is_compiling() and self.counts.is_cpu:
-            self.on_host[place] += int(amount)
-        else:
+        if torch.compiler.is_compiling() or not self.counts.is_cpu:
             self.counts[place].add_(amount)
+        else:
+            self.on_host[place] += int(amount)
 
     def add_open(self, phase: str, opened: Tensor) -> None:
         """Count the open pairs of a call, [batch, heads, query] bool."""

@@ -268,9 +268,9 @@ def speedup_figure(rows: list[Row], *, x: str, series: str, title: str) -> Figur
         axes.plot(at, [row["limit"] for row in chosen], ":", color=f"C{index % 10}", linewidth=1)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel="times as fast as the fastest dense", title=title)
-    steps = [0.5, 1, 2, 5, 10, 20, 50, 100, 200]
     low, high = axes.get_ylim()
-    axes.set_yticks([step for step in steps if low <= step <= high], [f"{s:g}x" for s in steps if low <= s <= high])
+    factors = [factor for factor in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= factor <= high]
+    axes.set_yticks(factors, [f"{factor:g}x" for factor in factors])
     tick_lengths(axes, rows, x)
     axes.legend(fontsize=8)
     return figure

@@ -30,7 +30,8 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
     local = regions.local_mask()[:, None]
     local_log_mass = masked_log_mass(scores, local, inputs.sink_logits)
     opened = decide(local_log_mass, bulk_log_mass, regions.asked, threshold)
-    attended = local | (regions.bulk_mask()[:, None] & opened[..., None])
+    reads_bulk = opened | regions.unasked[:, None]
+    attended = local | (regions.bulk_mask()[:, None] & reads_bulk[..., None])
     log_mass = masked_log_mass(scores, attended, inputs.sink_logits)
     weights = (scores.masked_fill(~attended, -torch.inf) - log_mass[..., None]).exp()
     # A row that sees no key has log mass -inf; its weights would be NaN and its output is defined as zero.

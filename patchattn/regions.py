@@ -45,7 +45,7 @@ class Counts:
         above: [batch, query] bool; queries that are asked, those below break-even left out; None where none is below.
         n_above: [] int64; number of them.
         n_below: [] int64; number of queries that have bulk keys but fewer than break-even.
-        n_causal: [] int64; real (query, key) pairs that a dense model scores, for one head.
+        n_causal: [] int64; (query, key) pairs with a real key that a dense model scores, for one head.
     """
 
     above: Tensor | None
@@ -110,14 +110,18 @@ class Regions:
         batch: int,
         keys: int,
         device: torch.device,
+        slot: int | None = None,
     ) -> Regions:
-        """Build the regions of a call without padding whose queries are the last slots; the host knows them all."""
-        slot = keys - query_length
+        """Build the regions of a call without padding whose first query is in `slot`; the host knows them all.
+
+        Without `slot` the queries are the last slots.
+        """
+        slot = keys - query_length if slot is None else slot
         valid = torch.ones(batch, keys, dtype=torch.bool, device=device)
         first = torch.zeros(batch, dtype=torch.long, device=device)
         query_slot = torch.full((), slot, dtype=torch.long, device=device)
         regions = cls(sink_size, window_size, query_length, valid, first, query_slot)
-        regions.__dict__["host"] = HostRegions([0] * batch, slot, keys, 0, is_plain=True)
+        regions.__dict__["host"] = HostRegions([0] * batch, slot, min(slot + query_length, keys), 0, is_plain=True)
         return regions
 
     @property
@@ -180,10 +184,24 @@ class Regions:
         return (self.n_bulk > 0) & real
 
     @property
+    def unasked(self) -> Tensor:
+        """True where a query in a padding slot has bulk keys, [batch, query] bool: it reads them without being asked.
+
+        So it does in the stock model, and what it computes may be looked at: a mask that was not extended to a new
+        token calls that token padding.
+        """
+        real = self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
+        return (self.n_bulk > 0) & ~real
+
+    @cached_property
+    def known_unasked(self) -> Tensor | None:
+        """Return `unasked`, computed once; None where the host knows of no such query. Not for compiled code."""
+        return None if self.host.is_plain else self.unasked
+
+    @property
     def n_causal(self) -> Tensor:
-        """Number of real keys that each real query row sees in a dense model, [batch, query] int64; 0 for padding."""
-        slots = self.query_slots.clamp(max=self.key_length - 1)
-        return self.valid.cumsum(1).index_select(1, slots) * self.valid.index_select(1, slots)
+        """Number of real keys that each query row sees in a dense model, [batch, query] int64."""
+        return self.valid.cumsum(1).index_select(1, self.query_slots.clamp(max=self.key_length - 1))
 
     def count(self, break_even: int) -> Counts:
         """Count the queries above and below break-even, and the causal pairs."""

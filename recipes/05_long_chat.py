@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import patchattn
 from patchattn import Policy, demo
 from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.hf.architecture import with_cache
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def main() -> None:
             new = ids[:, read : question.answer_start]
             answer = []
             for _ in range(question.answer_end - question.answer_start):
-                logits = model(new, past_key_values=cache, logits_to_keep=1).logits
+                logits = model(new, **with_cache(model, cache), logits_to_keep=1).logits
                 new = logits[:, -1].argmax(-1, keepdim=True)
                 answer.append(int(new))
             # The cache holds what the model wrote, but for the last token, which it has not read yet. Should it have
@@ -61,7 +62,7 @@ def main() -> None:
                 tokenizer.decode(answer).strip(),
                 "yes" if correct else "no",
             )
-        rest = model(ids[:, read:], past_key_values=cache).logits
+        rest = model(ids[:, read:], **with_cache(model, cache)).logits
         at_once = model(ids).logits[:, read:]
     Console(width=100).print(table)
     print(f"{right} of {options.turns} answers right")

@@ -280,7 +280,7 @@ MUTANTS = (
     Mutant(
         "mask_forgets_padding",
         "the mask function takes every token for real",
-        "hf/attention.py",
+        "hf/mask.py",
         "padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)",
         "padding = None",
         PATCHING,

@@ -154,8 +154,10 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) ->
         asked = inputs.regions.known_asked[:, rows]
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], asked, threshold)
         scored += triples
-        if opened.any():
-            scored += add_bulk(inputs, rows, opened, local)
+        unasked = inputs.regions.known_unasked
+        reads_bulk = opened if unasked is None else opened | unasked[:, None, rows]
+        if reads_bulk.any():
+            scored += add_bulk(inputs, rows, reads_bulk, local)
         outputs.append(local.output.transpose(1, 2))
         decisions.append(opened)
     if len(outputs) == 1:

@@ -67,7 +67,7 @@ def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Part) 
     Args:
         inputs: The call.
         rows: The query rows of `opened` and `local`.
-        opened: [batch, heads, rows] bool.
+        opened: [batch, heads, rows] bool; pairs that read the bulk.
         local: Pass 1 of these rows, with sink logits; its output is overwritten where pairs are open.
 
     Returns:

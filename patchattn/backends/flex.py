@@ -111,7 +111,7 @@ class _Settings:
 
 
 _Call = dict[str, Tensor]  # without sink_logits where there are none
-_QUERY_AXES = {"query": 2, "slots": 0, "asked": 1, "gate": 2}
+_QUERY_AXES = {"query": 2, "slots": 0, "asked": 1, "unasked": 1, "gate": 2}
 
 
 def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
@@ -125,6 +125,7 @@ def _two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> _Call:
         "first": regions.first,
         "slots": regions.query_slots,
         "asked": regions.asked,
+        "unasked": regions.unasked,
         "gate": bulk_log_mass.detach(),
         **_sink_logits(inputs),
     }
@@ -183,6 +184,7 @@ def _one_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: fl
         "first": regions.first,
         "slots": F.pad(regions.query_slots, (0, more_queries), value=-1),
         "asked": F.pad(regions.asked, (0, more_queries)),
+        "unasked": F.pad(regions.unasked, (0, more_queries)),
         "gate": F.pad(opened, (0, more_queries)),
         **_sink_logits(inputs),
     }
@@ -227,16 +229,16 @@ def _attend_call(  # pragma: compiled
         sink_size=settings.sink_size,
         window_size=settings.window_size,
     )
-    asked = call["asked"][:, :, None].expand(-1, -1, group).flatten(1)
+    asked, unasked = (call[name][:, :, None].expand(-1, -1, group).flatten(1) for name in ("asked", "unasked"))
     sink_logits = None
     if "sink_logits" in call:
         sinks = call["sink_logits"].float().view(1, kv_heads, 1, group)
         sink_logits = sinks.expand(batch, -1, queries, -1).flatten(2)
     gate = _rows(call["gate"], kv_heads)
     if settings.two_passes:
-        output, opened, scored = _two_passes(settings, masks, grouped, asked, gate, threshold, sink_logits)
+        output, opened, scored = _two_passes(settings, masks, grouped, asked, unasked, gate, threshold, sink_logits)
     else:
-        output, opened, scored = _one_pass(settings, masks, grouped, gate, sink_logits)
+        output, opened, scored = _one_pass(settings, masks, grouped, gate, unasked, sink_logits)
 
     def ungrouped(x: Tensor) -> Tensor:
         return x.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
@@ -254,6 +256,7 @@ def _two_passes(  # pragma: compiled
     masks: RowMasks,
     grouped: tuple[Tensor, Tensor, Tensor],
     asked: Tensor,
+    unasked: Tensor,
     bulk_log_mass: Tensor,
     threshold: Tensor,
     sink_logits: Tensor | None,
@@ -286,17 +289,18 @@ def _two_passes(  # pragma: compiled
         log_mass = torch.logaddexp(log_mass, sink_logits)
     # A tensor, so that another threshold is not another graph.
     opened = decide(log_mass, bulk_log_mass, asked, threshold)
+    reads_bulk = opened | unasked[:, None]
 
     size = block_size(batch, kv_heads, rows, key.shape[2])
-    order, place = open_first(opened) if with_full else (None, None)
+    order, place = open_first(reads_bulk) if with_full else (None, None)
     if order is not None:  # a decode call has a single tile
         query = query.gather(2, order[..., None].expand_as(query))
-    reach = masks.bulk_end(opened, order)
+    reach = masks.bulk_end(reads_bulk, order)
     bulk_output, bulk_log_mass, bulk_scored = one(query, masks.bulk(reach, block=size, with_full=with_full))
     if place is not None:
         bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))
         bulk_log_mass = bulk_log_mass.gather(2, place)
-    has_bulk = opened & (masks.n_bulk_keys()[:, None] > 0)
+    has_bulk = reads_bulk & (masks.n_bulk_keys()[:, None] > 0)
     share = torch.where(has_bulk, torch.sigmoid(bulk_log_mass - log_mass), 0)[..., None]
     has_local = (log_mass > -torch.inf) | log_mass.isnan()
     output = torch.where(has_local[..., None], output * (1 - share), 0)
@@ -309,13 +313,16 @@ def _one_pass(  # pragma: compiled
     masks: RowMasks,
     grouped: tuple[Tensor, Tensor, Tensor],
     opened: Tensor,
+    unasked: Tensor,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to local and open bulk keys at once; the sink logits are the scores of a last key without a value."""
     query, key, _ = grouped
     batch, kv_heads, rows, _ = query.shape
     size = block_size(batch, kv_heads, rows, key.shape[2])
-    block_mask, count = masks.both(masks.bulk_end(opened), block=size, null_key=sink_logits is not None)
+    block_mask, count = masks.both(
+        masks.bulk_end(opened | unasked[:, None]), block=size, null_key=sink_logits is not None
+    )
     null = None
     if sink_logits is not None:
         null = key.shape[2] - 1, pinned(F.pad(sink_logits, (0, masks.slots.shape[0] - rows)))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from patchattn.errors import CalibrationError
+from patchattn.hf.architecture import head_dim, text_config
 from patchattn.policy import Estimate, LocalShare
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -45,7 +46,7 @@ class Fingerprint(_Frozen):
         Raises:
             CalibrationError: Its layers differ in their number of heads.
         """
-        config = model.config.get_text_config()
+        config = text_config(model)
         heads = config.num_attention_heads
         if not isinstance(heads, int):
             raise CalibrationError(
@@ -57,7 +58,7 @@ class Fingerprint(_Frozen):
             layers=config.num_hidden_layers,
             query_heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=_head_dim(config),
+            head_dim=head_dim(config),
             rope=json.dumps(rope, sort_keys=True, default=str),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -66,13 +67,6 @@ class Fingerprint(_Frozen):
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
-
-
-def _head_dim(config: Any) -> int:
-    for name in ("qk_head_dim", "head_dim"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return config.hidden_size // config.num_attention_heads
 
 
 class Corpus(_Frozen):

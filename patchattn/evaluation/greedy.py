@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from patchattn.hf.architecture import cache_of, with_cache
+
 
 @torch.no_grad()
 def write(
@@ -29,8 +31,8 @@ def write(
     tokens = torch.tensor([list(given)], device=model.device)
     written: list[int] = []
     for _ in range(count):
-        result = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = result.past_key_values
+        result = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
+        cache = cache_of(result)
         tokens = result.logits[:, -1].argmax(-1, keepdim=True)
         written.append(int(tokens))
         if written[-1] in stop:

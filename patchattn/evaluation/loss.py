@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from patchattn.hf.architecture import cache_of, text_config, with_cache
+
 BINS = 8
 """Equal parts of a document whose loss is told apart."""
 
@@ -28,12 +30,12 @@ def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
         tokens: Token ids, more than `BINS`; the first one is not predicted.
     """
     ids = torch.tensor([list(tokens)], device=model.device)
-    size = max(_MOST_LOGITS // model.config.get_text_config().vocab_size, _SHORTEST_CALL)
+    size = max(_MOST_LOGITS // text_config(model).vocab_size, _SHORTEST_CALL)
     losses, cache = [], None
     for begin in range(0, ids.shape[1], size):
         part = ids[:, begin : begin + size]
-        result = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+        result = model(input_ids=part, use_cache=True, **with_cache(model, cache))
+        cache = cache_of(result)
         targets = ids[0, begin + 1 : begin + 1 + part.shape[1]].to(result.logits.device)
         pairs = zip(
             result.logits[0, : len(targets)].split(_ROWS_AT_A_TIME), targets.split(_ROWS_AT_A_TIME), strict=True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,26 +13,19 @@ from torch import Tensor
 from patchattn.backends import Backend, load, load_dense, load_plain
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
-from patchattn.hf.cache import load_moments, prepare, store_moments
+from patchattn.hf.architecture import ORIGINALS
+from patchattn.hf.cache import load_moments, prepare, store_moments, why_rebuilt
 from patchattn.hf.counters import Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, BatchingRefusal, no_attention_weights
-from patchattn.hf.support import ORIGINALS, eager_attention, is_local
+from patchattn.hf.mask import CausalMask, mask
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.moments import CHUNK
 from patchattn.policy import PHASES, MomentGate, Phase, Policy, phase_of
-from patchattn.regions import Regions, first_real_slot
 
-_LAYOUT_ROWS = 3
 _TIMELINE_ROOM = 2**18
 _LEAST_ROOM = 16
-_REGIONS = "_patchattn_regions"
-_PLAIN = "_patchattn_plain"
-# Arguments that are refused for some values by name, and those that change nothing here, whatever they say.
-_CHECKED_ARGUMENTS = frozenset({"is_causal", "output_attentions", "sliding_window"})
-_HARMLESS_ARGUMENTS = frozenset(
-    {CACHE_ARGUMENT, "position_ids", "use_cache", "output_hidden_states", "return_dict", "cache_position"}
-    | {"num_items_in_batch", "logits_to_keep", "output_router_logits", "labels"}
-)
+# What every call brings; whoever brings more is looked at more closely.
+_USUAL_ARGUMENTS = frozenset({CACHE_ARGUMENT, "position_ids", "use_cache", "cache_position"})
 
 
 class LayerState(Counters):
@@ -41,6 +37,9 @@ class LayerState(Counters):
         heads: Number of query heads on this device.
         backend: The backend.
         original: The attention implementation to hand other work to.
+        attend_originally: Its attention function.
+        effects: Arguments of a call that some attention function of transformers reads and the gated path does not.
+        is_local: Whether the layer is sliding or chunked, and so local already.
         gated: Whether the policy names this layer; others attend densely.
         record: `None`, `"summary"` or `"timeline"`.
         measured: What a calibration says about the layer's heads on this device; None without one.
@@ -56,12 +55,16 @@ class LayerState(Counters):
         backend: Backend,
         original: str,
         *,
+        attend_originally: Callable[..., Any],
+        effects: frozenset[str],
+        is_local: bool,
         gated: bool,
         record: str | None,
         measured: Measured | None = None,
     ) -> None:
         super().__init__(heads)
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
+        self.attend_originally, self.effects, self.is_local = attend_originally, effects, is_local
         self.gated, self.record = gated, record
         self.attend, self.attend_densely = load(backend), load_dense(backend)
         self.attend_plainly = load_plain(backend)
@@ -71,6 +74,7 @@ class LayerState(Counters):
         self.timeline: list[tuple[str, Tensor]] = []
         self.timeline_room = _TIMELINE_ROOM
         self.replay: list[Tensor] | None = None
+        self.number = _numbered(self)
         self.has_measured = measured is not None
         for name, bits in (measured or Measured()).bits().items():
             self.register_buffer(name, bits, persistent=False)
@@ -83,6 +87,7 @@ class LayerState(Counters):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a model that was patched in another process find its functions."""
         super().__setstate__(state)
+        self.number = _numbered(self)
         register()
 
     def dense_reason(self, keys: int, phase: str) -> str | None:
@@ -113,8 +118,7 @@ class LayerState(Counters):
         step of decode takes the room of 16, for no device gives out less than 512 bytes.
         """
         if torch.compiler.is_compiling():
-            # What a graph gives back may be overwritten by its next run.
-            self.timeline.append((phase, opened.detach().cpu()))
+            _keep(self.counts, opened.detach(), self.number, phase)
             return
         self.timeline_room -= max(opened.shape[0] * opened.shape[2], _LEAST_ROOM)
         if self.timeline_room >= 0:
@@ -125,76 +129,6 @@ class LayerState(Counters):
         self.timeline.clear()
         self.timeline_room = _TIMELINE_ROOM
         self.reset_counters()
-
-
-def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    *,
-    config: Any,
-    device: Any = "cpu",
-    **kwargs: Any,
-) -> Any:
-    """Describe a plain causal call as a small layout; let the original implementation make any other mask.
-
-    Returns:
-        [batch, 1, rows, keys] int32: whether each key is real, the slot of the first query, and the slot of each
-        sequence's first real token, the last two repeated along the keys; see `_layout_rows`. For masks that are not
-        plainly causal (sliding, packed, custom), what the original implementation's mask function returns.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, prepare_padding_mask
-
-    if mask_function is not causal_mask_function or not isinstance(kv_offset, int) or kv_offset != 0:
-        original = {name: key for key, name in ORIGINALS.items()}[config._attn_implementation]
-        return ALL_MASK_ATTENTION_FUNCTIONS[original](
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            config=config,
-            device=device,
-            **kwargs,
-        )
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    n_rows = _layout_rows(q_length)
-    if _is_plain(padding, q_length, kv_length, q_offset, device):
-        rows = torch.tensor((1, q_offset, *[0] * (n_rows - 2)), dtype=torch.int32, device=device)
-        layout = rows.view(1, 1, n_rows, 1).expand(batch_size, 1, n_rows, kv_length)
-        # For the layers, which would have to look at the device to know.
-        setattr(layout, _PLAIN, True)
-        return layout
-    if padding is None:
-        layout = torch.zeros(batch_size, 1, n_rows, kv_length, dtype=torch.int32, device=device)
-        layout[:, :, 0] = 1
-        layout[:, :, 1] = q_offset
-        return layout
-    valid = padding[:, :kv_length].to(device=device, dtype=torch.bool)
-    first = first_real_slot(valid)[:, None].expand(-1, kv_length)
-    if isinstance(q_offset, Tensor):
-        query_slot = q_offset.to(device)
-    else:
-        # Not as_tensor, which compiles the number in: one graph for each length of a dynamic cache.
-        query_slot = torch.full((), q_offset, device=device)
-    slot = query_slot.expand(batch_size, kv_length)
-    rows = [valid, slot, *[first] * (n_rows - 2)]
-    return torch.stack([row.int() for row in rows], dim=1)[:, None]
-
-
-def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor, device: Any) -> bool:
-    """Say whether the host knows that nothing is padding and that the queries are the last slots."""
-    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
-        return False
-    if not isinstance(q_offset, int) or q_offset + q_length != kv_length:
-        return False
-    return padding is None or bool(padding.all())
 
 
 def attention(
@@ -235,27 +169,25 @@ def attention(
         )
     if state._buffers["counts"].device != query.device:
         state.to(query.device)
-    cache = kwargs.get(CACHE_ARGUMENT)
-    is_known_plain = _is_known_plain(attention_mask)
-    if not is_known_plain and not _is_layout(attention_mask, query.shape[2]):
-        state.add("dense_calls", "local" if is_local(module) else "mask")
-        kwargs.pop(CACHE_ARGUMENT, None)
+    cache = kwargs.pop(CACHE_ARGUMENT, None)
+    if state.is_local or not isinstance(attention_mask, CausalMask):
+        state.add("dense_calls", "local" if state.is_local else "mask")
+        given = attention_mask.own() if isinstance(attention_mask, CausalMask) else attention_mask
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
-        kwargs = {name: given for name, given in kwargs.items() if given is not None}
-        forward = original_attention(module, state.original)
-        return forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if dropout or not kwargs.keys() <= _HARMLESS_ARGUMENTS:
-        _refuse_unknown(kwargs, dropout)
+        kwargs = {name: argument for name, argument in kwargs.items() if argument is not None}
+        return state.attend_originally(module, query, key, value, given, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout or not kwargs.keys() <= _USUAL_ARGUMENTS:
+        _refuse_unknown(kwargs, dropout, state.effects)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     phase = phase_of(query.shape[2])
     reason = state.dense_reason(key.shape[2], phase)
     if reason is not None:
         state.add("dense_calls", reason)
-        if is_known_plain and softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and attention_mask.is_last(key.shape[2]):
             output = state.attend_plainly(query, key, value, scale)
             if output is not None:
                 return output.transpose(1, 2).contiguous(), None
-    regions = _regions(attention_mask, state.policy, query.shape[2])
+    regions = attention_mask.regions(state.policy.sink_size, state.policy.window_size, query, key)
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
     output = _attend(state, inputs, phase, cache) if reason is None else state.attend_densely(inputs)
     return output.transpose(1, 2).contiguous(), None
@@ -270,6 +202,9 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any
         grid = (policy.sink_size, policy.window_size)
         uses_moments = isinstance(policy.gate, MomentGate) and policy.gate.moments == "prompt"
         moments = load_moments(cache, state.layer, inputs.key, grid) if uses_moments else None
+        # Before the first chunk is full there is nothing to take moments from.
+        if uses_moments and moments is None and phase == "decode" and inputs.key.shape[2] >= sum(grid) + CHUNK:
+            state.add("rebuilt", why_rebuilt(cache, state.layer))
         bound = _chunk_bound(inputs, has_state=moments is not None)
         mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound, measured=state.measured)
         if moments is not None:
@@ -298,54 +233,7 @@ def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:
     return bound
 
 
-def _regions(layout: Tensor, policy: Policy, query_length: int) -> Regions:
-    """Read the layout; all layers of a forward pass share it, and outside of a graph they share what is read too."""
-    if torch.compiler.is_compiling():
-        return _read_layout(layout, policy, query_length)
-    known: Regions | None = getattr(layout, _REGIONS, None)
-    sizes = (policy.sink_size, policy.window_size, query_length)
-    if known is None or (known.sink_size, known.window_size, known.query_length) != sizes:
-        if _is_known_plain(layout):
-            batch, keys = layout.shape[0], layout.shape[3]
-            known = Regions.plain(policy.sink_size, policy.window_size, query_length, batch, keys, layout.device)
-        else:
-            known = _read_layout(layout, policy, query_length)
-        setattr(layout, _REGIONS, known)
-    return known
-
-
-def _read_layout(layout: Tensor, policy: Policy, query_length: int) -> Regions:
-    return Regions(
-        policy.sink_size,
-        policy.window_size,
-        query_length,
-        # Clones in plain strides: those of a view depend on the length and would recompile a kernel for each.
-        layout[:, 0, 0].bool().clone(memory_format=torch.contiguous_format),
-        layout[:, 0, 2, 0].long().clone(memory_format=torch.contiguous_format),
-        layout[0, 0, 1, 0].long(),
-    )
-
-
-def _is_known_plain(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
-    """Say whether `mask` made this and knew that nothing is padding and that the queries are the last slots."""
-    return not torch.compiler.is_compiling() and getattr(attention_mask, _PLAIN, False)
-
-
-def _layout_rows(query_length: int) -> int:
-    """Return the rows of a layout: never as many as there are queries, which a mask of the caller's own has."""
-    return _LAYOUT_ROWS + 1 if query_length == _LAYOUT_ROWS else _LAYOUT_ROWS
-
-
-def _is_layout(attention_mask: Any, query_length: int) -> TypeGuard[Tensor]:
-    return (
-        isinstance(attention_mask, Tensor)
-        and attention_mask.dtype == torch.int32
-        and attention_mask.dim() == 4
-        and attention_mask.shape[2] == _layout_rows(query_length)
-    )
-
-
-def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
+def _refuse_unknown(kwargs: dict[str, Any], dropout: float, effects: frozenset[str]) -> None:
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
     if dropout:
@@ -353,32 +241,54 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float) -> None:
             f"The model asks for attention dropout {dropout}, which the gated path does not have.",
             fix="call model.eval(), or unpatch the model to train it",
         )
-    if kwargs.get("sliding_window") is not None:
-        raise UnsupportedCallError(
-            "A layer asks for a sliding window but was given a plain causal mask.", fix="report the model's class"
-        )
     if kwargs.get("is_causal") is False:
         raise UnsupportedCallError(
             "The call asks for attention in both directions (is_causal=False), which has no sink and window.",
             fix="drop is_causal, or unpatch the model for this call",
         )
-    known = _HARMLESS_ARGUMENTS | _CHECKED_ARGUMENTS
-    unknown = [name for name, given in kwargs.items() if name not in known and given is not None and given is not False]
+    known = {"is_causal", "output_attentions"}
+    unknown = [
+        name
+        for name, given in kwargs.items()
+        if name in effects and name not in known and given is not None and given is not False
+    ]
     if unknown:
         raise UnsupportedCallError(
-            f"The model passes arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",
-            fix="unpatch the model for this call; packed sequences are told by position_ids, continuous batching and "
-            "sparse-index models are not supported",
+            f"The call brings arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",
+            fix="drop the argument, or unpatch the model for this call; packed sequences are told by position_ids, "
+            "continuous batching and sparse-index models are not supported",
         )
 
 
-def original_attention(module: Any, original: str) -> Any:
-    """Return the attention function that the module called before it was patched."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+_STATES: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
-    if original == "eager":
-        return eager_attention(module)
-    return ALL_ATTENTION_FUNCTIONS[original]
+
+def _numbered(state: LayerState) -> int:
+    """Give a state a number by which an operator in a graph finds it."""
+    number = next(_NUMBERS)
+    _STATES[number] = state
+    return number
+
+
+@torch.library.custom_op("patchattn::keep", mutates_args=("witness",))
+def _keep(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
+    """Keep the decisions of a call inside a graph, which may not change a list: each change would compile it anew.
+
+    Args:
+        witness: A tensor of the layer that is said to change, else a compiler would take the call for superfluous.
+        opened: [batch, heads, query] bool.
+        number: The number of the layer's state.
+        phase: The phase of the call.
+    """
+    if (state := _STATES.get(number)) is not None:
+        # What a graph gives back may be overwritten by its next run.
+        state.keep(phase, opened.cpu())
+
+
+@_keep.register_fake
+def _(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
+    pass
 
 
 def register() -> None:

@@ -23,38 +23,53 @@ _CROPPED = "_patchattn_cropped"
 COMPILED_CALLS_CAN_TRACK = torch.__version__ >= "2.13"
 """Whether a cache whose first call is compiled keeps its moments."""
 
+REBUILD_REASONS = ("no cache", "never kept", "other sizes", "taken back")
+"""Why a step of decode finds no moments and takes them from all keys again: the call brings no cache; its cache was
+filled by calls that keep none (dense ones, those before the patch, a compiled first call before torch 2.13); they are
+of another batch, sink or window; or more tokens than a window were taken out of the cache."""
 
-def load_moments(past_key_values: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> PromptMoments | None:
+
+def load_moments(cache: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> PromptMoments | None:
     """Return the moments kept for a layer, or None where there are none that fit.
 
     Args:
-        past_key_values: The call's cache, or None.
+        cache: The call's cache, or None.
         layer: Index of the layer.
         key: [batch, kv_heads, keys, dim]; the keys of the call.
         grid: Sink and window size; moments taken for others are of no use.
     """
-    entry = _entry(past_key_values, layer)
+    entry = _entry(cache, layer)
     moments = getattr(entry, _ATTRIBUTE, None)
     if moments is None or getattr(entry, _GRID, None) != grid or moments.chunks.shape[0] != key.shape[0]:
         return None
     return moments if moments.total.device == key.device else moments.to(key.device)
 
 
-def store_moments(past_key_values: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
+def why_rebuilt(cache: Any, layer: int) -> str:
+    """Say why `load_moments` found nothing: one of `REBUILD_REASONS`."""
+    entry = _entry(cache, layer)
+    if entry is None:
+        return "no cache"
+    if not hasattr(entry, _ATTRIBUTE):
+        return "never kept"
+    return "taken back" if getattr(entry, _ATTRIBUTE) is None else "other sizes"
+
+
+def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
     """Keep the moments of a layer with its cache; a call without one keeps none.
 
     A compiled graph can't make a class: a kind of cache entry that no call outside of a graph has used and that
     `prepare` did not know keeps no moments there, and they are taken from its keys again on every call. So do all
     kinds before torch 2.13.
     """
-    entry = _entry(past_key_values, layer)
+    entry = _entry(cache, layer)
     if entry is None:
         return
     if not getattr(entry, "tracks_moments", False):
         entry = _tracked(entry)
         if entry is None:
             return
-        past_key_values.layers[layer] = entry
+        cache.layers[layer] = entry
     setattr(entry, _ATTRIBUTE, moments)
     setattr(entry, _GRID, grid)
     setattr(entry, _CROPPED, 0)
@@ -69,8 +84,8 @@ def prepare() -> None:
             _tracking(kind)
 
 
-def _entry(past_key_values: Any, layer: int) -> Any:
-    layers = getattr(past_key_values, "layers", None)
+def _entry(cache: Any, layer: int) -> Any:
+    layers = getattr(cache, "layers", None)
     return layers[layer] if layers is not None and layer < len(layers) else None
 
 

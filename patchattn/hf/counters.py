@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from patchattn.hf.cache import REBUILD_REASONS
 from patchattn.policy import PHASES
 
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
@@ -14,6 +15,7 @@ or chunked). The last two run the model's own attention implementation."""
 
 _BY_PHASE = ("asked", "below", "scored", "causal", "gated_calls")
 _PLACES = [(name, phase) for name in _BY_PHASE for phase in PHASES] + [("dense_calls", why) for why in DENSE_REASONS]
+_PLACES += [("rebuilt", why) for why in REBUILD_REASONS]
 _PLACE = {what: place for place, what in enumerate(_PLACES)}
 _MOST_WAITING = 64
 
@@ -29,7 +31,7 @@ class Counters(nn.Module):
         heads: Number of query heads on this device.
     """
 
-    dense_reasons = DENSE_REASONS
+    dense_reasons, rebuild_reasons = DENSE_REASONS, REBUILD_REASONS
     opened: Tensor
     counts: Tensor
 
@@ -41,7 +43,7 @@ class Counters(nn.Module):
         self.waiting: tuple[list[Tensor], ...] = tuple([] for _ in PHASES)
 
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
-        """Add to a counter; `which` is a phase, or the reason of a dense call."""
+        """Add to a counter; `which` is a phase or a reason."""
         place = _PLACE[name, which]
         if torch.compiler.is_compiling() or not self.counts.is_cpu:
             self.counts[place].add_(amount)
@@ -110,3 +112,8 @@ class Counters(nn.Module):
     def dense_calls(self) -> list[int]:
         """Calls that did not, by reason."""
         return self._read("dense_calls", DENSE_REASONS)
+
+    @property
+    def rebuilt(self) -> list[int]:
+        """Steps of decode whose prompt moments were taken from all keys again, by reason."""
+        return self._read("rebuilt", REBUILD_REASONS)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.support import ORIGINALS
+from patchattn.hf.architecture import ORIGINALS, cache_among
 
 STATE = "patchattn_layer"
 """Name of the submodule that a patched attention module carries."""
@@ -36,7 +36,7 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         )
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
-    kwargs[CACHE_ARGUMENT] = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    kwargs[CACHE_ARGUMENT] = cache_among(kwargs)
     return args, kwargs
 
 
@@ -63,7 +63,9 @@ def _say_plain(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not torch.compiler.is_compiling() or len(args) > 1:
         return None
-    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
+    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids")):
+        return None
+    if cache_among(kwargs) is not None:
         return None
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens

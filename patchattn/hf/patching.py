@@ -13,16 +13,27 @@ from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_chec
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.gate import Measured
+from patchattn.hf.architecture import (
+    ORIGINALS,
+    arguments_with_effect,
+    group_size,
+    has_sink_logits,
+    head_sizes,
+    head_slices,
+    is_local,
+    original_attention,
+    query_heads,
+    softcap_of,
+    underlying,
+)
 from patchattn.hf.attention import LayerState, register
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.offload import compute_device
-from patchattn.hf.support import ORIGINALS, Supported, attention_modules, check_support, underlying
+from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
 from patchattn.policy import MomentGate, Policy, StaticGate
 from patchattn.report import GateReport, HeadShape
 
 Record = Literal["summary", "timeline"] | None
-
-_QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")
 
 
 class PatchHandle:
@@ -136,7 +147,7 @@ def patch(
     modules = attention_modules(model)
     _check_config(modules)
     layers = _layers(policy, support)
-    heads = {index: _query_heads(module) for index, module in modules.items()}
+    heads = {index: query_heads(module) for index, module in modules.items()}
     _check_heads(policy, layers, heads)
     measured = _measured(policy.model_copy(update={"layers": layers}), calibration, model)
     chosen = _check_backend(backend, modules, heads, layers)
@@ -158,7 +169,7 @@ def unpatch(model: Any) -> None:
     """
     if not is_patched(model):
         raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     if decoder is None:
         raise PatchStateError(
             f"This {type(model).__name__} is only a part of a patched model.",
@@ -234,36 +245,13 @@ def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> di
     return {}
 
 
-def _query_heads(module: Any) -> int:
-    """Count the query heads of a layer, on all devices together."""
-    heads = module.config.num_attention_heads
-    return heads[module.layer_idx] if isinstance(heads, list | tuple) else heads
-
-
-def _group_size(module: Any, heads: int) -> int:
-    group = getattr(module, "num_key_value_groups", None)
-    if isinstance(group, int):
-        return group
-    return heads // (getattr(module.config, "num_key_value_heads", None) or heads)
-
-
-def _head_sizes(module: Any, heads: int) -> tuple[int, int]:
-    """Return the dimension of queries and keys, and that of values: they differ where both come from a latent."""
-    config = module.config
-    names = ("qk_head_dim", "head_dim", "head_size")
-    dim = next((size for size in (getattr(module, name, None) for name in names) if isinstance(size, int)), None)
-    dim = dim or getattr(config, "head_dim", None) or config.hidden_size // heads
-    return dim, getattr(module, "v_head_dim", None) or dim
-
-
 def _head_shapes(model: Any) -> dict[int, HeadShape]:
     """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the weights."""
     shapes = {}
     for index, module in attention_modules(model).items():
-        heads = _query_heads(module)
         dtype = _dtype(module)
-        sizes, name = _head_sizes(module, heads), str(dtype).removeprefix("torch.")
-        shapes[index] = HeadShape(*sizes, _group_size(module, heads), dtype.itemsize, name)
+        name = str(dtype).removeprefix("torch.")
+        shapes[index] = HeadShape(*head_sizes(module), group_size(module), dtype.itemsize, name)
     return shapes
 
 
@@ -278,16 +266,16 @@ def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int],
     module = modules[index]
     device = compute_device(module)
     chosen = resolve(backend, device)
-    dim, value_dim = _head_sizes(module, heads[index])
+    dim, value_dim = head_sizes(module)
     self_check(
         chosen,
         dtype=_dtype(module),
         head_dim=dim,
         value_dim=value_dim,
-        group_size=_group_size(module, heads[index]),
+        group_size=group_size(module),
         device=device,
-        softcap=getattr(module, "attn_logit_softcapping", None),
-        sink_logits=hasattr(module, "sinks"),
+        softcap=softcap_of(module),
+        sink_logits=has_sink_logits(module),
     )
     return chosen
 
@@ -303,11 +291,11 @@ def _apply(
 ) -> None:
     originals = {index: module.config._attn_implementation for index, module in modules.items()}
     gated = set(policy.layers or ())
-    slices, rank = _head_slices(underlying(model))
+    slices, rank = head_slices(underlying(model))
     refusal = BatchingRefusal(underlying(model))
     for index, module in modules.items():
         here = heads[index] // slices
-        kv_here = max(here // _group_size(module, heads[index]), 1)
+        kv_here = max(here // group_size(module), 1)
         of_layer = measured.get(index)
         state = LayerState(
             _policy_of_heads(policy, range(rank * here, (rank + 1) * here)),
@@ -315,6 +303,9 @@ def _apply(
             here,
             backend,
             originals[index],
+            attend_originally=original_attention(module, originals[index]),
+            effects=arguments_with_effect(module),
+            is_local=is_local(module),
             gated=index in gated,
             record=record,
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
@@ -324,22 +315,9 @@ def _apply(
         state.refusal = refusal
         module._modules[STATE] = state
         module.config._attn_implementation_internal = ORIGINALS[originals[index]]
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     if decoder is not None:
         install_mask_hook(decoder)
-
-
-def _head_slices(model: Any) -> tuple[int, int]:
-    """Return into how many slices tensor parallelism cuts the query heads, and which of them is on this device.
-
-    A plan that gathers the projected queries again leaves every head on every device.
-    """
-    plan, mesh = getattr(model, "tp_plan", None) or {}, getattr(model, "_device_mesh", None)
-    cut = any(name.rsplit(".", 1)[-1] in _QUERY_PROJECTIONS and style == "colwise" for name, style in plan.items())
-    if mesh is None or not cut:
-        return 1, 0
-    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
-    return mesh.size(), mesh.get_local_rank()
 
 
 def _slice(rank: int, size: int) -> slice:
@@ -352,15 +330,3 @@ def _policy_of_heads(policy: Policy, heads: range) -> Policy:
         return policy
     pairs = tuple((layer, head - heads.start) for layer, head in policy.gate.open_heads if head in heads)
     return policy.model_copy(update={"gate": policy.gate.model_copy(update={"open_heads": pairs})})
-
-
-def _decoder(model: Any) -> nn.Module | None:
-    """Return the innermost transformers model that holds the attention modules: the one that makes the masks.
-
-    None if there is none, because the attention modules were taken out of it.
-    """
-    from transformers import PreTrainedModel
-
-    attention = next(iter(attention_modules(model).values()))
-    holders = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return next((part for part in reversed(holders) if any(inner is attention for inner in part.modules())), None)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from patchattn.hf.architecture import (
+    EAGER,
+    LOCAL_LAYERS,
+    ORIGINALS,
+    asks_for_weights,
+    eager_attention,
+    has_sink_logits,
+    holders,
+    interface_forward,
+    is_local,
+    layer_type,
+    softcap_of,
+    text_config,
+    underlying,
+)
 from patchattn.hf.offload import lacks_weights
 
-ORIGINALS = {
-    "sdpa": "patchattn",
-    "eager": "patchattn_eager",
-    "flash_attention_2": "patchattn_fa2",
-    "flash_attention_3": "patchattn_fa3",
-}
-"""Attention implementations a model may have, with the name under which the library takes them over."""
-
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_EAGER = "eager_attention_forward"
 _OWN_SELECTION = frozenset({"position_bias", "indices", "block_indices", "sinks", "indexer"})
 """Names in an attention module's forward of scores or selections that the gated path would drop."""
 
 _FULL_LAYERS = frozenset({"full_attention", "attention"})
-_LOCAL_LAYERS = frozenset({"sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding"})
 _OTHER_MIXERS = ("Linear", "Delta", "Lightning", "Conv")
 """Parts of the names of layers that are called attention but form no scores over keys."""
 
@@ -94,10 +96,17 @@ def check_support(model: Any) -> Supported | Unsupported:
         reasons.append(f"{name} is not a decoder-only causal language model.")
     if lacks_weights(model):
         reasons.append(f"{name} has parameters on the meta device; load its weights first.")
-    reasons += _reasons_of_modules(model, modules)
-    if not modules:
+    decoder = decoder_of(model)
+    # Vision and audio towers stay as they are: only what holds the attention modules decides.
+    reasons += _reasons_of_modules(model if decoder is None else decoder, modules)
+    if not modules or decoder is None:
         reason = f"{name} has no attention module that goes through transformers' AttentionInterface."
         return Unsupported(tuple(reasons or [reason]))
+    if asks_for_weights(model, next(iter(modules.values()))):
+        reasons.append(
+            f"The configuration of {name} asks for attention weights on every call, which a patched model never forms; "
+            "set model.config.output_attentions = False first."
+        )
     reasons += _reasons_of_implementation(name, modules)
     reasons = reasons or _reasons_of_layer_types(modules)
     local = tuple(index for index, module in modules.items() if is_local(module))
@@ -107,37 +116,27 @@ def check_support(model: Any) -> Supported | Unsupported:
     return Unsupported(tuple(reasons)) if reasons else Supported(layers, local)
 
 
-def underlying(model: Any) -> Any:
-    """Return the Hugging Face model inside a PEFT wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
-
-
 def attention_modules(model: nn.Module) -> dict[int, Any]:
     """Return the decoder's self-attention modules that go through the attention interface, by layer index.
 
     Modules of a vision or audio tower have a configuration of another class and are left out.
     """
     found = _interface_modules(model)
-    config = getattr(underlying(model), "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        kind = type(config.get_text_config(decoder=True))
+    model = underlying(model)
+    if hasattr(getattr(model, "config", None), "get_text_config"):
+        kind = type(text_config(model))
         found = [module for module in found if type(module.config) is kind] or found
     return {module.layer_idx: module for module in sorted(found, key=lambda module: module.layer_idx)}
 
 
-def is_local(module: Any) -> bool:
-    """Say whether a layer is sliding or chunked, and so local already."""
-    kind = _layer_type(module)
-    if kind is not None:
-        return kind in _LOCAL_LAYERS
-    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
+def decoder_of(model: nn.Module) -> Any:
+    """Return the innermost transformers model that holds the attention modules: the one that makes the masks.
 
-
-def eager_attention(module: Any) -> Callable[..., Any] | None:
-    """Return the eager attention function of the file that a module's forward is written in, None where it has none."""
-    forward = _interface_forward(type(module))
-    return None if forward is None else forward.__globals__.get(_EAGER)
+    None if there is none, because there are no such modules or they were taken out of it.
+    """
+    modules = attention_modules(model)
+    found = holders(model, next(iter(modules.values()))) if modules else []
+    return found[-1] if found else None
 
 
 def _interface_modules(model: nn.Module) -> list[Any]:
@@ -146,28 +145,8 @@ def _interface_modules(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(module, "config")
-        and _interface_forward(type(module)) is not None
+        and interface_forward(type(module)) is not None
     ]
-
-
-def _interface_forward(kind: type) -> Any:
-    """Return the forward function that looks the attention function up, None if the class does not do so.
-
-    It is read from the compiled code: there may be no source file, and a subclass may be defined anywhere. A subclass
-    that replaces `forward` without calling its parent's computes attention itself.
-    """
-    for base in kind.__mro__:
-        forward = inspect.unwrap(vars(base).get("forward", None)) if "forward" in vars(base) else None
-        if forward is None:
-            continue
-        code = getattr(forward, "__code__", None)
-        if code is None:
-            return None
-        if _INTERFACE in code.co_names:
-            return forward
-        if "super" not in code.co_names and "forward" not in code.co_names:
-            return None
-    return None
 
 
 def _is_causal_decoder(model: Any, modules: dict[int, Any]) -> bool:
@@ -190,10 +169,10 @@ def _reasons_of_modules(model: Any, modules: dict[int, Any]) -> list[str]:
         if "CrossAttention" in kind or getattr(module, "is_cross_attention", False) is True:
             reasons.append(f"{kind} attends to another sequence.")
         elif id(module) in known:
-            found = sorted(_OWN_SELECTION & _names(_interface_forward(type(module)).__code__))
+            found = sorted(_OWN_SELECTION & _names(interface_forward(type(module)).__code__))
             if found:
                 reasons.append(f"{kind} selects or biases keys on its own ({', '.join(found)}).")
-        elif id(getattr(module, "config", None)) in configs and _interface_forward(type(module)) is not None:
+        elif id(getattr(module, "config", None)) in configs and interface_forward(type(module)) is not None:
             reasons.append(f"Layer {index} has more than one attention module ({kind} is one of them).")
         elif kind.endswith("Attention") and isinstance(index, int) and not any(part in kind for part in _OTHER_MIXERS):
             reasons.append(
@@ -223,7 +202,7 @@ def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
     eager = originals & {"eager", ORIGINALS["eager"]}
     if eager and any(eager_attention(module) is None for module in modules.values()):
         reasons.append(
-            f"{name} is eager, but the file of its attention has no {_EAGER}; call "
+            f"{name} is eager, but the file of its attention has no {EAGER}; call "
             "model.set_attn_implementation('sdpa') first."
         )
     return reasons
@@ -231,17 +210,12 @@ def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
 
 def _needs_more_than_sdpa(module: Any) -> bool:
     # transformers 5.17 gives Gemma 2 sdpa by default, and its sdpa ignores the softcap without a word.
-    return getattr(module, "attn_logit_softcapping", None) is not None or hasattr(module, "sinks")
+    return softcap_of(module) is not None or has_sink_logits(module)
 
 
 def _reasons_of_layer_types(modules: dict[int, Any]) -> list[str]:
-    kinds = {_layer_type(module) for module in modules.values()} - _FULL_LAYERS - _LOCAL_LAYERS - {None}
+    kinds = {layer_type(module) for module in modules.values()} - _FULL_LAYERS - LOCAL_LAYERS - {None}
     return [f"Layers of the type {kind!r} are not known." for kind in sorted(kinds, key=str)]
-
-
-def _layer_type(module: Any) -> str | None:
-    layer_types = getattr(module.config, "layer_types", None)
-    return None if layer_types is None else layer_types[module.layer_idx]
 
 
 def _why_all_local(config: Any) -> str:

@@ -55,6 +55,7 @@ class GateReport:
         backend: The backend in use.
         layers: Counts by layer and phase, of the patched layers.
         dense_calls: Calls that attended densely, by layer and reason.
+        rebuilt: Steps of decode whose prompt moments had to be taken from all keys again, by layer and reason.
         timeline: By layer, (phase, open pairs [batch, heads, query]) of each gated call, if it was recorded.
         shapes: By layer, the sizes of its heads, for estimates of the work saved; empty if they are not known.
         timeline_is_cut: Whether the timeline ends early, because what was run had more tokens than there is room for.
@@ -67,19 +68,17 @@ class GateReport:
     timeline: dict[int, list[Any]]
     shapes: dict[int, HeadShape] = field(default_factory=dict)
     timeline_is_cut: bool = False
+    rebuilt: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, states: dict[int, Any], policy: Policy, backend: str, *, shapes: Mapping[int, HeadShape] | None = None
     ) -> GateReport:
         """Read the counters of the layers' states, `patchattn.hf.attention.LayerState` by layer index."""
-        layers, dense = {}, {}
+        layers, dense, rebuilt = {}, {}, {}
         for index, state in states.items():
-            dense[index] = {
-                reason: int(calls)
-                for reason, calls in zip(state.dense_reasons, state.dense_calls, strict=True)
-                if calls
-            }
+            dense[index] = _by_reason(state.dense_reasons, state.dense_calls)
+            rebuilt[index] = _by_reason(state.rebuild_reasons, state.rebuilt)
             if not state.gated:
                 continue
             layers[index] = {
@@ -95,7 +94,7 @@ class GateReport:
             }
         timeline = {index: list(state.timeline) for index, state in states.items()}
         is_cut = any(state.timeline_room < 0 for state in states.values())
-        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}), is_cut)
+        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}), is_cut, rebuilt)
 
     def open_fraction(self, phase: Phase | None = None) -> float:
         """Open pairs over pairs that were asked, in one phase or both; NaN if none was asked."""
@@ -163,6 +162,7 @@ class GateReport:
             "policy": self.policy.model_dump(mode="json"),
             "phases": {phase: self._phase_dict(phase) for phase in PHASES},
             "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
+            "rebuilt": {str(layer): reasons for layer, reasons in self.rebuilt.items()},
         }
 
     def _phase_dict(self, phase: Phase) -> dict[str, Any]:
@@ -315,6 +315,10 @@ class GateReport:
         dense = self.dense_calls_by_reason()
         if dense:
             lines.append("  dense layer calls: " + ", ".join(f"{calls} ({reason})" for reason, calls in dense.items()))
+        rebuilt = self.rebuilt_by_reason()
+        if rebuilt:
+            steps = ", ".join(f"{count} ({reason})" for reason, count in rebuilt.items())
+            lines.append(f"  decode steps of a layer that took their moments from all keys again: {steps}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes())])
 
     def notes(self) -> list[str]:
@@ -334,14 +338,30 @@ class GateReport:
 
     def dense_calls_by_reason(self) -> dict[str, int]:
         """Count the calls of layers that attended densely, by reason."""
-        dense: dict[str, int] = {}
-        for reasons in self.dense_calls.values():
-            for reason, calls in reasons.items():
-                dense[reason] = dense.get(reason, 0) + calls
-        return dense
+        return _over_layers(self.dense_calls)
+
+    def rebuilt_by_reason(self) -> dict[str, int]:
+        """Count the steps of decode, one for each layer, whose prompt moments had to be taken anew, by reason.
+
+        Each costs a pass over all keys of its layer. `never kept` is expected once for each text, at the first step
+        that is asked after dense ones; many mean that the moments do not stay with the cache.
+        """
+        return _over_layers(self.rebuilt)
 
     def _counts(self, phase: Phase | None) -> list[LayerCounts]:
         return [c for by_phase in self.layers.values() for name, c in by_phase.items() if phase in (None, name)]
+
+
+def _by_reason(reasons: tuple[str, ...], counts: list[int]) -> dict[str, int]:
+    return {reason: int(count) for reason, count in zip(reasons, counts, strict=True) if count}
+
+
+def _over_layers(by_layer: dict[int, dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for reasons in by_layer.values():
+        for reason, count in reasons.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.moments import CHUNK
@@ -225,14 +226,14 @@ def _run(model: Any, text: _Text, watch: Watch | None = None) -> list[Tensor]:
         text.step = step
         if watch is not None:
             watch.begin = step.start
-        extra = {} if cache is None else {"past_key_values": cache}
+        extra = {} if cache is None else with_cache(model, cache)
         output = model(
             input_ids=text.ids[:, step],
             attention_mask=text.mask[:, : step.stop],
             use_cache=text.prompt < text.ids.shape[1],
             **extra,
         )
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         logits.append(output.logits)
         if first_run and step.stop < text.ids.shape[1]:
             text.ids[:, step.stop] = output.logits[:, -1].argmax(-1)

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
+from patchattn.hf.architecture import with_cache
 
 
 def main() -> None:
@@ -52,12 +53,12 @@ def compiled(options, model, tokens: torch.Tensor) -> dict[str, float | int]:
     first, graphs_after_first, timed, n_steps = 0.0, 0, 0.0, 0
     for length in options.lengths:
         cache = StaticCache(config=model.config, max_cache_len=max(options.lengths) + options.steps)
-        model(tokens[:, :length], past_key_values=cache)
+        model(tokens[:, :length], **with_cache(model, cache))
         for index in range(options.steps):
             begin = time.perf_counter()
             step(
                 tokens[:, length + index : length + index + 1],
-                past_key_values=cache,
+                **with_cache(model, cache),
                 position_ids=torch.tensor([[length + index]], device=tokens.device),
             )
             if tokens.device.type == "cuda":

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
+from patchattn.hf.architecture import cache_of, with_cache
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -104,7 +105,7 @@ def rows_of(options, model: Any, tokens: torch.Tensor, policies: dict[str, Polic
         models[label] = _twin(model)
         handles[label] = patchattn.patch(models[label], policy)
     prefills = {label: _prefill(twin, tokens) for label, twin in models.items()}
-    caches = {label: prefill().past_key_values for label, prefill in prefills.items()}
+    caches = {label: cache_of(prefill()) for label, prefill in prefills.items()}
     decodes = {label: _decode(twin, caches[label], tokens, options.steps) for label, twin in models.items()}
     rows = []
     for phase, variants, unit in (("prefill", prefills, 1), ("decode", decodes, options.steps)):
@@ -139,7 +140,7 @@ def _decode(model: Any, cache: DynamicCache, tokens: torch.Tensor, steps: int) -
 
     def call() -> None:
         for _ in range(steps):
-            model(tokens[:, -1:], past_key_values=cache, use_cache=True)
+            model(tokens[:, -1:], **with_cache(model, cache), use_cache=True)
         cache.crop(-steps)
 
     return call

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy, demo
+from patchattn.hf.architecture import with_cache
 from patchattn.hf.attention import LayerState
 from patchattn.hf.patching import Record
 
@@ -97,9 +98,9 @@ def prefill(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 def decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
     """Read one token more on a cache that grows."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :-_ROOM_TO_DECODE], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :-_ROOM_TO_DECODE], **with_cache(model, cache), logits_to_keep=1)
     token = ids[:, -1:]
-    return lambda: model(token, past_key_values=cache, logits_to_keep=1)
+    return lambda: model(token, **with_cache(model, cache), logits_to_keep=1)
 
 
 def figure_of(rows: list[Row]) -> Figure:

@@ -26,6 +26,7 @@ import patchattn
 from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, Policy, StaticGate, demo
 from patchattn.calibration import Calibration
 from patchattn.evaluation.scores import wilson_interval
+from patchattn.hf.architecture import with_cache
 from patchattn.testing import recorded_gates
 
 POLICY = Policy(sink_size=16, window_size=256, min_bulk=0)
@@ -66,7 +67,7 @@ def measure_gate(model: Any, row: Row, gate: Any, calibration: Calibration, aske
     @torch.no_grad()
     def read(model: Any, tokens: Tensor) -> Any:
         cache = DynamicCache()
-        model.model(input_ids=tokens, past_key_values=cache)
+        model.model(input_ids=tokens, **with_cache(model, cache))
         return cache
 
     policy = POLICY.model_copy(update={"gate": gate})

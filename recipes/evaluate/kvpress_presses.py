@@ -22,6 +22,7 @@ from kvpress_protocol import Document, Row, context_of, digest, documents, follo
 from transformers import DynamicCache
 
 from patchattn import demo
+from patchattn.hf.architecture import with_cache
 
 KEPT = (0.08, 0.25, 0.5)
 """Shares of the context's keys that stay in the cache."""
@@ -42,7 +43,7 @@ def read_with(press: Any, model: Any, tokens: Tensor) -> Any:
     """Read a context into a cache that the press compresses at the end, as the pipeline of kvpress does."""
     cache = DynamicCache()
     with press(model):
-        model.model(input_ids=tokens, past_key_values=cache)
+        model.model(input_ids=tokens, **with_cache(model, cache))
     return cache
 
 
@@ -58,7 +59,7 @@ def measure_known(model: Any, row: Row, asked: list[Document], press: Any, quest
             cache = DynamicCache()
             with press(model):
                 tokens = torch.tensor([prompt])
-                logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+                logits = model(input_ids=tokens, **with_cache(model, cache), logits_to_keep=1).logits[0, -1:]
             row.cache = cache.get_seq_length() / len(prompt)
             later = following(model, cache, answer[:-1], len(prompt))
             row.right += torch.cat([logits, later]).argmax(-1).tolist() == answer

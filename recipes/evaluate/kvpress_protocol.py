@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from patchattn import demo
 from patchattn.evaluation.tasks import Document, make_document, tokenize_text
+from patchattn.hf.architecture import with_cache
 
 LENGTH = 4096
 FACTS = 36
@@ -89,7 +90,7 @@ def following(model: Any, cache: Any, ids: list[int], position: int) -> Tensor:
     """Read tokens after a context, take them out of the cache again, and return the logits, [tokens, vocabulary]."""
     positions = torch.arange(position, position + len(ids))[None]
     tokens = torch.tensor([ids])
-    logits = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+    logits = model(input_ids=tokens, position_ids=positions, **with_cache(model, cache), use_cache=True).logits[0]
     cache.crop(-len(ids))
     return logits.float()
 

@@ -25,6 +25,7 @@ from patchattn import (
 )
 from patchattn.calibration import Calibration
 from patchattn.gate import Measured, bulk_log_mass, margin_threshold, with_margins
+from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import KeyMoments
 from patchattn.reference import attend
@@ -112,9 +113,9 @@ def test_prefill_and_decode_take_the_same_decisions(calibration) -> None:
             run(model, tokens(), use_cache=False)
             whole = recorded_gates(handle)
             handle.reset_report()
-            cache = run(model, tokens()[:, :290]).past_key_values
+            cache = cache_of(run(model, tokens()[:, :290]))
             for at in range(290, 300):
-                run(model, tokens()[:, at : at + 1], past_key_values=cache)
+                run(model, tokens()[:, at : at + 1], **with_cache(model, cache))
             pieces = recorded_gates(handle)
         for layer, calls in whole.items():
             assert torch.equal(torch.cat(pieces[layer], dim=2), calls[0])

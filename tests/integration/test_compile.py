@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
+from patchattn.hf.architecture import with_cache
 from patchattn.hf.cache import COMPILED_CALLS_CAN_TRACK
 from patchattn.inputs import AttentionInputs
 from patchattn.moments import CHUNK
@@ -104,13 +105,13 @@ def test_decode_over_growing_lengths_compiles_nothing_after_warm_up(kind, prefil
         handle.reset_report()
         cache = make_cache(kind, model)
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        start = forward(compiled if prefill == "compiled" else model, ids[:, :first], past_key_values=cache)
+        start = forward(compiled if prefill == "compiled" else model, ids[:, :first], **with_cache(model, cache))
         assert torch.allclose(start, want[:, :first], atol=1e-9)
         for entry in cache.layers:
             assert (moments_of(entry).chunks == 2).all()
         seen = []
         for at in range(first, last):
-            got = forward(compiled, ids[:, at : at + 1], past_key_values=cache)
+            got = forward(compiled, ids[:, at : at + 1], **with_cache(model, cache))
             assert torch.allclose(got, want[:, at : at + 1], atol=1e-9)
             seen.append(counter.frame_count)
         assert_gated(handle.report())
@@ -126,12 +127,12 @@ def test_rows_of_a_cache_whose_first_call_was_compiled_are_followed(kind):
     model = tiny_model("llama", num_hidden_layers=1).double()
     with patchattn.patch(model, policy(MOMENTS)):
         cache = make_cache(kind, model)
-        forward(torch.compile(model, backend="eager", fullgraph=True), ids, past_key_values=cache)
+        forward(torch.compile(model, backend="eager", fullgraph=True), ids, **with_cache(model, cache))
         cache.reorder_cache(rows)
         assert_moments_equal_recomputation(cache, 400)
         more = tokens(30, batch=3, seed=1)
         want = forward(model, torch.cat([ids[rows], more], 1))[:, 400:]
-        assert torch.allclose(forward(model, more, past_key_values=cache), want, atol=1e-9)
+        assert torch.allclose(forward(model, more, **with_cache(model, cache)), want, atol=1e-9)
         copied = copy.deepcopy(cache)
         cache.reset()
         assert moments_of(cache.layers[0]) is None
@@ -170,9 +171,9 @@ def test_a_compiled_step_is_compiled_once_for_prompts_of_any_length(family):
         step = torch.compile(model, backend=counter, fullgraph=True)
         for length in (200, 300, 430):
             cache, ids = StaticCache(config=model.config, max_cache_len=480), tokens(length, batch=1)
-            forward(model, ids, past_key_values=cache)
+            forward(model, ids, **with_cache(model, cache))
             positions = torch.tensor([[length]])
-            forward(step, tokens(1, batch=1), past_key_values=cache, position_ids=positions)
+            forward(step, tokens(1, batch=1), **with_cache(model, cache), position_ids=positions)
         assert_gated(handle.report(), ["decode"])
     assert counter.frame_count == 1
 
@@ -214,9 +215,9 @@ def test_inductor():
         want = forward(model, ids)
         handle.reset_report()
         cache = StaticCache(config=model.config, max_cache_len=320)
-        start = forward(model, ids[:, :290], past_key_values=cache)
+        start = forward(model, ids[:, :290], **with_cache(model, cache))
         compiled = torch.compile(model, fullgraph=True)
-        steps = [forward(compiled, ids[:, at : at + 1], past_key_values=cache) for at in range(290, 300)]
+        steps = [forward(compiled, ids[:, at : at + 1], **with_cache(model, cache)) for at in range(290, 300)]
         assert_gated(handle.report())
     assert torch.allclose(torch.cat([start, *steps], 1), want, atol=1e-4)
 
@@ -238,9 +239,9 @@ def padded(lengths=(300, 243)):
 def prefill_and_decode(model, ids, mask):
     """Read all but the last three tokens at once and those one by one; returns the logits of the real tokens."""
     cache, cut = DynamicCache(config=model.config), ids.shape[1] - 3
-    logits = [forward(model, ids[:, :cut], attention_mask=mask[:, :cut], past_key_values=cache)]
+    logits = [forward(model, ids[:, :cut], attention_mask=mask[:, :cut], **with_cache(model, cache))]
     for end in range(cut + 1, ids.shape[1] + 1):
-        step = {"attention_mask": mask[:, :end], "past_key_values": cache}
+        step = {"attention_mask": mask[:, :end], **with_cache(model, cache)}
         logits.append(forward(model, ids[:, end - 1 : end], **step))
     return torch.cat(logits, 1)[mask.bool()]
 
@@ -284,10 +285,10 @@ def test_the_cuda_path_of_flex_inside_a_compiled_model():
         want = forward(model, ids)
         handle.reset_report()
         cache = StaticCache(config=model.config, max_cache_len=320)
-        logits = [forward(model, ids[:, :290], past_key_values=cache)]
+        logits = [forward(model, ids[:, :290], **with_cache(model, cache))]
         through_cuda_path(handle)
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        logits += [forward(compiled, ids[:, at : at + 1], past_key_values=cache) for at in range(290, 300)]
+        logits += [forward(compiled, ids[:, at : at + 1], **with_cache(model, cache)) for at in range(290, 300)]
         assert_gated(handle.report())
     assert counter.frame_count == 1
     assert torch.allclose(torch.cat(logits, 1), want, atol=1e-4)
@@ -307,6 +308,6 @@ def test_inputs_of_the_moments_helper_are_what_the_backends_get():
             return attend(inputs, *rest)
 
         state.attend = watch
-        forward(model, ids, past_key_values=cache)
+        forward(model, ids, **with_cache(model, cache))
     assert torch.equal(seen[0].key, cache.layers[0].keys)
     assert_moments_equal_recomputation(cache, 300)

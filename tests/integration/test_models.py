@@ -17,6 +17,7 @@ from transformers import DynamicCache, cache_utils
 
 import patchattn
 from patchattn import OpenGate
+from patchattn.hf.architecture import with_cache
 from patchattn.testing import assert_within_budget
 from patchattn.testing.models import VISION_FAMILIES
 
@@ -79,7 +80,7 @@ def test_calls_without_cache_and_with_embeddings(case):
 
 def test_moments_are_kept_with_the_cache_of_the_gated_layers(case):
     cache = DynamicCache(config=case.model.config)
-    case.mixed(lambda: case.forward(past_key_values=cache))
+    case.mixed(lambda: case.forward(**with_cache(case.model, cache)))
     keeps = {index for index, entry in enumerate(cache.layers) if getattr(entry, "tracks_moments", False)}
     assert keeps == set(case.full)
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.hf.architecture import with_cache
 from patchattn.regions import Regions
 from patchattn.testing import (
     assert_within_budget,
@@ -152,7 +153,7 @@ def test_prefill_in_pieces_and_decode_equal_one_prefill(make_cache, gate):
         for piece in pieces:
             now = slice(seen, seen + piece)
             seen += piece
-            outputs.append(forward(model, ids[:, now], mask[:, :seen], past_key_values=cache))
+            outputs.append(forward(model, ids[:, now], mask[:, :seen], **with_cache(model, cache)))
         in_pieces = recorded_gates(handle)
     real = mask.bool()
     assert torch.allclose(torch.cat(outputs, 1)[real], whole[real], atol=1e-9)
@@ -174,9 +175,9 @@ def test_a_cache_is_reused_over_turns_and_conversations_interleave():
         ]
         caches = [DynamicCache(), DynamicCache()]
         for turn, cache in zip((first, second), caches, strict=True):
-            forward(model, turn, ones.expand(1, turn.shape[1]), past_key_values=cache)
+            forward(model, turn, ones.expand(1, turn.shape[1]), **with_cache(model, cache))
         for turn, cache, whole in zip((first, second), caches, want, strict=True):
-            got = forward(model, more, ones.expand(1, turn.shape[1] + 70), past_key_values=cache)
+            got = forward(model, more, ones.expand(1, turn.shape[1] + 70), **with_cache(model, cache))
             assert torch.allclose(got, whole[:, -70:], atol=1e-9)
         assert 0 < handle.report().open_fraction() < 1
 
@@ -194,7 +195,7 @@ def test_moments_follow_what_happens_to_the_cache(change):
     model = tiny_model("llama").double()
     with patchattn.patch(model, policy(MomentGate(threshold=0.3)), record="timeline") as handle:
         cache = DynamicCache()
-        forward(model, ids, mask, past_key_values=cache)
+        forward(model, ids, mask, **with_cache(model, cache))
         rows, kept = torch.arange(3), 300
         if change == "crop":
             cache.crop(-20)
@@ -224,7 +225,7 @@ def test_moments_follow_what_happens_to_the_cache(change):
         more, _ = padded_batch((200,) * len(rows), seed=5)
         handle.reset_report()
         whole_mask = torch.ones(len(rows), kept + 200, dtype=torch.long)
-        got = forward(model, more, whole_mask, past_key_values=cache)
+        got = forward(model, more, whole_mask, **with_cache(model, cache))
         gates = recorded_gates(handle)
         handle.reset_report()
         want = forward(model, torch.cat([ids[rows, :kept], more], 1), whole_mask)[:, kept:]
@@ -357,7 +358,7 @@ def test_a_compiled_model_takes_the_same_path():
         asked = handle.report().layers[0]["prefill"].asked
         handle.reset_report()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        got = forward(compiled, ids, mask, past_key_values=DynamicCache(config=model.config))
+        got = forward(compiled, ids, mask, **with_cache(model, DynamicCache(config=model.config)))
         report = handle.report()
     assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-4)
     assert report.layers[0]["prefill"].asked == asked
@@ -374,8 +375,8 @@ def test_dense_calls_are_counted_by_reason():
         assert handle.report().dense_calls[0] == {"mask": 1}
         handle.reset_report()
         cache = DynamicCache()
-        forward(model, ids, mask, past_key_values=cache)
-        forward(model, ids[:, :1], torch.ones(1, 101), past_key_values=cache)
+        forward(model, ids, mask, **with_cache(model, cache))
+        forward(model, ids[:, :1], torch.ones(1, 101), **with_cache(model, cache))
         report = handle.report()
     assert report.dense_calls == {0: {"phase": 1}, 1: {"layer": 2}, 2: {"layer": 2}}
     with patchattn.patch(model, policy(ClosedGate(), min_bulk=500)) as handle:
@@ -409,11 +410,11 @@ def test_what_the_host_knows_of_a_plain_call_changes_nothing(gate_and_bulk, batc
     seen = []
     for plain in (True, False):
         if not plain:
-            monkeypatch.setattr("patchattn.hf.attention._is_plain", lambda *_: False)
+            monkeypatch.setattr("patchattn.hf.mask._is_plain", lambda *_: False)
         with patchattn.patch(model, policy(gate, min_bulk=min_bulk)) as handle:
             cache = DynamicCache()
             logits = [
-                forward(model, ids[:, begin:end], mask[:, :end], past_key_values=cache)
+                forward(model, ids[:, begin:end], mask[:, :end], **with_cache(model, cache))
                 for begin, end in ((0, 300), (300, 320), *((at, at + 1) for at in range(320, 330)))
             ]
             report = handle.report().to_dict()

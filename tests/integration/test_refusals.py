@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
+from patchattn.hf.architecture import with_cache
 from patchattn.testing import tiny_model
 from patchattn.testing.models import REFUSED_FAMILIES
 
@@ -250,10 +251,10 @@ def test_a_mask_of_integers_of_the_callers_own_stays_with_the_model(queries, hea
     mask = torch.zeros(1, heads, queries, 40 + queries, dtype=torch.int32)
     mask[..., ::3] = -100_000
     with torch.no_grad():
-        model(ids[:, :40], past_key_values=cache)
-        want = model(ids[:, 40:], past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+        model(ids[:, :40], **with_cache(model, cache))
+        want = model(ids[:, 40:], **with_cache(model, copy.deepcopy(cache)), attention_mask=mask).logits
         with patchattn.patch(model, Policy(sink_size=4, window_size=16, min_bulk=0)) as handle:
-            got = model(ids[:, 40:], past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+            got = model(ids[:, 40:], **with_cache(model, copy.deepcopy(cache)), attention_mask=mask).logits
     assert torch.equal(got, want)
     assert handle.report().dense_calls_by_reason() == {"mask": model.config.num_hidden_layers}
 
@@ -270,9 +271,9 @@ def test_any_number_of_queries_goes_through_the_gate(queries, compiled):
     with torch.no_grad(), patchattn.patch(model, policy) as handle:
         want = model(ids, attention_mask=mask).logits[:, -queries:]
         handle.reset_report()
-        model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+        model(ids[:, :60], attention_mask=mask[:, :60], **with_cache(model, cache))
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        got = run(ids[:, 60:], attention_mask=mask, past_key_values=cache).logits
+        got = run(ids[:, 60:], attention_mask=mask, **with_cache(model, cache)).logits
     assert torch.allclose(got, want, atol=1e-5)
     assert not handle.report().dense_calls_by_reason()
     assert handle.report().layers[0]["prefill"].gated_calls == 2

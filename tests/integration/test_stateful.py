@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
 from patchattn.hf import cache as tracking
+from patchattn.hf.architecture import with_cache
 from patchattn.moments import CHUNK
 from patchattn.prompt_moments import bulk_log_mass_from_prompt
 from patchattn.regions import Regions
@@ -76,7 +77,7 @@ class PatchedModel(RuleBasedStateMachine):
 
     def run(self, model, tokens, cache=None):
         with torch.no_grad():
-            return model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+            return model(tokens, **with_cache(model, cache), use_cache=cache is not None).logits
 
     def check(self, talk, new, got):
         """Compare the logits of a call with those of one call over everything, and its decisions too."""
@@ -129,7 +130,7 @@ class PatchedModel(RuleBasedStateMachine):
         if not talk or talk.length + new + 2 > LONGEST:
             return
         prompt = torch.cat([talk.tokens, torch.full((talk.tokens.shape[0], 2), 7)], 1)
-        given = {"attention_mask": torch.ones_like(prompt), "past_key_values": talk.cache}
+        given = {"attention_mask": torch.ones_like(prompt), **with_cache(self.model, talk.cache)}
         got = self.model.generate(prompt, max_new_tokens=new, do_sample=False, disable_compile=True, **given)
         self.handle.reset_report()
         model = self.stock if isinstance(self.gate, OpenGate) else self.model
@@ -324,7 +325,7 @@ def test_tracking_a_cache_changes_nothing_for_other_models():
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=300)):
         stock = type(cache.layers[0])
         with patchattn.patch(model, policy(MixedModel.gate)), torch.no_grad():
-            model(torch.arange(2, 102)[None].repeat(1, 2), past_key_values=cache)
+            model(torch.arange(2, 102)[None].repeat(1, 2), **with_cache(model, cache))
         tracked = type(cache.layers[0])
         assert tracked is not stock
         assert issubclass(tracked, stock)

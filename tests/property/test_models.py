@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 import patchattn
 from patchattn import MinBulk, MomentGate, OracleGate, Policy, StaticGate
 from patchattn.hf import patching
+from patchattn.hf.architecture import with_cache
 from patchattn.policy import phase_of
 from patchattn.testing import gates_of_chunks, recorded_gates, replay_gates, tiny_model
 from patchattn.testing.strategies import padded_batches, policies
@@ -94,7 +95,7 @@ def test_prefill_in_any_chunks_and_decode_equal_one_prefill(
         replay_gates(handle, expected)
         outputs = []
         for piece, end in zip(pieces, ends, strict=True):
-            outputs.append(forward(model, ids[:, end - piece : end], mask[:, :end], past_key_values=cache))
+            outputs.append(forward(model, ids[:, end - piece : end], mask[:, :end], **with_cache(model, cache)))
         replayed = recorded_gates(handle)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(outputs, 1)[real], want[real], rtol=0, atol=1e-8)

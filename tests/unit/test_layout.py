@@ -15,7 +15,18 @@ import patchattn
 PACKAGE = Path(patchattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    ("errors", "policy", "regions", "inputs", "moments", "prompt_moments", "rotary", "gate", "reference"),
+    ("hf.architecture",),
+    (
+        "errors",
+        "policy",
+        "regions",
+        "inputs",
+        "moments",
+        "prompt_moments",
+        "rotary",
+        "gate",
+        "reference",
+    ),
     ("backends",),
     ("report", "calibration"),
     ("hf",),

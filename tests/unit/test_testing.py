@@ -17,6 +17,7 @@ from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, Stat
 from patchattn.backends import blockwise
 from patchattn.hf import attention as hf_attention
 from patchattn.hf import patching
+from patchattn.hf.mask import CausalMask
 from patchattn.prompt_moments import PromptMoments
 from patchattn.regions import Regions
 from patchattn.testing import ProvesNothingError, assert_equivalent, assert_within_budget, tiny_model
@@ -227,14 +228,13 @@ def test_stale_moments_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_padding_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    regions = hf_attention._regions
+    regions = CausalMask.regions
 
-    def unpadded(layout: torch.Tensor, *rest: Any) -> Regions:
-        layout = layout.clone()
-        layout[:, 0, 0], layout[:, 0, 2] = 1, 0
-        return regions(layout, *rest)
+    def unpadded(mask: CausalMask, *call: Any) -> Regions:
+        known = regions(mask, *call)
+        return dataclasses.replace(known, valid=torch.ones_like(known.valid), first=torch.zeros_like(known.first))
 
-    monkeypatch.setattr(hf_attention, "_regions", unpadded)
+    monkeypatch.setattr(CausalMask, "regions", unpadded)
     with pytest.raises(AssertionError, match="layer 0, batch row 1"):
         assert_equivalent(tiny_model("llama"), policy(), padded())
 
@@ -275,8 +275,8 @@ def test_a_run_that_proves_nothing_says_what_to_change(change: dict[str, Any], c
 
 
 def test_calls_that_go_around_the_gate_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "_is_layout", lambda mask, queries: False)
-    monkeypatch.setattr(hf_attention, "original_attention", lambda *args: around)
+    monkeypatch.setattr(hf_attention, "CausalMask", int)
+    monkeypatch.setattr(patching, "original_attention", lambda *args: around)
 
     def around(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return query.transpose(1, 2).contiguous() * 0, None

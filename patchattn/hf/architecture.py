@@ -105,6 +105,12 @@ def interface_forward(kind: type) -> Any:
     return None
 
 
+def makes_masks(kind: type) -> bool:
+    """Say whether an attention module's class tells block masks from others: it makes a mask of its own from them."""
+    methods = (inspect.unwrap(method) for base in kind.__mro__ for method in vars(base).values() if callable(method))
+    return any("BlockMask" in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+
+
 def original_attention(module: Any, original: str) -> Callable[..., Any]:
     """Return the attention function that a module calls where its implementation is `original`."""
     if original == "eager":

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from patchattn.backends import Backend, load, load_dense, load_plain
-from patchattn.errors import PatchStateError, UnsupportedCallError
+from patchattn.errors import UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
-from patchattn.hf.architecture import ORIGINALS
+from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, original_attention
 from patchattn.hf.cache import load_moments, prepare, store_moments, why_rebuilt
 from patchattn.hf.counters import Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, BatchingRefusal, no_attention_weights
@@ -46,6 +46,7 @@ class LayerState(Counters):
     """
 
     refusal: BatchingRefusal
+    config: Any  # of the module, while it is patched; several models may share one
 
     def __init__(
         self,
@@ -162,20 +163,20 @@ def attention(
         [batch, query, heads, value_dim], and None for the weights.
     """
     state = module._modules.get(STATE)
-    if state is None:
-        raise PatchStateError(
-            f"{type(module).__name__} runs through patchattn but was never patched.",
-            fix="patch the whole model with patchattn.patch(model)",
-        )
-    if state._buffers["counts"].device != query.device:
-        state.to(query.device)
     cache = kwargs.pop(CACHE_ARGUMENT, None)
-    if state.is_local or not isinstance(attention_mask, CausalMask):
-        state.add("dense_calls", "local" if state.is_local else "mask")
+    if state is not None and state._buffers["counts"].device != query.device:
+        state.to(query.device)
+    if state is None or state.is_local or not isinstance(attention_mask, CausalMask):
+        if state is None:
+            # A model that is not patched, made from the configuration of one that is.
+            forward = original_attention(module, ORIGINAL_OF[module.config._attn_implementation])
+        else:
+            state.add("dense_calls", "local" if state.is_local else "mask")
+            forward = state.attend_originally
         given = attention_mask.own() if isinstance(attention_mask, CausalMask) else attention_mask
         kwargs |= {"softcap": softcap, "s_aux": s_aux}
         kwargs = {name: argument for name, argument in kwargs.items() if argument is not None}
-        return state.attend_originally(module, query, key, value, given, scaling=scaling, dropout=dropout, **kwargs)
+        return forward(module, query, key, value, given, scaling=scaling, dropout=dropout, **kwargs)
     if dropout or not kwargs.keys() <= _USUAL_ARGUMENTS:
         _refuse_unknown(kwargs, dropout, state.effects)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -289,6 +290,11 @@ def _keep(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
 @_keep.register_fake
 def _(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
     pass
+
+
+def is_in_use(config: Any) -> bool:
+    """Say whether a module of some patched model has this configuration."""
+    return any(getattr(state, "config", None) is config for state in _STATES.values())
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.gate import Measured
 from patchattn.hf.architecture import (
+    ORIGINAL_OF,
     ORIGINALS,
     arguments_with_effect,
     group_size,
@@ -26,7 +27,7 @@ from patchattn.hf.architecture import (
     softcap_of,
     underlying,
 )
-from patchattn.hf.attention import LayerState, register
+from patchattn.hf.attention import LayerState, is_in_use, register
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.offload import compute_device
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
@@ -106,7 +107,7 @@ def patch(
         CalibrationMismatchError: The calibration is of another model, or of another sink or window than the policy's.
         CalibrationError: The calibration can't be found or read, or can't carry what the policy asks of it.
         pydantic.ValidationError: The policy is a `model_copy` with a value that its field refuses.
-        PatchStateError: The model is patched already, or has its configuration from a model that is.
+        PatchStateError: The model is patched already.
         BackendError: The backend does not run here or disagrees with the reference.
 
     Example:
@@ -145,7 +146,6 @@ def patch(
             fix="patchattn.check_support(model) lists the reasons; docs/reference/models.md lists what is supported",
         )
     modules = attention_modules(model)
-    _check_config(modules)
     layers = _layers(policy, support)
     heads = {index: query_heads(module) for index, module in modules.items()}
     _check_heads(policy, layers, heads)
@@ -177,7 +177,8 @@ def unpatch(model: Any) -> None:
         )
     for module in attention_modules(model).values():
         state = module._modules.pop(STATE)
-        if module.config._attn_implementation == ORIGINALS[state.original]:
+        del state.config
+        if module.config._attn_implementation == ORIGINALS[state.original] and not is_in_use(module.config):
             module.config._attn_implementation_internal = state.original
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
@@ -193,16 +194,6 @@ def is_patched(model: Any) -> bool:
 def _states(model: nn.Module) -> dict[int, LayerState]:
     states = {index: module._modules.get(STATE) for index, module in attention_modules(model).items()}
     return {index: state for index, state in states.items() if isinstance(state, LayerState)}
-
-
-def _check_config(modules: dict[int, Any]) -> None:
-    """Refuse a configuration that says patched: there would be no telling which implementation to give back."""
-    if {module.config._attn_implementation for module in modules.values()} & set(ORIGINALS.values()):
-        raise PatchStateError(
-            "The model is not patched, but its configuration is that of a patched model.",
-            fix="unpatch that model first, or make this one from copy.deepcopy(config) while the other is not patched; "
-            "if the configuration was copied while it was patched, call set_attn_implementation('sdpa') on this model",
-        )
 
 
 def _layers(policy: Policy, support: Supported) -> tuple[int, ...]:
@@ -289,7 +280,9 @@ def _apply(
     record: Record,
     measured: dict[int, Measured],
 ) -> None:
-    originals = {index: module.config._attn_implementation for index, module in modules.items()}
+    # A configuration that is shared with a patched model names that model's implementation.
+    named: dict[int, str] = {index: module.config._attn_implementation for index, module in modules.items()}
+    originals = {index: ORIGINAL_OF.get(name, name) for index, name in named.items()}
     gated = set(policy.layers or ())
     slices, rank = head_slices(underlying(model))
     refusal = BatchingRefusal(underlying(model))
@@ -312,7 +305,7 @@ def _apply(
         ).to(compute_device(module))
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
-        state.refusal = refusal
+        state.refusal, state.config = refusal, module.config
         module._modules[STATE] = state
         module.config._attn_implementation_internal = ORIGINALS[originals[index]]
     decoder = decoder_of(model)

@@ -65,6 +65,14 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gemma2": {**_HYBRID, **_GEMMA, "attn_logit_softcapping": 4.0, "attn_implementation": "eager"},
     "gemma3_text": {**_HYBRID, **_GEMMA},
+    "gemma4_text": {
+        **_HYBRID,
+        **_GEMMA,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 128,
+    },
     "phi3": {},
     "granite": {
         "attention_multiplier": 0.2,
@@ -79,6 +87,13 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_HYBRID, "num_local_experts": 2, "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
     "gpt_neox": {},
+    # Lightning attention in blocks shorter than the texts of the tests.
+    "minimax": {
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "block_size": 16,
+    },
     "gemma3": {
         "text_config": {**_TEXT, **_HYBRID, **_GEMMA},
         "tie_word_embeddings": False,
@@ -106,14 +121,13 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"n_layer": 2, "n_head": 6},
     "falcon": {},
-    "gptj": {"n_embd": 96, "n_layer": 2, "n_head": 6, "rotary_dim": 8},
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16},
 }
 
 VISION_FAMILIES = ("gemma3", "llava", "qwen2_vl")
 """Vision-language families, whose text tower can be patched."""
 
-REFUSED_FAMILIES = ("bloom", "falcon", "gptj", "deepseek_v32")
+REFUSED_FAMILIES = ("bloom", "falcon", "deepseek_v32")
 """Families that `patchattn.patch` refuses, for the tests that say so."""
 
 FAMILIES = tuple(name for name in _OWN_FIELDS if name not in (*VISION_FAMILIES, *REFUSED_FAMILIES))

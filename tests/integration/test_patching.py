@@ -305,20 +305,38 @@ def test_the_context_manager_undoes_after_an_exception():
     assert snapshot(model) == before
 
 
-def test_a_model_that_shares_the_configuration_of_a_patched_one_is_refused_and_left_alone():
+@pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
+def test_models_of_one_configuration_are_patched_and_unpatched_apart(order):
+    ids, mask = padded_batch()
+    models = [tiny_model("llama")]
+    models.append(type(models[0])(models[0].config).eval())
+    before, stock = [snapshot(model) for model in models], [forward(model, ids, mask) for model in models]
+    patchattn.patch(models[0], policy(ClosedGate()))
+    assert not patchattn.is_patched(models[1])
+    assert torch.equal(forward(models[1], ids, mask), stock[1])  # although its configuration says patched
+    handle = patchattn.patch(models[1], policy(OpenGate()))
+    assert torch.allclose(forward(models[1], ids, mask)[mask.bool()], stock[1][mask.bool()], atol=1e-4)
+    assert handle.report().open_fraction() == 1.0
+    for at in (0, 1) if order.startswith("first") else (1, 0):
+        closed = forward(models[0], ids, mask)
+        assert torch.equal(closed, stock[0]) == (not patchattn.is_patched(models[0]))
+        patchattn.unpatch(models[at])
+        assert torch.equal(forward(models[at], ids, mask), stock[at])
+    assert [snapshot(model) for model in models] == before
+
+
+def test_a_model_made_from_a_copy_of_a_patched_configuration_is_stock_and_can_be_patched():
+    ids, mask = padded_batch()
     model = tiny_model("llama")
-    other = type(model)(model.config).eval()
-    before, hooks = snapshot(model), [len(module._forward_pre_hooks) for module in other.modules()]
     with patchattn.patch(model):
-        with pytest.raises(patchattn.PatchStateError, match="configuration"):
-            patchattn.patch(other)
-        assert not patchattn.is_patched(other)
-        assert [len(module._forward_pre_hooks) for module in other.modules()] == hooks
-        copied = type(model)(copy.deepcopy(model.config)).eval()
-    assert snapshot(model) == before
-    patchattn.patch(other).unpatch()
-    copied.set_attn_implementation("sdpa")
-    patchattn.patch(copied).unpatch()
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+    twin.load_state_dict(model.state_dict())
+    stock = forward(model, ids, mask)
+    assert torch.equal(forward(twin, ids, mask), stock)
+    with patchattn.patch(twin, policy(OpenGate())) as handle:
+        assert torch.allclose(forward(twin, ids, mask)[mask.bool()], stock[mask.bool()], atol=1e-4)
+    assert handle.report().open_fraction() == 1.0
+    assert twin.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("wrong", [{"window_size": -5}, {"min_bulk": "many"}, {"layers": ()}])
@@ -382,6 +400,64 @@ def test_dense_calls_are_counted_by_reason():
     with patchattn.patch(model, policy(ClosedGate(), min_bulk=500)) as handle:
         assert torch.allclose(forward(model, ids, mask), stock, atol=1e-5)
     assert handle.report().dense_calls[1] == {"short": 1}
+
+
+@pytest.mark.parametrize("make", ["dynamic", "static"])
+def test_moments_stay_with_the_cache_through_generation(make):
+    """Under whatever name this version of transformers hands the cache on: else each step would take them anew."""
+    ids, mask = padded_batch((260, 240))
+    model = tiny_model("llama")
+    kwargs = {"cache_implementation": "static"} if make == "static" else {}
+    with patchattn.patch(model, policy(MomentGate(threshold=0.3))) as handle:
+        generate(model, ids, mask, **kwargs)
+    report = handle.report()
+    assert report.layers[0]["decode"].gated_calls == 7
+    assert report.rebuilt_by_reason() == {}
+    assert "from all keys again" not in str(report)
+
+
+REBUILT = {
+    "no cache": lambda model, cache, step: step(use_cache=False),
+    "never kept": lambda model, cache, step: step(**with_cache(model, cache)),
+    "other sizes": lambda model, cache, step: [step(**with_cache(model, cache)) for _ in range(2)],
+    "taken back": lambda model, cache, step: (cache.crop(-40), step(**with_cache(model, cache))),
+}
+
+
+@pytest.mark.parametrize("reason", REBUILT)
+def test_steps_that_take_moments_anew_are_counted_by_reason(reason):
+    ids, mask = padded_batch((300,))
+    model, cache = tiny_model("llama"), DynamicCache()
+    if reason == "never kept":
+        forward(model, ids, mask, **with_cache(model, cache))
+    moments = policy(MomentGate(threshold=0.3))
+    if reason in ("other sizes", "taken back"):
+        with patchattn.patch(model, moments if reason == "taken back" else policy(MomentGate(), window_size=16)):
+            forward(model, ids, mask, **with_cache(model, cache))
+
+    def step(**kwargs):
+        with torch.no_grad():
+            model(ids[:, :1] if kwargs.get("use_cache", True) else ids, **kwargs)
+
+    if reason == "no cache":
+        # A step without a cache has no keys before it: only an engine that keeps keys elsewhere makes such a call.
+        cached = DynamicCache()
+        forward(model, ids, mask, **with_cache(model, cached))
+
+        def step(**kwargs):
+            hook = model.model.layers[0].self_attn.register_forward_pre_hook(
+                lambda module, args, given: (args, {**given, "patchattn_cache": None}), with_kwargs=True
+            )
+            forward(model, ids[:, :1], torch.ones(1, 301), **with_cache(model, cached))
+            hook.remove()
+
+    with patchattn.patch(model, moments) as handle:
+        REBUILT[reason](model, cache, step)
+    report = handle.report()
+    counts = report.rebuilt[0]
+    assert counts == {reason: 1}
+    assert f"1 ({reason})" in str(report) or f"3 ({reason})" in str(report)
+    assert report.to_dict()["rebuilt"]["0"] == counts
 
 
 def test_packed_sequences_stay_apart():

@@ -78,7 +78,7 @@ REFUSED = {
     "softcap in sdpa": (lambda: in_sdpa(tiny_model("gemma2")), "set_attn_implementation('eager')"),
     "bloom": (lambda: tiny_model("bloom"), "BloomAttention computes attention itself"),
     "falcon": (lambda: tiny_model("falcon"), "FalconAttention computes attention itself"),
-    "gptj": (lambda: tiny_model("gptj"), "GPTJAttention computes attention itself"),
+    "doge": (lambda: make("doge", **SMALL, intermediate_size=32), "DogeAttention makes a mask of its own"),
     "deepseek_v32": (lambda: tiny_model("deepseek_v32"), "selects or biases keys on its own"),
     "sliding": (lambda: tiny_model("mistral", sliding_window=32), "all its layers are sliding"),
     "wide sliding": (lambda: tiny_model("phi3", sliding_window=8192), "model.config.sliding_window = None"),
@@ -215,6 +215,63 @@ def test_attention_weights_are_refused():
     model = tiny_model("llama")
     with patchattn.patch(model), pytest.raises((patchattn.UnsupportedCallError, ValueError), match="output_attentions"):
         model(torch.ones(1, 8, dtype=torch.long), output_attentions=True)
+
+
+@pytest.mark.parametrize("where", ["model", "decoder", "text tower"])
+def test_a_configuration_that_asks_for_attention_weights_is_refused(where):
+    model = tiny_model("gemma3" if where == "text tower" else "llama")
+    model.set_attn_implementation("eager")
+    config = model.config.get_text_config() if where == "text tower" else model.config
+    config.output_attentions = True
+    part = model.model if where == "decoder" else model
+    assert "set model.config.output_attentions = False" in str(patchattn.check_support(part))
+    with pytest.raises(patchattn.UnsupportedModelError, match="output_attentions"):
+        patchattn.patch(part)
+    config.output_attentions = False
+    with patchattn.patch(part, OPEN), pytest.raises(ValueError, match="output_attentions"):
+        config.output_attentions = True  # transformers says that the implementation has no weights
+
+
+HARMLESS = {
+    "shift_labels": lambda ids: {"labels": ids, "shift_labels": ids.roll(-1, 1)},
+    "ignore_index": lambda ids: {"labels": ids, "ignore_index": 3},
+    "num_items_in_batch": lambda ids: {"labels": ids, "num_items_in_batch": 7},
+    "an unknown argument of the loss": lambda ids: {"labels": ids, "label_smoothing_of_mine": 0.1},
+    "token_type_ids": lambda ids: {"labels": ids, "token_type_ids": torch.zeros_like(ids)},
+    "tokenizer": lambda ids: {"labels": ids, "tokenizer": object()},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+def test_arguments_that_no_attention_function_reads_are_no_business_of_the_gate(name, original):
+    model = tiny_model("llama")
+    model.set_attn_implementation(original)
+    ids = torch.randint(2, 128, (2, 80), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = model(ids, **HARMLESS[name](ids)).loss
+        with patchattn.patch(model, OPEN) as handle:
+            got = model(ids, **HARMLESS[name](ids)).loss
+    assert torch.allclose(got, stock, atol=1e-5)
+    assert handle.report().open_fraction() == 1.0
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "position_bias", "max_length_k"])
+def test_arguments_that_an_attention_function_reads_are_refused_by_name(name):
+    model = tiny_model("llama")
+    with patchattn.patch(model, OPEN), pytest.raises(patchattn.UnsupportedCallError, match=f"{name}.*\n.*drop the"):
+        model(torch.ones(1, 80, dtype=torch.long), **{name: torch.ones(2)})
+
+
+def test_stop_strings_with_a_tokenizer(tmp_path):
+    from patchattn import demo
+
+    model, tokenizer = demo.load()
+    prompt = tokenizer(demo.sample_text()[:800], return_tensors="pt")
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [" "], "tokenizer": tokenizer}
+    stock = model.generate(**prompt, **kwargs)
+    with patchattn.patch(model, OPEN):
+        assert torch.equal(model.generate(**prompt, **kwargs), stock)
 
 
 def test_attention_dropout_in_training_is_refused():

@@ -160,6 +160,23 @@ def is_local(module: Any) -> bool:
     return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) is not None
 
 
+def cache_layer(module: Any, modules: Mapping[int, Any]) -> int:
+    """Return the index under which a module's keys are in the cache: its own, or that of the layer that it shares with.
+
+    Args:
+        module: An attention module.
+        modules: All attention modules of the decoder, by layer.
+    """
+    if not getattr(module, "is_kv_shared_layer", False):
+        return module.layer_idx
+    owners = [
+        index
+        for index, other in modules.items()
+        if not getattr(other, "is_kv_shared_layer", False) and layer_type(other) == layer_type(module)
+    ]
+    return max((index for index in owners if index < module.layer_idx), default=module.layer_idx)
+
+
 def softcap_of(module: Any) -> float | None:
     """Return the softcap of a module's scores, None where it has none."""
     return getattr(module, "attn_logit_softcapping", None)

@@ -40,6 +40,7 @@ class LayerState(Counters):
         attend_originally: Its attention function.
         effects: Arguments of a call that some attention function of transformers reads and the gated path does not.
         is_local: Whether the layer is sliding or chunked, and so local already.
+        cache_layer: Index of the layer's keys in the cache: some layers read those of another.
         gated: Whether the policy names this layer; others attend densely.
         record: `None`, `"summary"` or `"timeline"`.
         measured: What a calibration says about the layer's heads on this device; None without one.
@@ -59,6 +60,7 @@ class LayerState(Counters):
         attend_originally: Callable[..., Any],
         effects: frozenset[str],
         is_local: bool,
+        cache_layer: int,
         gated: bool,
         record: str | None,
         measured: Measured | None = None,
@@ -66,7 +68,7 @@ class LayerState(Counters):
         super().__init__(heads)
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
         self.attend_originally, self.effects, self.is_local = attend_originally, effects, is_local
-        self.gated, self.record = gated, record
+        self.cache_layer, self.gated, self.record = cache_layer, gated, record
         self.attend, self.attend_densely = load(backend), load_dense(backend)
         self.attend_plainly = load_plain(backend)
         self.threshold = margin_threshold(policy.gate)
@@ -202,14 +204,14 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any
     else:
         grid = (policy.sink_size, policy.window_size)
         uses_moments = isinstance(policy.gate, MomentGate) and policy.gate.moments == "prompt"
-        moments = load_moments(cache, state.layer, inputs.key, grid) if uses_moments else None
+        moments = load_moments(cache, state.cache_layer, inputs.key, grid) if uses_moments else None
         # Before the first chunk is full there is nothing to take moments from.
         if uses_moments and moments is None and phase == "decode" and inputs.key.shape[2] >= sum(grid) + CHUNK:
-            state.add("rebuilt", why_rebuilt(cache, state.layer))
+            state.add("rebuilt", why_rebuilt(cache, state.cache_layer))
         bound = _chunk_bound(inputs, has_state=moments is not None)
         mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound, measured=state.measured)
         if moments is not None:
-            store_moments(cache, state.layer, moments, grid)
+            store_moments(cache, state.cache_layer, moments, grid)
     attended = attend(inputs, mass, state.threshold)
     if state.record is not None:
         state.count(phase, inputs, attended)

@@ -68,8 +68,10 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         **_HYBRID,
         **_GEMMA,
-        "global_head_dim": 16,
-        "num_kv_shared_layers": 0,
+        # Queries and keys of length one, not scaled: longer heads look at single keys only.
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 1,
         "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": 128,
     },
@@ -89,7 +91,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     # Lightning attention in blocks shorter than the texts of the tests.
     "minimax": {
-        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
         "num_local_experts": 2,
         "num_experts_per_tok": 2,
         "block_size": 16,
@@ -130,7 +132,10 @@ VISION_FAMILIES = ("gemma3", "llava", "qwen2_vl")
 REFUSED_FAMILIES = ("bloom", "falcon", "deepseek_v32")
 """Families that `patchattn.patch` refuses, for the tests that say so."""
 
-FAMILIES = tuple(name for name in _OWN_FIELDS if name not in (*VISION_FAMILIES, *REFUSED_FAMILIES))
+HYBRID_FAMILIES = ("minimax",)
+"""Text families with layers of linear attention, whose full layers can be patched; they have caches of their own."""
+
+FAMILIES = tuple(name for name in _OWN_FIELDS if name not in (*VISION_FAMILIES, *HYBRID_FAMILIES, *REFUSED_FAMILIES))
 """Text families that can be patched."""
 
 
@@ -138,14 +143,14 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     """Make a tiny model with random weights, in evaluation mode.
 
     Args:
-        family: One of `FAMILIES`, `VISION_FAMILIES` or `REFUSED_FAMILIES`.
+        family: One of `FAMILIES`, `VISION_FAMILIES`, `HYBRID_FAMILIES` or `REFUSED_FAMILIES`.
         seed: Seed of the weights; the global random state is left as it was.
         dtype: dtype of the weights.
         **overrides: Fields of the configuration.
 
     Returns:
         The causal language model: 3 layers, the first of them sliding in families that mix, 6 query heads of 16 over 2
-        KV heads (6 in families without grouped queries), vocabulary 128.
+        KV heads (6 in families without grouped queries), vocabulary 128. Heads of Gemma 4 have 8 dimensions.
 
     Raises:
         ValueError: Not the name of a family.

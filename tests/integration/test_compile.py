@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
@@ -52,7 +53,7 @@ def assert_gated(report, phases=("prefill", "decode")):
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
+    counters.clear()
     trace = logging.getLogger("torch.__trace")
     level = trace.level
     trace.setLevel(logging.WARNING)  # pytest would format and keep every line
@@ -311,3 +312,59 @@ def test_inputs_of_the_moments_helper_are_what_the_backends_get():
         forward(model, ids, **with_cache(model, cache))
     assert torch.equal(seen[0].key, cache.layers[0].keys)
     assert_moments_equal_recomputation(cache, 300)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_timeline_recorded_in_a_graph_compiles_nothing_more(backend):
+    ids = tokens(320)
+    model = tiny_model("llama", num_hidden_layers=2)
+    counter = CompileCounterWithBackend(backend)
+    with patchattn.patch(model, policy(MOMENTS), record="timeline") as handle:
+        forward(model, ids)
+        want = recorded_gates(handle)
+        handle.reset_report()
+        cache = StaticCache(config=model.config, max_cache_len=330)
+        forward(model, ids[:, :300], **with_cache(model, cache))
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        seen = []
+        for at in range(300, 320):
+            forward(compiled, ids[:, at : at + 1], **with_cache(model, cache))
+            seen.append(counter.frame_count)
+        got = recorded_gates(handle)
+    assert seen[0] == seen[-1] == 1
+    assert_gated(handle.report())
+    for layer, calls in want.items():
+        assert len(got[layer]) == 21
+        assert torch.equal(torch.cat(got[layer], 2), calls[0])
+
+
+def test_a_copy_of_a_model_keeps_a_timeline_of_its_own():
+    ids = tokens(40)
+    model = tiny_model("llama", num_hidden_layers=1)
+    with patchattn.patch(model, policy(MOMENTS), record="timeline") as handle:
+        twin = copy.deepcopy(model)
+        forward(torch.compile(twin, backend="eager", fullgraph=True), ids)
+        assert not handle.report().timeline[0]
+        assert len(twin.model.layers[0].self_attn.patchattn_layer.timeline) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "gemma4_text"])
+def test_generate_compiles_a_static_step_as_often_as_the_stock_model(family, monkeypatch):
+    """The sliding layers run the model's own attention, found at patch time and not looked up in the graph."""
+    model = tiny_model(family)
+    # transformers compiles on accelerators only.
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_, **__: True)
+    compiling = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "compile_config": compiling}
+    ids = tokens(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    stock = model.generate(ids, attention_mask=mask, **kwargs)
+    graphs = counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    counters.clear()
+    with patchattn.patch(model, policy(OpenGate())) as handle:
+        assert torch.equal(model.generate(ids, attention_mask=mask, **kwargs), stock)
+    assert counters["stats"]["unique_graphs"] == graphs >= 1
+    assert handle.report().open_fraction("decode") == 1.0

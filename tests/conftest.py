@@ -7,7 +7,9 @@ over a process for each core; `-n0` runs all in one.
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 
 # Before torch is imported: the models are tiny, and several processes run at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+with warnings.catch_warnings():
+    # Where hqq is installed this imports it, and hqq 0.2.8 compiles a function, at which torch 2.13 warns about itself.
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+    importlib.import_module("transformers.cache_utils")
 
 _common = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", _common, derandomize=True, max_examples=50)

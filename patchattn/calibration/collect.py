@@ -28,6 +28,7 @@ from patchattn.gate import Measured, with_margins
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
+from patchattn.hf.weights import input_device
 from patchattn.policy import MomentGate, OpenGate, Policy
 from patchattn.prompt_moments import bulk_log_mass_from_prompt
 
@@ -272,7 +273,7 @@ def _attend_into(document: Document, layer: int, measured: Measured | None) -> C
 def read_document(model: Any, ids: Tensor) -> None:
     """Read a document, [tokens] ids, without making logits: those of every position can take more than all else."""
     reader = getattr(model, "base_model", model)
-    reader(input_ids=ids[None].to(model.device), use_cache=False)
+    reader(input_ids=ids[None].to(input_device(model)), use_cache=False)
 
 
 def _assemble(manifest: Manifest, policy: Policy, totals: Totals, rotary: FoundRotary | None) -> Calibration:

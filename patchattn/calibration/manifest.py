@@ -60,13 +60,19 @@ class Fingerprint(_Frozen):
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=head_dim(config),
             rope=json.dumps(rope, sort_keys=True, default=str),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=_dtype(model),
         )
 
     def differences(self, other: Fingerprint) -> list[str]:
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def _dtype(model: Any) -> str:
+    """Name the dtype of the first weights in floating point; that of the configuration where all are quantised."""
+    found = next((weights.dtype for weights in model.parameters() if weights.is_floating_point()), model.config.dtype)
+    return str(found).removeprefix("torch.")
 
 
 class Corpus(_Frozen):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration.manifest import Rotary
+from patchattn.hf.weights import input_device
 from patchattn.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _keys_at(collecting: Collecting, positions: list[int]) -> tuple[dict[int, Te
     collecting.start(taken)
     # With a mask, positions are not taken for the borders of packed sequences.
     place = {"input_ids": ids, "position_ids": at, "attention_mask": torch.ones_like(at)}
-    reader(**{name: tensor.to(model.device) for name, tensor in place.items()}, use_cache=False)
+    device = input_device(model)
+    reader(**{name: tensor.to(device) for name, tensor in place.items()}, use_cache=False)
     complete = set(taken.by_layer) == set(collecting.settings.layers)
     return (taken.by_layer if complete else None), at
 

@@ -21,6 +21,7 @@ from patchattn import demo
 from patchattn.cli.models import load
 from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation.compare import Comparison, compare
+from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 
 _SHIPPED_LENGTH = 4096
@@ -166,13 +167,13 @@ def _title(found: Comparison) -> str:
 def _notes(found: Comparison, model: Any) -> list[str]:
     """Say what the rows of the table mean and how they were measured."""
     policy = found.policy
-    device = model.device.type
+    device = input_device(model).type
     threads = torch.get_num_threads()
     hardware = f"{device}, {threads} {'thread' if threads == 1 else 'threads'}" if device == "cpu" else device
     gate = ", ".join(f"{key} {value}" for key, value in policy.gate.model_dump().items() if key != "open_heads")
     return [
         f"Policy: sink {policy.sink_size}, window {policy.window_size}, gate {gate.removeprefix('kind ')}.",
-        f"Run: {hardware}, {str(model.dtype).removeprefix('torch.')}, backend {found.backend}.",
+        f"Run: {hardware}, {str(input_dtype(model)).removeprefix('torch.')}, backend {found.backend}.",
         "Answers: written greedily, one question after the other on one cache; right means every token. "
         f"The facts lie {found.nearest:,} to {found.furthest:,} tokens before the first question.",
         f"Text loss: over {found.text_tokens:,} tokens of plain text.",

@@ -25,6 +25,7 @@ from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
 from patchattn.evaluation.policies import NAMES, heads_by_oracle
 from patchattn.evaluation.samples import DocumentError
 from patchattn.evaluation.tables import about, rows
+from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 
 SHIPPED = "demo"
@@ -111,7 +112,7 @@ def run(choice: Choice) -> None:
 
 def _show(found: Evaluation, model: Any, saved: list[Path]) -> None:
     console = Console()
-    kind = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
+    kind = f"{input_device(model).type}, {str(input_dtype(model)).removeprefix('torch.')}"
     console.print(f"[bold]{escape(found.model)}[/], {kind}, {found.samples} samples of each task", highlight=False)
     for length in found.lengths:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -21,6 +21,7 @@ import patchattn
 from patchattn.evaluation.greedy import write
 from patchattn.evaluation.samples import DocumentError
 from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
+from patchattn.hf.weights import input_device
 from patchattn.policy import Phase, Policy
 
 Progress = Callable[[str, float], None]
@@ -281,7 +282,7 @@ def _loss_tokens(plain: Document) -> int:
 
 def _text_loss(model: Any, plain: Document) -> float:
     """Mean cross-entropy of the last tokens of a text, nats per token."""
-    tokens = torch.tensor([plain.token_ids], device=model.device)
+    tokens = torch.tensor([plain.token_ids], device=input_device(model))
     count = _loss_tokens(plain)
     logits = model(input_ids=tokens, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
     targets = tokens[0, -count:].to(logits.device)
@@ -311,6 +312,7 @@ def _times(model: Any, document: Document, work: _Work) -> tuple[float, float]:
 
 
 def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    device = input_device(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

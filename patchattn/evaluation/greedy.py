@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from patchattn.hf.architecture import cache_of, with_cache
+from patchattn.hf.weights import input_device
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def write(
     Returns:
         What was written, and the cache, which lacks the last token of it.
     """
-    tokens = torch.tensor([list(given)], device=model.device)
+    tokens = torch.tensor([list(given)], device=input_device(model))
     written: list[int] = []
     for _ in range(count):
         result = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(model, cache))

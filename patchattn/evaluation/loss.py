@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from patchattn.hf.architecture import cache_of, text_config, with_cache
+from patchattn.hf.weights import input_device
 
 BINS = 8
 """Equal parts of a document whose loss is told apart."""
@@ -29,7 +30,7 @@ def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
         model: A causal language model, patched or not.
         tokens: Token ids, more than `BINS`; the first one is not predicted.
     """
-    ids = torch.tensor([list(tokens)], device=model.device)
+    ids = torch.tensor([list(tokens)], device=input_device(model))
     size = max(_MOST_LOGITS // text_config(model).vocab_size, _SHORTEST_CALL)
     losses, cache = [], None
     for begin in range(0, ids.shape[1], size):

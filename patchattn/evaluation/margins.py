@@ -15,6 +15,7 @@ from patchattn.gate import Measured, attention_scores, bulk_log_mass_from_calibr
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
+from patchattn.hf.weights import input_device
 from patchattn.inputs import Attended, AttentionInputs
 from patchattn.policy import Estimate, OpenGate, Policy
 from patchattn.prompt_moments import bulk_log_mass_from_prompt
@@ -118,7 +119,7 @@ def record_margins(
 @torch.no_grad()
 def read(model: Any, token_ids: Sequence[int]) -> None:
     """Read a document in one forward pass without making logits."""
-    tokens = torch.tensor([list(token_ids)], device=model.device)
+    tokens = torch.tensor([list(token_ids)], device=input_device(model))
     getattr(model, "base_model", model)(input_ids=tokens, use_cache=False)
 
 

@@ -24,6 +24,7 @@ from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
 from patchattn.evaluation.samples import DocumentError
 from patchattn.hf.patching import PatchHandle
+from patchattn.hf.weights import kept_buffers
 from patchattn.policy import Policy
 from patchattn.report import GateReport
 
@@ -266,8 +267,15 @@ def _sha(text: str) -> str:
 
 def _about_model(model: Any) -> str:
     """Tell models apart: by their configuration, and by the first numbers of each of their tensors."""
-    numbers = [
-        (name, str(tensor.dtype), None if tensor.is_meta else tensor.detach().flatten()[:4].tolist())
-        for name, tensor in model.named_parameters()
-    ]
+    numbers = [(name, str(tensor.dtype), _first_numbers(tensor)) for name, tensor in model.named_parameters()]
+    numbers += [("buffer", str(buffer.dtype), _first_numbers(buffer)) for buffer in kept_buffers(model)]
     return _sha(json.dumps([model.config.to_json_string(), numbers]))
+
+
+def _first_numbers(tensor: Any) -> Any:
+    if tensor.is_meta:
+        return None
+    # Quantised weights of torchao say that they are one tensor of floats, and can't be sliced as one. Shards can.
+    if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor"):
+        return [_first_numbers(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    return tensor.detach().flatten()[:4].tolist()

@@ -11,6 +11,7 @@ import torch
 import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
+from patchattn.hf.weights import input_device
 from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
 
 DENSE = "dense"
@@ -97,7 +98,7 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
     policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
     with patchattn.patch(model, policy) as handle, torch.no_grad():
         for tokens in prompts:
-            model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)
+            model(input_ids=torch.tensor([list(tokens)], device=input_device(model)), use_cache=False, logits_to_keep=1)
     fractions = handle.report().head_open_fractions("prefill")
     ranked = [(value, layer, head) for layer, heads in fractions.items() for head, value in enumerate(heads)]
     if any(math.isnan(value) for value, _, _ in ranked):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from patchattn.evaluation.tasks import Document
+from patchattn.hf.weights import input_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def score(model: Any, documents: Iterable[Document]) -> Scores:
     asked: dict[str, int] = {}
     loss, n_text = 0.0, 0
     for document in documents:
-        tokens = torch.tensor(document.token_ids, device=model.device)
+        tokens = torch.tensor(document.token_ids, device=input_device(model))
         logits = model(tokens[None], use_cache=False).logits[0, :-1].float()
         hit = logits.argmax(-1) == tokens[1:]
         plain = torch.ones_like(hit)

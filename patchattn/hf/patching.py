@@ -6,7 +6,6 @@ import os
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
@@ -30,8 +29,8 @@ from patchattn.hf.architecture import (
 )
 from patchattn.hf.attention import LayerState, is_in_use, register
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
-from patchattn.hf.offload import compute_device
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
+from patchattn.hf.weights import compute_device, compute_dtype
 from patchattn.policy import MomentGate, Policy, StaticGate
 from patchattn.report import GateReport, HeadShape
 
@@ -151,7 +150,7 @@ def patch(
     heads = {index: query_heads(module) for index, module in modules.items()}
     _check_heads(policy, layers, heads)
     measured = _measured(policy.model_copy(update={"layers": layers}), calibration, model)
-    chosen = _check_backend(backend, modules, heads, layers)
+    chosen = _check_backend(model, backend, modules, heads, layers)
     min_bulk = BREAK_EVEN_BULK_KEYS[chosen] if policy.min_bulk == "auto" else policy.min_bulk
     policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
     register()
@@ -238,30 +237,26 @@ def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> di
 
 
 def _head_shapes(model: Any) -> dict[int, HeadShape]:
-    """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the weights."""
+    """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the keys."""
     shapes = {}
     for index, module in attention_modules(model).items():
-        dtype = _dtype(module)
+        dtype = compute_dtype(module, underlying(model))
         name = str(dtype).removeprefix("torch.")
         shapes[index] = HeadShape(*head_sizes(module), group_size(module), dtype.itemsize, name)
     return shapes
 
 
-def _dtype(module: Any) -> torch.dtype:
-    """Return the dtype attention is computed in; that of quantised weights does not tell."""
-    weight = next(module.parameters())
-    return weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-
-
-def _check_backend(backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]) -> Backend:
+def _check_backend(
+    model: Any, backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]
+) -> Backend:
     index = layers[0] if layers else next(iter(modules))
     module = modules[index]
-    device = compute_device(module)
+    device = compute_device(module, underlying(model))
     chosen = resolve(backend, device)
     dim, value_dim = head_sizes(module)
     self_check(
         chosen,
-        dtype=_dtype(module),
+        dtype=compute_dtype(module, underlying(model)),
         head_dim=dim,
         value_dim=value_dim,
         group_size=group_size(module),
@@ -304,7 +299,7 @@ def _apply(
             gated=index in gated,
             record=record,
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
-        ).to(compute_device(module))
+        ).to(compute_device(module, underlying(model)))
         state.train(module.training)
         state.hook_id = install_cache_hook(module).id
         state.refusal, state.config = refusal, module.config

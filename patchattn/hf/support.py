@@ -96,7 +96,7 @@ def check_support(model: Any) -> Supported | Unsupported:
     if not _is_causal_decoder(model, modules):
         reasons.append(f"{name} is not a decoder-only causal language model.")
     if lacks_weights(model):
-        reasons.append(f"{name} has parameters on the meta device; load its weights first.")
+        reasons.append(f"{name} has weights on the meta device; load its weights first.")
     decoder = decoder_of(model)
     # Vision and audio towers stay as they are: only what holds the attention modules decides.
     reasons += _reasons_of_modules(model if decoder is None else decoder, modules)

@@ -13,6 +13,7 @@ from torch import Tensor
 from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
+from patchattn.hf.weights import input_device, input_dtype
 from patchattn.moments import CHUNK
 from patchattn.policy import ClosedGate, OpenGate, Phase, Policy
 from patchattn.testing.budget import error_budget
@@ -124,7 +125,7 @@ def assert_equivalent(
     text = _Text.of(model, policy, inputs, length, new_tokens, seed)
     with torch.no_grad():
         stock = _run(model, text)
-        truth = _run(_without_padding_rows(copy.deepcopy(model).to(wider), text), text)
+        truth = _truth(model, wider, text)
         opened = _patched_run(
             model, policy.model_copy(update={"gate": OpenGate(), "min_bulk": 0}), text, backend, "With all gates open"
         )
@@ -164,7 +165,7 @@ class _Text:
         new_tokens: int,
         seed: int,
     ) -> _Text:
-        device = next(model.parameters()).device
+        device = input_device(model)
         config = model.config.get_text_config()
         local = policy.sink_size + policy.window_size
         break_evens = sorted(map(policy.break_even, policy.phases))
@@ -239,6 +240,18 @@ def _run(model: Any, text: _Text, watch: Watch | None = None) -> list[Tensor]:
             text.ids[:, step.stop] = output.logits[:, -1].argmax(-1)
     text.decoded = True
     return logits
+
+
+def _truth(model: Any, wider: torch.dtype, text: _Text) -> list[Tensor]:
+    """Run a copy of the stock model in a wider dtype, which weights that are packed or elsewhere may not allow."""
+    try:
+        return _run(_without_padding_rows(copy.deepcopy(model).to(wider), text), text)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"Expected a model of which a copy runs in {wider}, to judge the stock logits by; this "
+            f"{type(model).__name__} has none ({str(error).strip().splitlines()[0]}). Prove it without quantised or "
+            "offloaded weights."
+        ) from error
 
 
 def _without_padding_rows(model: Any, text: _Text) -> Any:
@@ -328,10 +341,10 @@ def _check_that_it_proves_something(run: _PatchedRun, policy: Policy, text: _Tex
 def _wider_dtype(model: Any) -> torch.dtype:
     if model.training:
         raise ValueError("Expected a model in evaluation mode, got one in training mode; call model.eval() first.")
-    found = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
-    if not found or found - set(_TRUTH):
+    found = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} or {input_dtype(model)}
+    if found - set(_TRUTH):
         raise ValueError(
-            f"Expected weights in {', '.join(map(str, _TRUTH))}, got {', '.join(sorted(map(str, found))) or 'none'}; "
+            f"Expected weights in {', '.join(map(str, _TRUTH))}, got {', '.join(sorted(map(str, found)))}; "
             "load the model in one of these."
         )
     return max((_TRUTH[dtype] for dtype in found), key=lambda dtype: dtype.itemsize)

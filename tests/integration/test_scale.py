@@ -12,7 +12,8 @@ import torch
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
-from patchattn.testing import assert_within_budget, recorded_gates, replay_gates, tiny_model
+from patchattn.evaluation.loss import loss_by_position
+from patchattn.testing import assert_equivalent, assert_within_budget, recorded_gates, replay_gates, tiny_model
 
 MOMENTS = MomentGate(threshold=0.2, estimate="saturating")
 STATIC = StaticGate(open_heads=((0, 1), (1, 2), (1, 4), (2, 0)))
@@ -91,6 +92,13 @@ def test_offloaded_weights(where, tmp_path):
     assert any(parameter.is_meta for parameter in model.parameters())
 
 
+def test_offloaded_weights_can_be_measured(tmp_path):
+    # Tokens belong where the embedding computes, not on the meta device where its weights are.
+    model, tokens = offloaded("disk", tmp_path), prompt()[0].tolist()
+    assert loss_by_position(model, tokens) == loss_by_position(tiny_model("llama"), tokens)
+    assert assert_equivalent(model, policy(MOMENTS)).logit_error <= 1
+
+
 @of_offloaded_weights
 def test_a_patched_model_can_be_offloaded_afterwards(tmp_path):
     from accelerate import disk_offload
@@ -116,6 +124,9 @@ def test_weights_that_nothing_fetches_are_refused():
     model = tiny_model("llama")
     cpu_offload(model, execution_device=torch.device("cpu"))
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(96, 128, bias=False, device="meta")
+    assert "meta device" in str(patchattn.check_support(model))
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.register_buffer("packed", torch.zeros(2, dtype=torch.int32, device="meta"))
     assert "meta device" in str(patchattn.check_support(model))
 
 

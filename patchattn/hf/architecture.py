@@ -105,6 +105,12 @@ def interface_forward(kind: type) -> Any:
     return None
 
 
+def loop_arguments(kind: type) -> list[str]:
+    """Return the arguments by which a module that is used in several loops says where its keys are in the cache."""
+    forward = interface_forward(kind)
+    return [] if forward is None else [name for name in inspect.signature(forward).parameters if "offset" in name]
+
+
 def makes_masks(kind: type) -> bool:
     """Say whether an attention module's class tells block masks from others: it makes a mask of its own from them."""
     methods = (inspect.unwrap(method) for base in kind.__mro__ for method in vars(base).values() if callable(method))

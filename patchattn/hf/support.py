@@ -19,6 +19,7 @@ from patchattn.hf.architecture import (
     interface_forward,
     is_local,
     layer_type,
+    loop_arguments,
     makes_masks,
     softcap_of,
     text_config,
@@ -173,10 +174,12 @@ def _reasons_of_modules(model: Any, modules: dict[int, Any]) -> list[str]:
             found = sorted(_OWN_SELECTION & _names(interface_forward(type(module)).__code__))
             if found:
                 reasons.append(f"{kind} selects or biases keys on its own ({', '.join(found)}).")
+            elif loops := loop_arguments(type(module)):
+                reasons.append(f"{kind} is called several times for a token ({', '.join(loops)}).")
             elif makes_masks(type(module)):
                 reasons.append(f"{kind} makes a mask of its own from the one it is given.")
         elif id(getattr(module, "config", None)) in configs and interface_forward(type(module)) is not None:
-            reasons.append(f"Layer {index} has more than one attention module ({kind} is one of them).")
+            reasons.append(f"{kind} is a second attention module of layer {index}, or of a layer without an index.")
         elif kind.endswith("Attention") and isinstance(index, int) and not any(part in kind for part in _OTHER_MIXERS):
             reasons.append(
                 f"{kind} computes attention itself instead of going through transformers' AttentionInterface."

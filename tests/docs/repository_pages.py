@@ -12,7 +12,7 @@ PAGES = [
     ROOT / "README.md",
     *(page for folder in ("docs", "recipes", "calibrations") for page in sorted((ROOT / folder).rglob("*.md"))),
 ]
-PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "mkdocs", "tests/run-oldest", ".ci/run"
+PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "mkdocs", "tests/run-at", ".ci/run"
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
 
 

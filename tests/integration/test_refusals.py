@@ -67,7 +67,7 @@ REFUSED = {
     ),
     "decoder of an encoder-decoder": (
         lambda: make("bart", vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=4, is_decoder=True),
-        "more than one attention module",
+        "is a second attention module",
     ),
     "both directions": (lambda: not_causal(tiny_model("llama")), "decoder-only"),
     "own attention": (lambda: llama_with(OwnAttention), "OwnAttention computes attention itself"),

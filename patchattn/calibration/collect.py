@@ -25,6 +25,7 @@ from patchattn.calibration.rotary import FoundRotary, find_rotary
 from patchattn.calibration.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gate import Measured, with_margins
+from patchattn.hf.context import check_context, context_of
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
@@ -203,12 +204,7 @@ def settings_of(
             f"{policy.window_size}.",
             fix="measure longer documents, or choose a smaller window",
         )
-    context = _context(model)
-    if context is not None and longest > context:
-        raise CalibrationError(
-            f"Documents of {longest} tokens are longer than the model's context of {context}.",
-            fix=f"measure documents of at most {context} tokens",
-        )
+    check_context(model, [longest], CalibrationError)
     fingerprint = Fingerprint.of(model)
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
     layers = support.layers if policy.layers is None else policy.layers
@@ -365,12 +361,8 @@ def _local(policy: Policy) -> tuple[int, int]:
     return policy.sink_size, policy.window_size
 
 
-def _context(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _default_length(model: Any) -> int:
-    return min(_context(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    return min(context_of(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
 
 
 def _name(model: Any) -> str:

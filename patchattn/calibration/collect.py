@@ -197,6 +197,8 @@ def settings_of(
         )
     if not 0 < oracle_threshold < 1:
         raise CalibrationError(f"oracle_threshold must lie in (0, 1), got {oracle_threshold}.", fix="for instance 0.6")
+    if lengths and min(lengths) < 1:
+        raise CalibrationError(f"Expected lengths of at least 1 token, got {list(lengths)}.", fix="for instance 4096")
     longest = max(lengths or (_default_length(model),))
     if longest <= sum(_local(policy)):
         raise CalibrationError(

@@ -21,6 +21,7 @@ from patchattn import demo
 from patchattn.cli.models import load
 from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation.compare import Comparison, compare
+from patchattn.hf.context import context_of
 from patchattn.policy import Policy
 
 _SHIPPED_LENGTH = 4096
@@ -118,8 +119,7 @@ def _check_out(path: Path) -> None:
 
 
 def _default_length(model: Any) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
+    return min(context_of(model) or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
 
 
 @contextmanager

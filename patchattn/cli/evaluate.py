@@ -21,6 +21,7 @@ from patchattn.calibration import Calibration
 from patchattn.cli.models import load
 from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation import Evaluation, Material, evaluate, make_sample, named_policy
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
 from patchattn.evaluation.policies import NAMES, heads_by_oracle
 from patchattn.evaluation.samples import DocumentError
@@ -71,6 +72,7 @@ def run(choice: Choice) -> None:
         _check_out(choice.out)
     calibration = None if choice.calibration is None else Calibration.from_pretrained(choice.calibration)
     model, tokenizer = load(None if choice.model == SHIPPED else choice.model, choice.device)
+    check_longest(model, max(lengths))
     if choice.dtype is not None:
         model = model.to(_DTYPES[choice.dtype])
     material = Material(text, tokenizer)
@@ -167,12 +169,15 @@ def _policy_files(names: str) -> dict[str, Policy | None]:
 
 def _lengths(given: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in _split(given)))
+        lengths = tuple(dict.fromkeys(int(part) for part in _split(given)))
     except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
         raise stop(
             f"Expected lengths in tokens with commas between them, got {given!r}.",
             fix="For instance --lengths 1024,4096.",
-        ) from None
+        )
+    return lengths
 
 
 def _split(given: str) -> list[str]:

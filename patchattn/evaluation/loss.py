@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from patchattn.evaluation.samples import DocumentError
+from patchattn.hf.context import check_context
+
 BINS = 8
 """Equal parts of a document whose loss is told apart."""
 
@@ -26,7 +29,11 @@ def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
     Args:
         model: A causal language model, patched or not.
         tokens: Token ids, more than `BINS`; the first one is not predicted.
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
     """
+    check_context(model, [len(tokens)], DocumentError)
     ids = torch.tensor([list(tokens)], device=model.device)
     size = max(_MOST_LOGITS // model.config.get_text_config().vocab_size, _SHORTEST_CALL)
     losses, cache = [], None

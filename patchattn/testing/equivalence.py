@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.hf.context import context_of
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.moments import CHUNK
@@ -193,7 +194,7 @@ class _Text:
                 f"sink_size + window_size + min_bulk = {needed}. Use longer inputs, or a smaller window_size or "
                 "min_bulk."
             )
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = context_of(model)
         if longest is not None and ids.shape[1] + new_tokens > longest:
             raise ValueError(
                 f"{ids.shape[1]} tokens and {new_tokens} new ones are more than the {longest} positions of the model. "

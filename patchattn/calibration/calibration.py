@@ -23,6 +23,7 @@ from patchattn.errors import (
 )
 from patchattn.gate import Measured
 from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+from patchattn.report.files import made
 from patchattn.rotary import RotaryMoments
 
 
@@ -145,15 +146,13 @@ class Calibration:
 
         folder = Path(folder)
         data = files.encode(self.manifest, self.tensors)
-        with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(files.lock_of(folder)):
-                files.write(folder / files.FILE, data)
-                files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
-                if card:
-                    from patchattn.calibration.card import write_card
+        with files.writing(folder), made(folder), WeakFileLock(files.lock_of(folder)):
+            files.write(folder / files.FILE, data)
+            files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
+            if card:
+                from patchattn.calibration.card import write_card
 
-                    write_card(self, folder)
+                write_card(self, folder)
         return folder
 
     def push_to_hub(

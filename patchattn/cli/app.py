@@ -279,8 +279,7 @@ def inspect(
     with explained():
         found = calibrate_command.read(calibration, revision=revision)
         if plots is not None:
-            plots.mkdir(parents=True, exist_ok=True)
-            calibrate_command.write_card(found, plots)
+            calibrate_command.write_plots(found, plots)
         calibrate_command.show(found, where=calibration, as_json=json)
 
 

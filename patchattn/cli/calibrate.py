@@ -19,9 +19,11 @@ from rich.table import Table
 from patchattn.calibration import Calibration
 from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
 from patchattn.calibration.collect import calibrate
+from patchattn.calibration.files import writing
 from patchattn.cli.models import load
-from patchattn.cli.problems import read_text, stop
+from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.report.files import made, tidied
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 
@@ -53,8 +55,7 @@ def run(choice: Choice) -> None:
     """Measure, save and show; goes on from where an earlier run with the same choices was broken off."""
     policy = _policy(choice)
     texts = _texts(choice.texts)
-    if choice.out.exists() and not choice.out.is_dir():
-        raise stop(f"{choice.out} is not a folder.", fix="Choose another --out.")
+    check_out(choice.out)
     rank = _join_processes()
     model, tokenizer = load(choice.model, choice.device)
     bar = Progress(
@@ -66,7 +67,7 @@ def run(choice: Choice) -> None:
         console=Console(stderr=True),
         disable=rank > 0,
     )
-    with bar:
+    with tidied(choice.out), bar:
         task = bar.add_task("", total=None)
         calibration = calibrate(
             model,
@@ -82,8 +83,9 @@ def run(choice: Choice) -> None:
             checkpoint=choice.out / ".checkpoint",
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
+        if rank == 0:
+            calibration.save_pretrained(choice.out)
     if rank == 0:
-        calibration.save_pretrained(choice.out)
         show(calibration, where=str(choice.out), as_json=choice.json)
 
 
@@ -95,6 +97,12 @@ def read(where: str, *, revision: str | None = None) -> Calibration:
     for warning in caught:
         Console(stderr=True).print(str(warning.message), style="dim", markup=False, soft_wrap=True)
     return calibration
+
+
+def write_plots(calibration: Calibration, folder: Path) -> None:
+    """Write the card and the plots into a folder, which is made."""
+    with writing(folder), made(folder):
+        write_card(calibration, folder)
 
 
 def show(calibration: Calibration, *, where: str, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation.compare import Comparison, compare
 from patchattn.hf.context import context_of
 from patchattn.policy import Policy
+from patchattn.report.files import check_path
 
 _SHIPPED_LENGTH = 4096
 _PAGE = "report.html"
@@ -113,8 +114,8 @@ def _check_out(path: Path) -> None:
         raise stop(
             f"Can't save a picture as {path.name!r}.", fix="End the name given to --out with .png, .pdf or .svg."
         )
-    if not path.resolve().parent.is_dir():
-        raise stop(f"The folder {path.resolve().parent} does not exist.", fix="Make it, or choose another --out.")
+    for each in (path, path.with_name(_PAGE)):
+        check_path(each)
     import matplotlib  # noqa: F401
 
 

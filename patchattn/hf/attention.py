@@ -257,11 +257,15 @@ def attention(
                 return output.transpose(1, 2).contiguous(), None
     regions = _regions(attention_mask, state.policy, query.shape[2])
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
-    output = _attend(state, inputs, phase, cache) if reason is None else state.attend_densely(inputs)
+    output = (
+        _attend(state, inputs, phase, cache, kwargs.get("position_ids"))
+        if reason is None
+        else state.attend_densely(inputs)
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any) -> Tensor:
+def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None) -> Tensor:
     policy, attend = state.policy, state.attend
     state.add("gated_calls", phase)
     if state.replay is not None:
@@ -271,7 +275,8 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any
         uses_moments = isinstance(policy.gate, MomentGate) and policy.gate.moments == "prompt"
         moments = load_moments(cache, state.layer, inputs.key, grid) if uses_moments else None
         bound = _chunk_bound(inputs, has_state=moments is not None)
-        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound, measured=state.measured)
+        known = {"max_chunks": bound, "measured": state.measured, "positions": positions}
+        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, **known)
         if moments is not None:
             store_moments(cache, state.layer, moments, grid)
     attended = attend(inputs, mass, state.threshold)

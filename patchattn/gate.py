@@ -17,7 +17,7 @@ from torch import Tensor
 from patchattn.inputs import AttentionInputs
 from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
 from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
-from patchattn.rotary import RotaryMoments, bulk_log_mass_from_text
+from patchattn.rotary import RotaryMoments, bulk_log_mass_from_text, counted_from
 
 _ROWS_PER_SLAB = 256
 _PARTS = ("mean", "covariance", "frequencies", "order")
@@ -109,6 +109,7 @@ def bulk_log_mass(
     *,
     max_chunks: int | None = None,
     measured: Measured | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, PromptMoments | None]:
     """Find the bulk log mass that a policy's gate compares with the exact local log mass.
 
@@ -120,6 +121,8 @@ def bulk_log_mass(
         max_chunks: See `bulk_log_mass_from_prompt`.
         measured: What a calibration says about this layer; with margins per head, the result is to be compared with
             threshold 0.
+        positions: [batch or 1, query] int64; positions that the model gives the queries, for moments of a calibration.
+            None where they are not known.
 
     Returns:
         [batch, heads, query] nats, and the prompt moments after this call (the given state for gates without any).
@@ -129,7 +132,7 @@ def bulk_log_mass(
     break_even = policy.break_even(phase_of(regions.query_length))
     match gate:
         case MomentGate(moments="calibration"):
-            mass = bulk_log_mass_from_calibration(inputs, measured, estimate=gate.estimate)
+            mass = bulk_log_mass_from_calibration(inputs, measured, positions, estimate=gate.estimate)
         case MomentGate():
             mass, state = bulk_log_mass_from_prompt(
                 inputs.query,
@@ -207,21 +210,32 @@ def attention_scores(inputs: AttentionInputs, rows: slice = slice(None), keys: s
     return scores
 
 
-def bulk_log_mass_from_calibration(inputs: AttentionInputs, measured: Measured | None, *, estimate: Estimate) -> Tensor:
+def bulk_log_mass_from_calibration(
+    inputs: AttentionInputs, measured: Measured | None, positions: Tensor | None = None, *, estimate: Estimate
+) -> Tensor:
     """Estimate each query's bulk log mass from the key moments of a calibration, [batch, heads, query] nats.
 
-    Without moments it is NaN, which opens; -inf without bulk keys.
+    Without moments it is NaN, which opens, and so it is where positions do not count on from the first real token of a
+    sequence, or are not known behind padding; -inf without bulk keys.
     """
     if measured is None or measured.moments is None:
         return torch.full(inputs.query.shape[:3], torch.nan, dtype=inputs.compute_dtype, device=inputs.query.device)
-    return bulk_log_mass_from_text(
+    regions = inputs.regions
+    if positions is None or positions.dim() != 2:
+        begin, known = None, (regions.first == 0)[:, None]
+    else:
+        begin, known = counted_from(positions, regions)
+    mass = bulk_log_mass_from_text(
         inputs.query,
-        inputs.regions,
+        regions,
         measured.moments,
         scale=inputs.scale,
         softcap=inputs.softcap,
         estimate=estimate,
-    ).to(inputs.compute_dtype)
+        begin=begin,
+    )
+    known = known | (regions.n_bulk == 0)
+    return torch.where(known[:, None], mass, torch.nan).to(inputs.compute_dtype)
 
 
 def _statically_open(gate: Gate, layer: int, inputs: AttentionInputs) -> Tensor:

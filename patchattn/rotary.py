@@ -71,11 +71,11 @@ class RotaryMoments:
     frequencies: Tensor
     order: Tensor | None = None
 
-    def over_slots(self, first: int, n: Tensor) -> KeyMoments:
+    def over_slots(self, first: int | Tensor, n: Tensor) -> KeyMoments:
         """Average over the rotations of `n` slots from slot `first` on.
 
         Args:
-            first: First slot, counted from the first real token.
+            first: Position of the first slot; a tensor goes with `n`, one for each.
             n: [...] at least 1; number of slots.
 
         Returns:
@@ -113,13 +113,32 @@ class RotaryMoments:
         return RotaryMoments(self.mean[kv_heads], self.covariance[kv_heads], self.frequencies, self.order)
 
 
-def _mean_turn(frequencies: Tensor, first: int, n: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_turn(frequencies: Tensor, first: int | Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of `exp(i f j)` over `n` slots from `first` on: its real and imaginary part, [..., 1, rows, columns]."""
     n = n.to(frequencies.dtype)[..., None, None, None]
+    if isinstance(first, Tensor):
+        first = first.to(frequencies.dtype)[..., None, None, None]
     sine = (frequencies / 2).sin()
     length = torch.where(sine == 0, 1.0, (n * frequencies / 2).sin() / (n * torch.where(sine == 0, 1.0, sine)))
     middle = frequencies * (first + (n - 1) / 2)
     return length * middle.cos(), length * middle.sin()
+
+
+def counted_from(positions: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+    """Find out from where a model counts positions.
+
+    Args:
+        positions: [batch or 1, query] int64; position that the model gives each query.
+        regions: The call.
+
+    Returns:
+        [batch] int64: the position of each sequence's first real token, by its first real query; and [batch, query]
+        bool: whether the position of each query is what counting on from there gives.
+    """
+    begins = positions.to(regions.valid.device) - regions.positions
+    real = regions.valid.index_select(1, regions.query_slots.clamp(max=regions.key_length - 1))
+    begin = begins.gather(1, real.int().argmax(dim=1, keepdim=True))
+    return begin[:, 0], begins == begin
 
 
 def bulk_log_mass_from_text(
@@ -130,11 +149,12 @@ def bulk_log_mass_from_text(
     scale: float,
     softcap: float | None = None,
     estimate: Estimate = "guarded",
+    begin: Tensor | None = None,
 ) -> Tensor:
     """Estimate each query's bulk log mass from moments of other text.
 
     The moments are turned for the middle of each chunk of the grid that prompt moments are on, so that one prefill and
-    many steps of decode agree. Positions are those since the first real token, as `generate` counts them.
+    many steps of decode agree.
 
     Args:
         query: [batch, heads, query, dim], after the rotary embedding.
@@ -143,6 +163,8 @@ def bulk_log_mass_from_text(
         scale: Factor on the dot products.
         softcap: See `log_mass_of_gaussian`.
         estimate: See `log_mass_of_gaussian`.
+        begin: [batch] int64; position of each sequence's first real token, see `counted_from`. None for 0, as
+            `generate` counts.
 
     Returns:
         [batch, heads, query] nats, dtype of the moments; -inf without bulk keys.
@@ -152,20 +174,21 @@ def bulk_log_mass_from_text(
     if moments.order is not None:
         query = query.index_select(3, moments.order)
     n_bulk = regions.n_bulk
-    begin = CHUNK * (n_bulk[:, 0] // CHUNK)
+    first = regions.sink_size if begin is None else begin[:, None] + regions.sink_size
+    chunk = CHUNK * (n_bulk[:, 0] // CHUNK)
     if length == 1:
         counts, groups = n_bulk[:, None], 1
         rows = torch.zeros_like(counts)
     else:
         groups = (length - 1) // CHUNK + 2
-        counts = begin[:, None, None] + torch.arange(groups * CHUNK, device=query.device).view(groups, CHUNK)
+        counts = chunk[:, None, None] + torch.arange(groups * CHUNK, device=query.device).view(groups, CHUNK)
         # The row whose n_bulk is zero, extended below zero where padding or sink have not been filled yet.
         zero_row = regions.first + regions.sink_size + regions.window_size - 1 - regions.query_slot
         rows = (counts + zero_row[:, None, None]).clamp(0, length - 1)
     masses = []
     for at in range(0, groups, _CHUNKS_PER_SLAB):
         n, index = counts[:, at : at + _CHUNKS_PER_SLAB], rows[:, at : at + _CHUNKS_PER_SLAB].flatten(1)
-        turned = moments.over_slots(regions.sink_size, n[..., 0] // CHUNK * CHUNK + CHUNK // 2)
+        turned = moments.over_slots(first, n[..., 0] // CHUNK * CHUNK + CHUNK // 2)
         mean, covariance = (part.transpose(1, 2) for part in (turned.mean, turned.covariance))
         q = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)).to(mean.dtype) * scale
         # [batch, kv_heads, chunks, rows of all heads of the group, dim]: one product for all that share a matrix.
@@ -175,5 +198,5 @@ def bulk_log_mass_from_text(
         along, spread = along.view(shape), spread.view(shape)
         mass = log_mass_of_gaussian(n[:, None, :, None], along, spread, softcap=softcap, estimate=estimate)
         masses.append(mass.transpose(2, 3).flatten(1, 2).flatten(2))
-    column = (n_bulk - begin[:, None]).clamp(min=0) if length > 1 else torch.zeros_like(n_bulk)
+    column = (n_bulk - chunk[:, None]).clamp(min=0) if length > 1 else torch.zeros_like(n_bulk)
     return torch.cat(masses, dim=2).gather(2, column[:, None].expand(-1, heads, -1))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import patchattn
 from patchattn import demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.tasks import Document, make_document, tokenize_text
 
 
@@ -25,6 +26,7 @@ def main() -> None:
 
     # Any causal language model that goes through transformers' attention interface works in its place.
     model, tokenizer = demo.load()
+    check_longest(model, options.length)
     text = tokenize_text(demo.sample_text(), tokenizer)
     document = make_document(
         text, tokenizer, length=options.length, kinds=["fact"] * options.questions, depth=(0.0, 0.8)

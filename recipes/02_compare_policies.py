@@ -13,6 +13,7 @@ from rich.table import Table
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.scores import score
 from patchattn.evaluation.tasks import make_document, tokenize_text
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     options = parser.parse_args()
     model, tokenizer = demo.load()
+    check_longest(model, options.length)
     text = tokenize_text(demo.sample_text(), tokenizer)
     documents = [
         make_document(text, tokenizer, length=options.length, kinds=["fact"] * 8, seed=seed)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.tasks import make_document, tokenize_text
 from patchattn.hf.architecture import with_cache
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     options = parser.parse_args()
     model, tokenizer = demo.load()
+    check_longest(model, options.length)
     # In bfloat16, reading in another order rounds a few decisions near the threshold the other way.
     model = model.float()
     text = tokenize_text(demo.sample_text(), tokenizer)

@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
 from patchattn.evaluation import Material, make_sample
+from patchattn.evaluation.compare import check_longest
 
 TASK = """
 task: look_up
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     arguments = parser.parse_args()
     model, tokenizer = demo.load()
+    check_longest(model, arguments.length)
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, tokenizer, length=arguments.length, samples=arguments.samples)

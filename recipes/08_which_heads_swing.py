@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import patchattn
 from patchattn import Policy, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.tasks import make_document, tokenize_text
 from patchattn.report.timeline import texts_of
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6, help="heads to draw")
     options = parser.parse_args()
     model, tokenizer = demo.load()
+    check_longest(model, options.length)
     text = tokenize_text(demo.sample_text(), tokenizer)
     document = make_document(text, tokenizer, length=options.length, kinds=["fact"] * 12, ask="throughout")
     with patchattn.patch(model, Policy(window_size=options.window, min_bulk=0), record="timeline") as handle:

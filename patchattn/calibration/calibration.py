@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchattn.calibration import files
 from patchattn.calibration.manifest import Fingerprint, Manifest
+from patchattn.calibration.places import fix_for, looks_like_path, no_folder
 from patchattn.calibration.risk import Curves, rungs
 from patchattn.errors import (
     CalibrationError,
@@ -22,6 +23,7 @@ from patchattn.errors import (
 )
 from patchattn.gate import Measured
 from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+from patchattn.report.files import made
 from patchattn.rotary import RotaryMoments
 
 
@@ -78,8 +80,8 @@ class Calibration:
     ) -> Calibration:
         """Read a calibration from a folder, or from a repository on the Hub.
 
-        What exists as a folder, starts like a path or is a `Path` is a folder. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and
-        `HF_HOME` are respected.
+        What exists as a folder, can't be a Hub id (`./a`, `a/b/c`) or is a `Path` is a folder. `HF_HUB_OFFLINE`,
+        `HF_ENDPOINT` and `HF_HOME` are respected.
 
         Args:
             repo_or_folder: Folder made by `save_pretrained`, or a Hub id `namespace/name`.
@@ -102,9 +104,9 @@ class Calibration:
                     f"{folder} is a folder, which has no revision {revision!r}.",
                     fix="leave the revision out; for a repository of that name, work in another directory",
                 )
-        elif isinstance(repo_or_folder, os.PathLike) or repo_or_folder.startswith((".", "/", "~")):
+        elif looks_like_path(repo_or_folder):
             raise CalibrationNotFoundError(
-                f"There is no folder {folder}.", fix="give a folder made by Calibration.save_pretrained"
+                no_folder(folder), fix=fix_for(folder, "give a folder made by Calibration.save_pretrained")
             )
         else:
             from patchattn.calibration.hub import download
@@ -144,15 +146,13 @@ class Calibration:
 
         folder = Path(folder)
         data = files.encode(self.manifest, self.tensors)
-        with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(files.lock_of(folder)):
-                files.write(folder / files.FILE, data)
-                files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
-                if card:
-                    from patchattn.calibration.card import write_card
+        with files.writing(folder), made(folder), WeakFileLock(files.lock_of(folder)):
+            files.write(folder / files.FILE, data)
+            files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
+            if card:
+                from patchattn.calibration.card import write_card
 
-                    write_card(self, folder)
+                write_card(self, folder)
         return folder
 
     def push_to_hub(

@@ -14,6 +14,7 @@ from patchattn.calibration import files
 from patchattn.calibration.risk import documents_needed
 from patchattn.errors import CalibrationError
 from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
+from patchattn.report.files import made
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration
@@ -216,6 +217,9 @@ def write_card(calibration: Calibration, folder: Path, *, repo: str | None = Non
         calibration: The calibration.
         folder: An existing folder.
         repo: See `card_text`.
+
+    Raises:
+        CalibrationError: The folder can't be written.
     """
     plots: tuple[str, ...] = ()
     try:
@@ -224,9 +228,9 @@ def write_card(calibration: Calibration, folder: Path, *, repo: str | None = Non
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
     else:
-        (folder / "plots").mkdir(exist_ok=True)
-        made = pictures(calibration)
-        for name, data in made.items():
-            files.write(folder / "plots" / name, data)
-        plots = tuple(f"plots/{name}" for name in made)
+        drawn = pictures(calibration)
+        with files.writing(folder), made(folder / "plots"):
+            for name, data in drawn.items():
+                files.write(folder / "plots" / name, data)
+        plots = tuple(f"plots/{name}" for name in drawn)
     files.write(folder / "README.md", card_text(calibration, plots=plots, repo=repo).encode())

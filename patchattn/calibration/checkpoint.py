@@ -7,6 +7,7 @@ from pathlib import Path
 from patchattn.calibration import files
 from patchattn.calibration.statistics import Totals
 from patchattn.errors import CalibrationError
+from patchattn.report.files import made
 
 
 def keep(totals: Totals, path: Path, key: str, done: int) -> None:
@@ -20,9 +21,8 @@ def keep(totals: Totals, path: Path, key: str, done: int) -> None:
     """
     from safetensors.torch import save
 
-    with files.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, save(totals.sums, metadata={"key": key, "done": str(done)}))
+    with files.writing(path.parent), made(path.parent):
+        files.write(path, save(totals.sums, metadata={"key": key, "done": str(done)}))
 
 
 def resume(totals: Totals, path: Path, key: str) -> int:

@@ -25,6 +25,8 @@ from patchattn.calibration.rotary import FoundRotary, find_rotary
 from patchattn.calibration.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gate import Measured, with_margins
+from patchattn.hf.architecture import commit_of, context_of, name_of
+from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
@@ -137,7 +139,7 @@ def calibrate(
     even, odd = (int(count) for count in totals.sums["documents"])
     manifest = Manifest(
         model=model_name or _name(model),
-        commit=getattr(model.config, "_commit_hash", None),
+        commit=commit_of(model),
         fingerprint=fingerprint,
         sink_size=policy.sink_size,
         window_size=policy.window_size,
@@ -197,6 +199,8 @@ def settings_of(
         )
     if not 0 < oracle_threshold < 1:
         raise CalibrationError(f"oracle_threshold must lie in (0, 1), got {oracle_threshold}.", fix="for instance 0.6")
+    if lengths and min(lengths) < 1:
+        raise CalibrationError(f"Expected lengths of at least 1 token, got {list(lengths)}.", fix="for instance 4096")
     longest = max(lengths or (_default_length(model),))
     if longest <= sum(_local(policy)):
         raise CalibrationError(
@@ -204,12 +208,7 @@ def settings_of(
             f"{policy.window_size}.",
             fix="measure longer documents, or choose a smaller window",
         )
-    context = _context(model)
-    if context is not None and longest > context:
-        raise CalibrationError(
-            f"Documents of {longest} tokens are longer than the model's context of {context}.",
-            fix=f"measure documents of at most {context} tokens",
-        )
+    check_context(model, [longest], CalibrationError)
     fingerprint = Fingerprint.of(model)
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
     layers = support.layers if policy.layers is None else policy.layers
@@ -366,16 +365,12 @@ def _local(policy: Policy) -> tuple[int, int]:
     return policy.sink_size, policy.window_size
 
 
-def _context(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _default_length(model: Any) -> int:
-    return min(_context(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    return min(context_of(model) or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
 
 
 def _name(model: Any) -> str:
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = name_of(model)
     # A folder's full path says something about the machine, not about the model.
     return Path(name).name if Path(name).is_dir() else name
 

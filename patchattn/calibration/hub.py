@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchattn.calibration import files
+from patchattn.calibration.places import fix_for
 from patchattn.errors import (
     CalibrationError,
     CalibrationFormatError,
@@ -86,7 +87,7 @@ def upload(
     with tempfile.TemporaryDirectory() as name, files.writing(Path(name)):
         folder = calibration.save_pretrained(name, card=False)
         write_card(calibration, folder, repo=repo)
-        with _explained(repo, None, offline=False):
+        with _explained(repo, None, offline=False, may_be_folder=False):
             api.create_repo(repo, private=private, exist_ok=True)
             done = api.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr
@@ -95,7 +96,7 @@ def upload(
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[None]:
+def _explained(repo: str, revision: str | None, *, offline: bool, may_be_folder: bool = True) -> Iterator[None]:
     """Turn what the Hub's client raises into errors of the library."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -115,7 +116,7 @@ def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[No
     except HFValidationError as error:
         raise CalibrationNotFoundError(
             f"{repo!r} is neither a folder nor the name of a repository: {error}",
-            fix="give the folder of a calibration, or a Hub id such as namespace/name",
+            fix=fix_for(repo, "give the folder of a calibration, or a Hub id such as namespace/name"),
         ) from error
     except GatedRepoError as error:
         raise CalibrationNotFoundError(
@@ -129,17 +130,19 @@ def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[No
         raise CalibrationNotFoundError(
             f"There is no folder {repo} here, and no repository {repo} on the Hub, or it is private and the token may "
             "not see it.",
-            fix="check the name; for a private repository, pass token=... or log in with `hf auth login`",
+            fix=fix_for(
+                repo, "check the name; for a private repository, pass token=... or log in with `hf auth login`"
+            ),
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         from huggingface_hub import constants
 
         if offline or constants.HF_HUB_OFFLINE:
             raise CalibrationNotFoundError(
-                f"{where} is not in the cache, and the network is switched off.",
-                fix="get it once with the network on, or unset HF_HUB_OFFLINE and local_files_only",
+                f"There is no folder {repo} here, and {where} is not in the cache; the network is switched off.",
+                fix=fix_for(repo, "get it once with the network on, or unset HF_HUB_OFFLINE and local_files_only"),
             ) from error
-        raise _unreachable(where, error.__cause__ or error) from error
+        raise _unreachable(repo, where, error.__cause__ or error, may_be_folder=may_be_folder) from error
     except EntryNotFoundError as error:
         raise CalibrationNotFoundError(
             f"{where} has no {files.FILE} or no {files.POLICY_FILE}, so it is not a calibration.",
@@ -147,14 +150,16 @@ def _explained(repo: str, revision: str | None, *, offline: bool) -> Iterator[No
         ) from error
     except Exception as error:
         # The client lets errors of whichever HTTP library it uses through.
-        raise _unreachable(where, error) from error
+        raise _unreachable(repo, where, error, may_be_folder=may_be_folder) from error
 
 
-def _unreachable(where: str, error: BaseException) -> CalibrationHubError:
-    lines = str(error).strip().splitlines() or [""]
+def _unreachable(repo: str, where: str, error: BaseException, *, may_be_folder: bool) -> CalibrationHubError:
+    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if not may_be_folder:
+        return CalibrationHubError(f"The Hub failed for {where}: {said}", fix="try again later")
     return CalibrationHubError(
-        f"The Hub failed for {where}: {type(error).__name__}: {lines[0]}",
-        fix="try again later; what is in the cache can be used with local_files_only=True",
+        f"There is no folder {repo} here, and the Hub failed for {where}: {said}",
+        fix=fix_for(repo, "try again later; what is in the cache can be used with local_files_only=True"),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration.manifest import Rotary
+from patchattn.hf.architecture import context_of, vocabulary_of
 from patchattn.hf.weights import input_device
 from patchattn.rotary import Rotation
 
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from patchattn.inputs import Attended, AttentionInputs
 
 _POSITIONS = (0, 1, 2, 3, 5, 13, 47, 101, 499, 1999, 7993)
-# Keys in bfloat16, turned by angles in bfloat16, differ by less than 1%; with the wrong pairs by more than 100%.
+# A float32 angle that is further from zero is off by more than 0.01 radians.
+_FURTHEST = 1 << 17
+# Keys turned in bfloat16 differ by less than 1%, in a layer of any depth; with the wrong pairs by more than 100%.
 _TOLERANCE = 0.03
+# How far keys may differ where values differ too, and at most: a third of what the wrong pairs give.
+_TIMES_NOISE, _MOST_TOLERANCE = 3, 0.3
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,15 @@ class FoundRotary:
 
 
 class _Keys:
-    """Takes the keys of every layer."""
+    """Takes keys and values of the first token of every row, in every layer."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[int, Tensor] = {}
+        self.keys: dict[int, list[Tensor]] = {}
+        self.values: dict[int, list[Tensor]] = {}
 
     def attend(self, layer: int, inputs: AttentionInputs) -> Attended:
-        self.by_layer[layer] = inputs.key
+        for found, given in ((self.keys, inputs.key), (self.values, inputs.value)):
+            found.setdefault(layer, []).append(given[:, :, 0].transpose(0, 1))
         return blockwise_attend(inputs, inputs.query.new_full(inputs.query.shape[:3], torch.inf).float(), 0.0)
 
 
@@ -53,16 +60,20 @@ def find_rotary(collecting: Collecting, longest: int) -> FoundRotary | None:
 
     Args:
         collecting: The patched model, with sink 0 and window 1.
-        longest: Positions are below this.
+        longest: Tokens in the longest document; positions go up to the model's context, for prompts may be longer.
 
     Returns:
         What fits the keys of every measured layer; None if nothing does, for instance where frequencies change with
         the length.
     """
     model = collecting.model
-    keys, positions = _keys_at(collecting, sorted({min(p, longest - 2) for p in (*_POSITIONS, longest - 2)}))
-    if keys is None:
+    furthest = max(longest, min(context_of(model) or 0, _FURTHEST)) - 2
+    positions = sorted({min(p, furthest) for p in (*_POSITIONS, longest - 2, furthest)})
+    taken = _taken_at(collecting, positions)
+    if taken is None:
         return None
+    keys = {layer: torch.stack(of_layer) for layer, of_layer in taken.keys.items()}
+    tolerances = {layer: _tolerance(torch.stack(of_layer)) for layer, of_layer in taken.values.items()}
     dim = next(iter(keys.values())).shape[-1]
     frequencies = _frequencies(model)
     for rotary in _candidates({2 * len(f) for f in frequencies}, dim):
@@ -73,7 +84,7 @@ def find_rotary(collecting: Collecting, longest: int) -> FoundRotary | None:
         # Some models leave out the rotary embedding in some layers.
         rotations = [Rotation(f, turning) for f in (*lists, still)]
         found = {
-            layer: next((r for r in rotations if _fits(r, of_layer, positions)), None)
+            layer: next((r for r in rotations if _change(_back(r, of_layer, positions)) <= tolerances[layer]), None)
             for layer, of_layer in keys.items()
         }
         known = {layer: rotation for layer, rotation in found.items() if rotation is not None}
@@ -83,23 +94,28 @@ def find_rotary(collecting: Collecting, longest: int) -> FoundRotary | None:
 
 
 @torch.no_grad()
-def _keys_at(collecting: Collecting, positions: list[int]) -> tuple[dict[int, Tensor] | None, Tensor]:
-    """Return by layer the keys of two tokens at each position and the one after, [positions, kv_heads, 2, dim]."""
+def _taken_at(collecting: Collecting, positions: list[int]) -> _Keys | None:
+    """Read two tokens at each position, each as the first of a row: it sees nothing but itself in any layer.
+
+    So what a layer is given does not depend on the position, and rounding does not add up from layer to layer. Each
+    position is read by itself, since some models take frequencies for the furthest position of a call.
+    """
     model = collecting.model
     reader: Any = getattr(model, "base_model", model)
-    at = torch.tensor(positions)[:, None] + torch.arange(2)
     if "position_ids" not in inspect.signature(reader.forward).parameters:
-        return None, at
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.tensor([vocabulary // 2, vocabulary // 3]).expand_as(at)
-    taken: Any = _Keys()
-    collecting.start(taken)
-    # With a mask, positions are not taken for the borders of packed sequences.
-    place = {"input_ids": ids, "position_ids": at, "attention_mask": torch.ones_like(at)}
+        return None
+    vocabulary = vocabulary_of(model)
+    one, other = vocabulary // 2, vocabulary // 3
+    taken = _Keys()
+    document: Any = taken
+    collecting.start(document)
     device = input_device(model)
-    reader(**{name: tensor.to(device) for name, tensor in place.items()}, use_cache=False)
-    complete = set(taken.by_layer) == set(collecting.settings.layers)
-    return (taken.by_layer if complete else None), at
+    for position in positions:
+        ids = torch.tensor([[one, other], [other, one]], device=device)
+        at = torch.tensor([position, position + 1], device=device).expand_as(ids)
+        # With a mask, positions are not taken for the borders of packed sequences.
+        reader(input_ids=ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False)
+    return taken if set(taken.keys) == set(collecting.settings.layers) else None
 
 
 def _frequencies(model: Any) -> list[Tensor]:
@@ -116,7 +132,21 @@ def _candidates(sizes: set[int], dim: int) -> Iterator[Rotary]:
                 yield Rotary(layout="interleaved", first=first, size=size)
 
 
-def _fits(rotation: Rotation, keys: Tensor, at: Tensor) -> bool:
-    """Say whether keys turned back are the same at every position."""
-    back = torch.stack([rotation.undone(of_row, slots.to(keys.device)) for of_row, slots in zip(keys, at, strict=True)])
-    return bool((back - back[:1]).norm(dim=(1, 3)).amax() <= _TOLERANCE * back[0].norm(dim=(0, 2)).amin())
+def _back(rotation: Rotation, keys: Tensor, positions: list[int]) -> Tensor:
+    """Turn keys back, [positions, kv_heads, tokens, dim]."""
+    tokens = keys.shape[2]
+    rows = zip(keys, torch.tensor(positions, device=keys.device), strict=True)
+    return torch.stack([rotation.undone(of_row, at.expand(tokens)) for of_row, at in rows])
+
+
+def _change(found: Tensor) -> float:
+    """Say how much [positions, heads, tokens, dim] changes with the position, as a share of the smallest token."""
+    return float((found - found[:1]).norm(dim=(1, 3)).amax() / found[0].norm(dim=(0, 2)).amin().clamp(min=1e-30))
+
+
+def _tolerance(values: Tensor) -> float:
+    """Say how much keys of a layer may change with the position, from how much values do, which are never turned.
+
+    Values change only where turned keys matter to a lone token, through rounding: beside a learned sink logit.
+    """
+    return min(_TOLERANCE + _TIMES_NOISE * _change(values.double()), _MOST_TOLERANCE)

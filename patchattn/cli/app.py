@@ -224,18 +224,24 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
     corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
     key_moments: Annotated[bool, typer.Option(help="Also measure moments of the keys.")] = True,
-    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Device of the model: cpu, cuda, cuda:1, mps. Under torchrun, cuda is one GPU for each process."
+        ),
+    ] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """Measure what each head of a model misses when it is closed, and write a calibration.
 
-    Goes on where an earlier run into the same folder was broken off. Under torchrun the processes share the documents.
+    Goes on where an earlier run into the same folder was broken off. Under torchrun the processes share the documents,
+    which needs the extra `parallel`.
 
     **Examples**
 
     - `patchattn calibrate Qwen/Qwen3-0.6B --texts "books/*.txt" --lengths 8192 --out calibrations/qwen3-0.6b`
     - `patchattn calibrate --texts notes --window 256 --documents 64 --out calibrations/demo`: the shipped model
-    - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --out calibrations/model`
+    - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --device cuda --out found`: four GPUs
     """
     with explained():
         calibrate_command.run(
@@ -279,8 +285,7 @@ def inspect(
     with explained():
         found = calibrate_command.read(calibration, revision=revision)
         if plots is not None:
-            plots.mkdir(parents=True, exist_ok=True)
-            calibrate_command.write_card(found, plots)
+            calibrate_command.write_plots(found, plots)
         calibrate_command.show(found, where=calibration, as_json=json)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,9 +17,12 @@ from rich.table import Table
 from patchattn.calibration import Calibration
 from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
 from patchattn.calibration.collect import calibrate
+from patchattn.calibration.files import writing
 from patchattn.cli.models import load
-from patchattn.cli.problems import read_text, stop
+from patchattn.cli.problems import check_out, read_text, stop
+from patchattn.cli.processes import Process, joined, rank
 from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.report.files import made, tidied
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 
@@ -53,10 +54,17 @@ def run(choice: Choice) -> None:
     """Measure, save and show; goes on from where an earlier run with the same choices was broken off."""
     policy = _policy(choice)
     texts = _texts(choice.texts)
-    if choice.out.exists() and not choice.out.is_dir():
-        raise stop(f"{choice.out} is not a folder.", fix="Choose another --out.")
-    rank = _join_processes()
-    model, tokenizer = load(choice.model, choice.device)
+    if rank() == 0:
+        check_out(choice.out)
+    with joined(choice.device) as process:
+        calibration = _measure(choice, policy, texts, process)
+    if process.rank == 0:
+        show(calibration, where=str(choice.out), as_json=choice.json)
+
+
+def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process) -> Calibration:
+    """Measure in all processes, and save in the first."""
+    model, tokenizer = load(choice.model, process.device)
     bar = Progress(
         TextColumn("measuring documents"),
         BarColumn(),
@@ -64,9 +72,11 @@ def run(choice: Choice) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=rank > 0,
+        disable=process.rank > 0,
     )
-    with bar:
+    with tidied(choice.out), bar, warnings.catch_warnings():
+        if process.rank > 0:
+            warnings.simplefilter("ignore")  # The first process says the same.
         task = bar.add_task("", total=None)
         calibration = calibrate(
             model,
@@ -82,9 +92,9 @@ def run(choice: Choice) -> None:
             checkpoint=choice.out / ".checkpoint",
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
-    if rank == 0:
-        calibration.save_pretrained(choice.out)
-        show(calibration, where=str(choice.out), as_json=choice.json)
+        if process.rank == 0:
+            calibration.save_pretrained(choice.out)
+    return calibration
 
 
 def read(where: str, *, revision: str | None = None) -> Calibration:
@@ -95,6 +105,12 @@ def read(where: str, *, revision: str | None = None) -> Calibration:
     for warning in caught:
         Console(stderr=True).print(str(warning.message), style="dim", markup=False, soft_wrap=True)
     return calibration
+
+
+def write_plots(calibration: Calibration, folder: Path) -> None:
+    """Write the card and the plots into a folder, which is made."""
+    with writing(folder), made(folder):
+        write_card(calibration, folder)
 
 
 def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
@@ -255,10 +271,3 @@ def _texts(pattern: str) -> list[str]:
     if not paths:
         raise stop(f"No text file fits {pattern!r}.", fix="Give a file, a folder with .txt files, or a quoted pattern.")
     return [read_text(path) for path in paths]
-
-
-def _join_processes() -> int:
-    """Join the other processes where `torchrun` started several; returns the rank of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -21,8 +21,10 @@ from patchattn import demo
 from patchattn.cli.models import load
 from patchattn.cli.problems import read_text, stop
 from patchattn.evaluation.compare import Comparison, compare
+from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
+from patchattn.report.files import check_path
 
 _SHIPPED_LENGTH = 4096
 _PAGE = "report.html"
@@ -113,14 +115,13 @@ def _check_out(path: Path) -> None:
         raise stop(
             f"Can't save a picture as {path.name!r}.", fix="End the name given to --out with .png, .pdf or .svg."
         )
-    if not path.resolve().parent.is_dir():
-        raise stop(f"The folder {path.resolve().parent} does not exist.", fix="Make it, or choose another --out.")
+    for each in (path, path.with_name(_PAGE)):
+        check_path(each)
     import matplotlib  # noqa: F401
 
 
 def _default_length(model: Any) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
+    return min(context_of(model) or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from rich.table import Table
 from patchattn import demo
 from patchattn.calibration import Calibration
 from patchattn.cli.models import load
-from patchattn.cli.problems import read_text, stop
+from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.evaluation import Evaluation, Material, evaluate, make_sample, named_policy
+from patchattn.evaluation.compare import check_longest
 from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
 from patchattn.evaluation.policies import NAMES, heads_by_oracle
 from patchattn.evaluation.samples import DocumentError
@@ -69,9 +70,11 @@ def run(choice: Choice) -> None:
     if choice.dtype is not None and choice.dtype not in _DTYPES:
         raise stop(f"Unknown dtype {choice.dtype!r}.", fix=f"Use {', '.join(_DTYPES)}.")
     if choice.out is not None:
-        _check_out(choice.out)
+        check_out(choice.out)
+        import matplotlib  # noqa: F401
     calibration = None if choice.calibration is None else Calibration.from_pretrained(choice.calibration)
     model, tokenizer = load(None if choice.model == SHIPPED else choice.model, choice.device)
+    check_longest(model, max(lengths))
     if choice.dtype is not None:
         model = model.to(_DTYPES[choice.dtype])
     material = Material(text, tokenizer)
@@ -168,24 +171,19 @@ def _policy_files(names: str) -> dict[str, Policy | None]:
 
 def _lengths(given: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in _split(given)))
+        lengths = tuple(dict.fromkeys(int(part) for part in _split(given)))
     except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
         raise stop(
             f"Expected lengths in tokens with commas between them, got {given!r}.",
             fix="For instance --lengths 1024,4096.",
-        ) from None
+        )
+    return lengths
 
 
 def _split(given: str) -> list[str]:
     return [part.strip() for part in given.split(",") if part.strip()]
-
-
-def _check_out(folder: Path) -> None:
-    """Refuse before minutes of work what would fail after them."""
-    if folder.exists() and not folder.is_dir():
-        raise stop(f"{folder} is not a folder.", fix="Choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    import matplotlib  # noqa: F401
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchattn import demo
+from patchattn.calibration.places import fix_for, looks_like_path, no_folder
 from patchattn.cli.problems import stop
 
 
@@ -38,12 +40,18 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
 def _load_by_name(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not Path(name).is_dir() and looks_like_path(name):
+        raise stop(f"Can't load {name!r} as a causal language model: {no_folder(name)}", fix=_fix(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
-        raise stop(
-            f"Can't load {name!r} as a causal language model: {str(error).strip().splitlines()[0]}",
-            fix="Give a folder made by save_pretrained, or the Hub id of a causal language model.",
-        ) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        where = "" if Path(name).is_dir() else f"{no_folder(name)} From the Hub: "
+        raise stop(f"Can't load {name!r} as a causal language model: {where}{lines[0]}", fix=_fix(name)) from None
     return model.eval(), tokenizer
+
+
+def _fix(name: str) -> str:
+    otherwise = "give a folder made by save_pretrained, or the Hub id of a causal language model"
+    return otherwise if Path(name).is_dir() else fix_for(name, otherwise)

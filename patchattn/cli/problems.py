@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from patchattn.errors import PatchAttnError
+from patchattn.report.files import check_folder
 
 EXIT_CODE = 2
 
@@ -50,6 +51,16 @@ def explained() -> Iterator[None]:
 
 def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "policy"
+
+
+def check_out(folder: Path) -> None:
+    """Refuse a folder that can't be written into before minutes of work; makes nothing."""
+    try:
+        check_folder(folder)
+    except OSError as error:
+        if folder.is_file():
+            raise stop(f"{folder} is not a folder.", fix="Choose another --out.") from None
+        raise stop(f"Can't write into {folder}: {error.strerror}.", fix="Choose another --out.") from None
 
 
 def read_text(path: Path) -> str:

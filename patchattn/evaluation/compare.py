@@ -21,6 +21,7 @@ import patchattn
 from patchattn.evaluation.greedy import write
 from patchattn.evaluation.samples import DocumentError
 from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
+from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
 from patchattn.policy import Phase, Policy
 
@@ -151,6 +152,7 @@ def compare(
         PatchAttnError: As `patchattn.patch` raises it.
     """
     work = _Work(progress or (lambda _, __: None))
+    check_longest(model, length)
     lines = tokenize_text(text, tokenizer)
     check_length(model, lines, length)
     document = _document(lines, tokenizer, length, questions, seed)
@@ -213,12 +215,7 @@ def check_longest(model: Any, length: int) -> None:
     Raises:
         DocumentError: See above.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise DocumentError(
-            f"The model reads at most {longest:,} tokens and the document was to have {length:,}.",
-            fix=f"Choose a length of at most {longest}, or a model with a longer context.",
-        )
+    check_context(model, [length], DocumentError)
 
 
 def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from patchattn.hf.architecture import cache_of, text_config, with_cache
+from patchattn.evaluation.samples import DocumentError
+from patchattn.hf.architecture import cache_of, vocabulary_of, with_cache
+from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
 
 BINS = 8
@@ -29,9 +31,13 @@ def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
     Args:
         model: A causal language model, patched or not.
         tokens: Token ids, more than `BINS`; the first one is not predicted.
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
     """
+    check_context(model, [len(tokens)], DocumentError)
     ids = torch.tensor([list(tokens)], device=input_device(model))
-    size = max(_MOST_LOGITS // text_config(model).vocab_size, _SHORTEST_CALL)
+    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
     losses, cache = [], None
     for begin in range(0, ids.shape[1], size):
         part = ids[:, begin : begin + size]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.evaluation.samples import DocumentError
 from patchattn.gate import Measured, attention_scores, bulk_log_mass_from_calibration
+from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
@@ -87,10 +89,14 @@ def record_margins(
     Returns:
         By window and layer. Windows that the document does not outgrow are left out.
 
+    Raises:
+        DocumentError: The document is longer than the model's context.
+
     Example:
         >>> found = record_margins(model, document.token_ids, windows=(256,))  # doctest: +SKIP
         >>> found[256][0].opens(0.6).float().mean(1)  # open fraction of each head of layer 0  # doctest: +SKIP
     """
+    check_context(model, [len(token_ids)], DocumentError)
     sizes = [window for window in windows if len(token_ids) > sink_size + window]
     found: dict[int, dict[int, Margins]] = {window: {} for window in sizes}
 

@@ -23,6 +23,7 @@ from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
 from patchattn.evaluation.samples import DocumentError
+from patchattn.hf.architecture import name_of
 from patchattn.hf.patching import PatchHandle
 from patchattn.hf.weights import kept_buffers
 from patchattn.policy import Policy
@@ -131,7 +132,7 @@ def evaluate(
                 cells.append(dataclasses.replace(cell, policy=policy_name))
                 told.end()
     found = Evaluation(
-        model=name or Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,
+        model=name or Path(name_of(model)).name,
         tasks=chosen,
         lengths=tuple(lengths),
         policies=resolved,

@@ -11,6 +11,8 @@ import torch
 import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
+from patchattn.evaluation.samples import DocumentError
+from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
 from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
 
@@ -93,8 +95,10 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
         base: Sink, window and break-even.
 
     Raises:
+        DocumentError: A prompt is longer than the model's context.
         PolicyError: No prompt is long enough for a gate to be asked.
     """
+    check_context(model, [len(tokens) for tokens in prompts], DocumentError)
     policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
     with patchattn.patch(model, policy) as handle, torch.no_grad():
         for tokens in prompts:

@@ -14,6 +14,7 @@ from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.scores import wilson_interval
 from patchattn.policy import Phase, Policy
 from patchattn.report import GateReport
+from patchattn.report.files import made
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -232,13 +233,13 @@ def never_asked(found: Evaluation) -> list[str]:
 
 
 def append_cell(path: Path, cell: Cell) -> None:
-    """Add a cell to a file as a line of JSON.
+    """Add a cell to a file as a line of JSON; makes the folder.
 
     Raises:
         ReportError: The file can't be written.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with made(path.parent), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell.to_dict()) + "\n")
     except OSError as error:
         raise ReportError(f"Can't write {path}: {error.strerror}.", fix="Choose another place.") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from patchattn.errors import ReportError
 from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.results import PHASES, Cell, Evaluation
-from patchattn.report.files import write_text
+from patchattn.report.files import made, write_text
 
 _NOTHING = "-"
 _MARKDOWN_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#"})
@@ -92,17 +92,19 @@ def save(found: Evaluation, folder: Path) -> list[Path]:
     """Write all files; see `Evaluation.save`."""
     from patchattn.evaluation.picture import save_picture
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"Can't make the folder {folder}: {error.strerror}.", fix="Choose another one.") from error
     writers: dict[str, Callable[[Evaluation], str]] = {
         "evaluation.md": markdown,
         "evaluation.csv": csv_text,
         "evaluation.json": lambda found: json.dumps(found.to_dict(), indent=1) + "\n",
     }
-    paths = [write_text(folder / name, write(found)) for name, write in writers.items()]
-    return [*paths, save_picture(found, folder / "evaluation.png")]
+    try:
+        with made(folder):
+            paths = [write_text(folder / name, write(found)) for name, write in writers.items()]
+            return [*paths, save_picture(found, folder / "evaluation.png")]
+    except OSError as error:
+        raise ReportError(
+            f"Can't make the folder {folder} or write into it: {error.strerror}.", fix="Choose another one."
+        ) from error
 
 
 def _score(cell: Cell | None) -> str:

@@ -231,6 +231,16 @@ def head_slices(model: Any) -> tuple[int, int]:
 # Configurations.
 
 
+def implementation_of(config: Any) -> str:
+    """Return the name of the attention implementation that a configuration asks for."""
+    return config._attn_implementation_internal
+
+
+def set_implementation(config: Any, name: str) -> None:
+    """Have modules of a configuration call another attention function, past the checks meant for users."""
+    config._attn_implementation_internal = name
+
+
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's decoder."""
     return model.config.get_text_config(decoder=True)
@@ -244,9 +254,24 @@ def head_dim(config: Any) -> int:
     )
 
 
-def longest_context(model: Any) -> int | None:
-    """Return the most tokens that a model is made for, None where its configuration does not say."""
+def context_of(model: Any) -> int | None:
+    """Return the most tokens that a model reads; None if its configuration names no limit."""
     return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return the number of tokens that a model knows."""
+    return text_config(model).vocab_size
+
+
+def name_of(model: Any) -> str:
+    """Return the name or folder that a model was loaded from, or that of its class."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def commit_of(model: Any) -> str | None:
+    """Return the commit on the Hub that a model was loaded from, None if it was not."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def asks_for_weights(model: nn.Module, module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchattn.backends import Backend, load, load_dense, load_plain
 from patchattn.errors import UnsupportedCallError
 from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
-from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, original_attention
+from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
 from patchattn.hf.cache import load_moments, prepare, store_moments, why_rebuilt
 from patchattn.hf.counters import Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, BatchingRefusal, no_attention_weights
@@ -171,7 +171,7 @@ def attention(
     if state is None or state.is_local or not isinstance(attention_mask, CausalMask):
         if state is None:
             # A model that is not patched, made from the configuration of one that is.
-            forward = original_attention(module, ORIGINAL_OF[module.config._attn_implementation])
+            forward = original_attention(module, ORIGINAL_OF[implementation_of(module.config)])
         else:
             state.add("dense_calls", "local" if state.is_local else "mask")
             forward = state.attend_originally
@@ -192,11 +192,15 @@ def attention(
                 return output.transpose(1, 2).contiguous(), None
     regions = attention_mask.regions(state.policy.sink_size, state.policy.window_size, query, key)
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
-    output = _attend(state, inputs, phase, cache) if reason is None else state.attend_densely(inputs)
+    output = (
+        _attend(state, inputs, phase, cache, kwargs.get("position_ids"))
+        if reason is None
+        else state.attend_densely(inputs)
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any) -> Tensor:
+def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None) -> Tensor:
     policy, attend = state.policy, state.attend
     state.add("gated_calls", phase)
     if state.replay is not None:
@@ -209,7 +213,8 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any
         if uses_moments and moments is None and phase == "decode" and inputs.key.shape[2] >= sum(grid) + CHUNK:
             state.add("rebuilt", why_rebuilt(cache, state.cache_layer))
         bound = _chunk_bound(inputs, has_state=moments is not None)
-        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, max_chunks=bound, measured=state.measured)
+        known = {"max_chunks": bound, "measured": state.measured, "positions": positions}
+        mass, moments = bulk_log_mass(policy, state.layer, inputs, moments, **known)
         if moments is not None:
             store_moments(cache, state.cache_layer, moments, grid)
     attended = attend(inputs, mass, state.threshold)

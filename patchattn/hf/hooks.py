@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import ORIGINALS, cache_among
+from patchattn.hf.architecture import ORIGINALS, cache_among, implementation_of
 
 STATE = "patchattn_layer"
 """Name of the submodule that a patched attention module carries."""
@@ -27,10 +27,9 @@ def install_cache_hook(module: nn.Module) -> Any:
 
 def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state = module._modules[STATE]
-    # Not through the property, which takes longer than the rest of this hook.
-    if module.config._attn_implementation_internal != ORIGINALS[state.original]:
+    if implementation_of(module.config) != ORIGINALS[state.original]:
         raise PatchStateError(
-            f"The model's attention implementation was changed to {module.config._attn_implementation!r} after it was "
+            f"The model's attention implementation was changed to {implementation_of(module.config)!r} after it was "
             "patched, which silently switches the patch off.",
             fix="call patchattn.unpatch(model) before set_attn_implementation, and patch again after it",
         )

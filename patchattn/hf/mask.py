@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map_only
 
 from patchattn.errors import ShapeError
-from patchattn.hf.architecture import ORIGINAL_OF
+from patchattn.hf.architecture import ORIGINAL_OF, implementation_of
 from patchattn.regions import Regions, first_real_slot
 
 Shape = tuple[int, int, int, int]
@@ -267,7 +267,7 @@ def mask(
 
     # A static cache hands out its own counter, which goes on while the mask is in use.
     q_offset = q_offset.to(device, torch.long, copy=True) if isinstance(q_offset, Tensor) else q_offset
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINAL_OF[config._attn_implementation]]
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[ORIGINAL_OF[implementation_of(config)]]
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,

@@ -21,9 +21,11 @@ from patchattn.hf.architecture import (
     has_sink_logits,
     head_sizes,
     head_slices,
+    implementation_of,
     is_local,
     original_attention,
     query_heads,
+    set_implementation,
     softcap_of,
     underlying,
 )
@@ -178,8 +180,8 @@ def unpatch(model: Any) -> None:
     for module in attention_modules(model).values():
         state = module._modules.pop(STATE)
         del state.config
-        if module.config._attn_implementation == ORIGINALS[state.original] and not is_in_use(module.config):
-            module.config._attn_implementation_internal = state.original
+        if implementation_of(module.config) == ORIGINALS[state.original] and not is_in_use(module.config):
+            set_implementation(module.config, state.original)
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
         state.refusal.undo()
@@ -277,7 +279,7 @@ def _apply(
     measured: dict[int, Measured],
 ) -> None:
     # A configuration that is shared with a patched model names that model's implementation.
-    named: dict[int, str] = {index: module.config._attn_implementation for index, module in modules.items()}
+    named = {index: implementation_of(module.config) for index, module in modules.items()}
     originals = {index: ORIGINAL_OF.get(name, name) for index, name in named.items()}
     gated = set(policy.layers or ())
     slices, rank = head_slices(underlying(model))
@@ -304,7 +306,7 @@ def _apply(
         state.hook_id = install_cache_hook(module).id
         state.refusal, state.config = refusal, module.config
         module._modules[STATE] = state
-        module.config._attn_implementation_internal = ORIGINALS[originals[index]]
+        set_implementation(module.config, ORIGINALS[originals[index]])
     decoder = decoder_of(model)
     if decoder is not None:
         install_mask_hook(decoder)

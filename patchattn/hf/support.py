@@ -16,6 +16,7 @@ from patchattn.hf.architecture import (
     eager_attention,
     has_sink_logits,
     holders,
+    implementation_of,
     interface_forward,
     is_local,
     layer_type,
@@ -196,7 +197,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _reasons_of_implementation(name: str, modules: dict[int, Any]) -> list[str]:
-    originals = {module.config._attn_implementation for module in modules.values()}
+    originals = {implementation_of(module.config) for module in modules.values()}
     reasons = [
         f"{name} uses the attention implementation {original!r}; call model.set_attn_implementation('sdpa') first."
         for original in sorted(originals - {*ORIGINALS, *ORIGINALS.values()}, key=str)

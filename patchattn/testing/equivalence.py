@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.hf.architecture import cache_of, with_cache
+from patchattn.hf.architecture import cache_of, context_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device, input_dtype
@@ -195,7 +195,7 @@ class _Text:
                 f"sink_size + window_size + min_bulk = {needed}. Use longer inputs, or a smaller window_size or "
                 "min_bulk."
             )
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = context_of(model)
         if longest is not None and ids.shape[1] + new_tokens > longest:
             raise ValueError(
                 f"{ids.shape[1]} tokens and {new_tokens} new ones are more than the {longest} positions of the model. "

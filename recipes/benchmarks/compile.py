@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.hf.architecture import with_cache
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     device = prepare(options)
     model, tokenizer = demo.load()
+    check_longest(model, max(options.lengths) + options.steps)
     model = model.to(device)
     tokens = tokenizer(demo.sample_text()[:20000], return_tensors="pt").input_ids.to(device)
     rows = []

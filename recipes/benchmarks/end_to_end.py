@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.hf.architecture import cache_of, with_cache
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -86,6 +87,7 @@ def load(name: str, layers: int, longest: int, dtype: torch.dtype) -> tuple[Any,
     """Load the shipped model with its text, or make a model of a real shape with random weights and tokens."""
     if name == "shipped":
         model, tokenizer = demo.load()
+        check_longest(model, longest)
         return model.to(dtype), tokenizer(demo.sample_text()[:30000], return_tensors="pt").input_ids
     fields = dict(SHAPES[name])
     config = AutoConfig.for_model(

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy, demo
+from patchattn.evaluation.compare import check_longest
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.attention import LayerState
 from patchattn.hf.patching import Record
@@ -39,6 +40,7 @@ def main() -> None:
     models = {}
     for record in RECORDS:
         model, tokenizer = demo.load()
+        check_longest(model, options.length)
         model = model.to(device)
         policy = Policy(window_size=options.window, min_bulk=0)
         models[record] = model, patchattn.patch(model, policy, backend=options.backend, record=record)

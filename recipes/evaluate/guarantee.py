@@ -23,6 +23,7 @@ from patchattn import Policy, RiskTarget, demo
 from patchattn.calibration.collect import Collecting, read_document, settings_of
 from patchattn.calibration.risk import Curves, documents_needed, rungs
 from patchattn.calibration.statistics import MARGINS, Totals
+from patchattn.evaluation.compare import check_longest
 from patchattn.gate import Measured
 
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -186,6 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     model, _ = demo.load()
+    check_longest(model, arguments.length)
     made = documents(arguments.documents, arguments.length, seed="guarantee")
     tokens = [torch.tensor(document.token_ids) for document in made]
     missed, opened = measure(model, tokens, arguments.work / f"guarantee-{arguments.length}.documents.pt")

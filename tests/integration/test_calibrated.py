@@ -123,6 +123,92 @@ def test_prefill_and_decode_take_the_same_decisions(calibration) -> None:
             assert not calls[0][:, :, 36:].all()
 
 
+def left_padded(ids: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows: a text behind padding, and one without."""
+    filler = tokens(1)[:, :pad]
+    padded = torch.cat([torch.zeros_like(filler), ids], dim=1)
+    mask = torch.ones(2, padded.shape[1], dtype=torch.long)
+    mask[0, :pad] = 0
+    return torch.cat([padded, torch.cat([filler, ids], dim=1)]), mask
+
+
+POSITIONS = {
+    "counted from the first slot": lambda mask: None,
+    "counted from the first real token": lambda mask: (mask.cumsum(1) - 1).clamp(min=0),
+    "counted from further on": lambda mask: torch.arange(mask.shape[1])[None] + 1000,
+}
+
+
+@pytest.mark.parametrize("numbered", list(POSITIONS))
+def test_estimates_of_a_padded_row_are_those_of_the_row_alone(calibration, numbered, monkeypatch) -> None:
+    """The rotary embedding is relative: from where positions count changes no score, so it may change no estimate."""
+    model, ids, pad = tiny_model("llama").double(), tokens(1), 50
+    model.config.dtype = torch.float32
+    calibration = changed(calibration, dtype="float64")
+    policy = with_gate(MomentGate(threshold=0.5, moments="calibration", estimate="saturating"))
+    found: list[torch.Tensor] = []
+
+    def keep(*arguments, **fields):
+        found.append(from_text(*arguments, **fields))
+        return found[-1]
+
+    from_text = patchattn.gate.bulk_log_mass_from_text
+    monkeypatch.setattr("patchattn.gate.bulk_log_mass_from_text", keep)
+
+    def estimates(ids: torch.Tensor, split: int | None = None, **call) -> list[torch.Tensor]:
+        found.clear()
+        positions = call.pop("position_ids", None)
+        mask = call.get("attention_mask")
+        cache, step = None, ids.shape[1] if split is None else split
+        with patchattn.patch(model, policy, calibration=calibration):
+            for begin, end in ((0, step), *((at, at + 1) for at in range(step, ids.shape[1]))):
+                if mask is not None:
+                    call["attention_mask"] = mask[:, :end]
+                if positions is not None:
+                    call["position_ids"] = positions[:, begin:end]
+                cache = run(model, ids[:, begin:end], past_key_values=cache, **call).past_key_values
+        layers = 3
+        return [torch.cat(found[layer::layers], dim=2) for layer in range(layers)]
+
+    alone = estimates(ids)
+    padded, mask = left_padded(ids, pad)
+    for split in (None, 340):
+        together = estimates(padded, split, attention_mask=mask, position_ids=POSITIONS[numbered](mask))
+        for want, got in zip(alone, together, strict=True):
+            assert want[0, :, 36:].isfinite().all()
+            torch.testing.assert_close(got[0, :, pad:], want[0], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_do_not_count_on_open_the_gate(calibration) -> None:
+    """Where positions jump, or are not known behind padding, turned moments would be a guess."""
+    model, ids = tiny_model("llama"), tokens(1)
+    positions = torch.arange(300)[None].clone()
+    positions[:, 200:] += 7
+    policy = with_gate(MomentGate(threshold=0.01, moments="calibration", estimate="saturating"))
+    with patchattn.patch(model, policy, calibration=calibration, record="timeline") as handle:
+        run(model, ids, use_cache=False)
+        plain = recorded_gates(handle)[0][0]
+        handle.reset_report()
+        run(model, ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
+        jumped = recorded_gates(handle)[0][0]
+    assert not plain[:, :, 200:].all()
+    assert torch.equal(jumped[:, :, :200], plain[:, :, :200])
+    assert jumped[:, :, 200:].all()
+
+    inputs = make_inputs()
+    valid = torch.ones(2, 400)
+    valid[1, :20] = 0
+    regions = Regions.of(valid, query_length=400, sink_size=4, window_size=32)
+    twice = (part.expand(2, -1, -1, -1) for part in (inputs.query, inputs.key, inputs.value))
+    inputs = AttentionInputs(*twice, regions, 0.4)
+    moments = RotaryMoments(torch.zeros(2, 8).double(), torch.eye(8).double().expand(2, 8, 8), torch.ones(4).double())
+    mass, _ = bulk_log_mass(policy, 0, inputs, measured=Measured(moments=moments))
+    opened = attend(inputs, mass, margin_threshold(policy.gate)).open
+    assert not opened[0].any()
+    assert opened[1, :, 56:].all()
+    assert not opened[1, :, :56].any()
+
+
 def test_margins_survive_casts_copies_pickles_and_resets(calibration) -> None:
     model = tiny_model("llama")
     with patchattn.patch(model, calibration=calibration, record="timeline") as handle:

@@ -211,6 +211,37 @@ def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None
     assert turned == {"cohere2": [], "smollm3": [0, 1]}.get(family, list(settings.layers))
 
 
+def rotary_of(model, longest=300):
+    settings, _ = settings_of(model, POLICY, (longest,), 0.6, key_moments=True)
+    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
+        return find_rotary(collecting, longest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v3", "smollm3"])
+def test_rounding_does_not_hide_the_rotary_embedding_of_deep_models(family: str, dtype: torch.dtype) -> None:
+    sizes = {"num_hidden_layers": 30}
+    if family in ("gemma3_text", "gpt_oss"):
+        sizes["layer_types"] = ["sliding_attention", "full_attention"] * 15
+    if family == "smollm3":
+        sizes["no_rope_layers"] = [1, 1, 0] * 10
+    found = rotary_of(tiny_model(family, dtype=dtype, **sizes))
+    assert found is not None
+    assert (found.rotary.layout, found.rotary.size) == ("halves", {"deepseek_v3": 8}.get(family, 16))
+    still = [layer for layer, rotation in found.rotations.items() if not rotation.frequencies.any()]
+    assert still == (list(range(2, 30, 3)) if family == "smollm3" else [])
+
+
+@pytest.mark.parametrize("longest", [100, 300])
+def test_frequencies_that_depend_on_the_length_of_the_call_are_not_known(longest: int) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=128)
+    # Also where no document is long enough to see it: later prompts are.
+    assert rotary_of(model, longest) is None
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=4096)
+    assert rotary_of(model, longest) is not None
+
+
 def test_models_whose_keys_are_turned_in_unknown_ways_have_no_key_moments() -> None:
     model = tiny_model("llama")
     rotate = model.model.rotary_emb.forward
@@ -353,7 +384,7 @@ def test_what_cannot_be_measured_is_refused_with_the_model_untouched() -> None:
         measure(model, documents=7)
     with pytest.raises(CalibrationError, match="no keys beyond sink 4 and window 32"):
         measure(model, lengths=(36,))
-    with pytest.raises(CalibrationError, match="longer than the model's context of"):
+    with pytest.raises(CalibrationError, match="reads at most 4,096 tokens"):
         measure(model, lengths=(300, 10**6))
     with pytest.raises(CalibrationError, match="needs 5 documents or more"):
         measure(model, policy=OTHER_TEXT, documents=4)

@@ -10,6 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from patchattn import demo
+from patchattn.cli import evaluate as command
 from patchattn.cli.app import app
 from patchattn.policy import MomentGate, Policy
 
@@ -88,6 +89,14 @@ def test_mistakes_are_explained(
     assert message in result.stderr
     assert "Fix: " in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_lengths_are_refused_before_heads_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "heads_by_oracle", lambda *_: pytest.fail("a model was run"))
+    for lengths, message in (("300,8192", "at most 4,096 tokens"), ("300,0", "Expected lengths"), (",", "Expected")):
+        result = run("demo", "--lengths", lengths, "--tasks", "fact", "--policies", "static")
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
 
 
 def test_help_has_examples() -> None:

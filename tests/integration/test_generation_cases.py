@@ -12,7 +12,9 @@ import inspect
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 import patchattn
 from patchattn import OpenGate, Policy
@@ -141,6 +143,22 @@ def test_end_of_sequence_ends_rows_and_a_least_length_holds_it_back(twins):
         expected, got = twins.both(lambda model, options=options: twins.generate(model, **options))
         assert_same(got, expected)
         assert (end in new_tokens(got)[0, :4]) is (least == 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    # transformers measures words by what it finds behind this one.
+    words = {f"w{token}.": token for token in range(128)} | {"abcdef": 128}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0.")))
+
+
+def test_a_string_ends_rows(twins, tokenizer):
+    third = int(new_tokens(twins.through_gates(twins.generate))[0, 2])
+    options = {"stop_strings": [f"w{third}."], "tokenizer": tokenizer, "pad_token_id": 0}
+    expected, got = twins.both(lambda model: twins.generate(model, twins.one, **options))
+    assert_same(got, expected)
+    assert third in new_tokens(got)[0, :3]
+    assert len(got.scores) <= 3
 
 
 def test_generation_does_not_need_a_cache(twins):

@@ -48,8 +48,12 @@ def load() -> types.ModuleType:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         # Their marks are not registered here, and pytest is asked to be strict about that.
-        with mock.patch.object(pytest, "mark", pytest.MarkGenerator(_ispytest=True)):
-            spec.loader.exec_module(sys.modules[name])
+        try:
+            with mock.patch.object(pytest, "mark", pytest.MarkGenerator(_ispytest=True)):
+                spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 

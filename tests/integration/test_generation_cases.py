@@ -70,8 +70,11 @@ class Twins:
     def batch(self):
         return {"input_ids": self.ids, "attention_mask": self.mask}
 
-    def through_gates(self, call):
-        """Call with the patched model; all of its full layers must go through their gates, which are open."""
+    def through_gates(self, call, dense=("local",)):
+        """Call with the patched model; all of its full layers must go through their gates, which are open.
+
+        `dense` names the reasons for which other calls may attend densely.
+        """
         self.handle.reset_report()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -80,15 +83,15 @@ class Twins:
         assert report.open_fraction() == 1.0
         for by_phase in report.layers.values():
             assert sum(counts.gated_calls for counts in by_phase.values()) > 0
-        assert all(set(reasons) <= {"local"} for reasons in report.dense_calls.values())
+        assert all(set(reasons) <= set(dense) for reasons in report.dense_calls.values())
         return got
 
-    def both(self, call):
+    def both(self, call, dense=("local",)):
         """Return what the stock and the patched model answer, from the same random state."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             expected = call(self.stock)
-        return expected, self.through_gates(call)
+        return expected, self.through_gates(call, dense)
 
     def forward(self, model, **kwargs):
         return model(**{**self.batch(), **kwargs}).logits
@@ -122,6 +125,7 @@ WAYS = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beams that sample": {"num_beams": 2, "do_sample": True},
     "prefill in pieces": {"prefill_chunk_size": 16},
+    "logits of the whole prompt": {"logits_to_keep": 0},
     "rows that stop apart": {"stopping_criteria": StoppingCriteriaList([StopAfter((2, 4))]), "pad_token_id": 0},
 }
 
@@ -190,13 +194,29 @@ def test_generation_goes_on_from_a_returned_cache(twins):
         assert torch.equal(in_two(twins.patched, twins.stock).sequences, whole.sequences)
 
 
-def test_embeddings_in_place_of_tokens(twins):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_embeddings_in_place_of_tokens(twins, cache):
     with torch.no_grad():
         embeddings = twins.stock.get_input_embeddings()(twins.ids)
     inputs = {"inputs_embeds": embeddings, "attention_mask": twins.mask}
-    expected, got = twins.both(lambda model: twins.generate(model, inputs))
+    expected, got = twins.both(lambda model: twins.generate(model, inputs, cache_implementation=cache))
     assert_same(got, expected)
     assert torch.equal(new_tokens(got), new_tokens(twins.through_gates(twins.generate)))
+
+
+def test_a_prompt_of_one_token_grows_into_the_gates(twins):
+    inputs = {"input_ids": twins.ids[:1, -1:]}
+    expected, got = twins.both(lambda model: twins.generate(model, inputs, max_new_tokens=16), dense=("local", "short"))
+    assert_same(got, expected)
+
+
+def test_positions_may_be_given_or_left_to_the_mask(twins):
+    positions = (twins.mask.cumsum(1) - 1).clamp(min=0)
+    expected, got = twins.both(lambda model: twins.forward(model, position_ids=positions))
+    real = twins.mask.bool()
+    torch.testing.assert_close(got[real], expected[real], **CLOSE)
+    given = twins.through_gates(lambda model: twins.generate(model, {**twins.batch(), "position_ids": positions}))
+    assert_same(given, twins.through_gates(twins.generate))
 
 
 def test_padding_on_the_left_changes_nothing(twins):
@@ -259,3 +279,6 @@ def test_drafts_change_no_token(twins, drafts):
     expected, got = twins.both(lambda model: twins.generate(model, twins.one, **options))
     assert_same(got, expected)
     assert torch.equal(got.sequences, twins.through_gates(lambda model: twins.generate(model, twins.one)).sequences)
+    # Of sampled drafts some are refused, and the cache is cut back.
+    options |= {"do_sample": True, "top_k": 20}
+    assert_same(*twins.both(lambda model: twins.generate(model, twins.one, **options)))

@@ -98,7 +98,7 @@ class Tester:
         return copy.deepcopy(self.config), {"input_ids": ids, "attention_mask": mask}
 
 
-def test_class(family: str) -> type[unittest.TestCase]:
+def make_test_class(family: str) -> type[unittest.TestCase]:
     """Make the test class of one family."""
     mixin = load().ModelTesterMixin
     kind = type(Tester(family).config)

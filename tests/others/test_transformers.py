@@ -33,10 +33,10 @@ def fetched(request):
 
 def run_all(family, name, *, has_attentions=True):
     """Run every case of a test on stock and on patched models; return pairs of runs, or skip with its own reason."""
-    from common_tests import cases, test_class
+    from common_tests import cases, make_test_class
     from patched_run import run
 
-    kind = test_class(family)
+    kind = make_test_class(family)
     kind.has_attentions = has_attentions
     if name not in cases():
         pytest.skip("this version of transformers has no such test")

@@ -103,7 +103,7 @@ def make_test_class(family: str) -> type[unittest.TestCase]:
     mixin = load().ModelTesterMixin
     kind = type(Tester(family).config)
     found = [getattr(transformers, head)._model_mapping.get(kind, None) for head in HEADS]
-    classes = tuple(_with_own_config(model) for model in found if model is not None)
+    classes = tuple(model for model in found if model is not None)
     return type(
         f"{family}ModelTest",
         (mixin, unittest.TestCase),
@@ -115,15 +115,3 @@ def make_test_class(family: str) -> type[unittest.TestCase]:
             "setUp": lambda self: setattr(self, "model_tester", Tester(family)),
         },
     )
-
-
-def _with_own_config(model: type) -> type:
-    """Return a class of the same name whose models copy the configuration they are made from.
-
-    The tests make several models of one configuration object, and a model that shares it with a patched one is refused.
-    """
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model.__init__(self, copy.deepcopy(config), *args, **kwargs)
-
-    return type(model.__name__, (model,), {"__init__": __init__, "__module__": model.__module__})

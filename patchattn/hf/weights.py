@@ -35,7 +35,9 @@ def compute_device(module: nn.Module, model: nn.Module) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device on which a Hugging Face model takes its token ids."""
+    """Return the device on which a model takes its token ids; one that is not of transformers says so itself."""
+    if not hasattr(model, "get_input_embeddings"):
+        return model.device
     return compute_device(model.get_input_embeddings(), model)
 
 

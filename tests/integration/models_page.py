@@ -20,7 +20,7 @@ from matrix import (
 import patchattn
 from patchattn.hf.support import attention_modules
 from patchattn.testing import tiny_model
-from patchattn.testing.models import REFUSED_FAMILIES, VISION_FAMILIES
+from patchattn.testing.models import HYBRID_FAMILIES, REFUSED_FAMILIES, VISION_FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs/reference/models.md"
 BEGIN = "<!-- Written by tests/integration/models_page.py: change the tests, not the tables. -->"
@@ -29,7 +29,7 @@ END = "<!-- End of the written part. -->"
 
 def written_part() -> str:
     """Return what the page says between its two markers."""
-    return "\n\n".join((supported_table(), features(), refused_table()))
+    return "\n\n".join((supported_table(), features(), other_table(), refused_table()))
 
 
 def supported_table() -> str:
@@ -56,10 +56,12 @@ def supported_table() -> str:
 def special(family: str, model: object) -> list[str]:
     """Name what the family's attention has beyond Llama's, as read from the model."""
     config = model.config.get_text_config(decoder=True)
-    module = next(iter(attention_modules(model).values()))
+    modules = list(attention_modules(model).values())
+    module = modules[0]
     found = {
         "text tower of a vision-language model": family in VISION_FAMILIES,
         "softcap": getattr(module, "attn_logit_softcapping", None) is not None,
+        "layers that share keys": any(getattr(m, "is_kv_shared_layer", False) for m in modules),
         "learned sink logits": hasattr(module, "sinks"),
         "latent keys and values of different sizes (MLA)": hasattr(module, "kv_lora_rank"),
         "normalised queries and keys": hasattr(module, "q_norm"),
@@ -88,6 +90,36 @@ def features() -> str:
             f"Tensor parallel on two processes: {', '.join(f'`{family}`' for family in TENSOR_PARALLEL)}.",
         ]
     )
+
+
+OTHERS = {
+    "`Gemma4ForConditionalGeneration`": "vision and audio towers stay as they are; layers that share keys share "
+    "moments, and may be given the last queries of a prompt only",
+    "`GlmOcrForConditionalGeneration`": "reads text in pictures; its vision tower stays as it is",
+    "`VoxtralForConditionalGeneration`": "listens; its audio tower stays as it is",
+    "weights in buffers": "as GPTQ, AWQ and EETQ hold them",
+    "`torch.ao.quantization.quantize_dynamic`": "weights that are neither parameters nor buffers",
+    "bitsandbytes": "4 and 8 bits",
+    "torchao": "weights in int8, int4 and float8",
+    "hqq": "4 and 8 bits",
+}
+"""What test_towers.py and test_quantised.py run, with what is special; quantised models are Llamas."""
+
+
+def other_table() -> str:
+    rows = [
+        "These are run too, through forward and `generate`:",
+        "",
+        "| model or weights | layers that are patched | what is special |",
+        "|---|---|---|",
+    ]
+    for family in HYBRID_FAMILIES:
+        model = tiny_model(family)
+        assert patchattn.check_support(model), family
+        kept = "layers of linear attention, and a cache of its own"
+        rows.append(f"| `{type(model).__name__}` | those of softmax attention | {kept} |")
+    rows += [f"| {name} | full ones, not sliding ones | {what} |" for name, what in OTHERS.items()]
+    return "\n".join(rows)
 
 
 def refused_table() -> str:

@@ -166,7 +166,7 @@ def test_estimates_of_a_padded_row_are_those_of_the_row_alone(calibration, numbe
                     call["attention_mask"] = mask[:, :end]
                 if positions is not None:
                     call["position_ids"] = positions[:, begin:end]
-                cache = run(model, ids[:, begin:end], past_key_values=cache, **call).past_key_values
+                cache = cache_of(run(model, ids[:, begin:end], **with_cache(model, cache), **call))
         layers = 3
         return [torch.cat(found[layer::layers], dim=2) for layer in range(layers)]
 

@@ -25,7 +25,7 @@ def test_the_context_of_a_model_may_be_nested_or_unknown() -> None:
     assert context_of(tiny_model("gemma3")) == 4096
     for limit in ({"max_position_embeddings": None}, {}):
         config = SimpleNamespace(**limit)
-        config.get_text_config = lambda config=config: config
+        config.get_text_config = lambda config=config, **_: config
         model = SimpleNamespace(config=config)
         assert context_of(model) is None
         check_context(model, [10**9], CalibrationError)

@@ -91,7 +91,8 @@ class Case:
         rows = slice(0, 1) if one else slice(None)
         if "assistant_model" in kwargs:
             kwargs["assistant_model"] = self.assistant
-        kwargs = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **kwargs}
+        # A copy: transformers 5.17 takes the backend out of a cache_config, so that the next call has another.
+        kwargs = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **copy.deepcopy(kwargs)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             tokens = self.model.generate(self.ids[rows], attention_mask=self.mask[rows], **kwargs)

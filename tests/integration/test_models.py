@@ -40,16 +40,6 @@ from matrix import (
 from models_page import BEGIN, END, PAGE, written_part
 
 
-def makes_hqq_caches(config):
-    try:
-        cache_utils.QuantizedCache(backend="hqq", config=config)
-    except ImportError as error:
-        return "quanto" not in str(error)
-    except ValueError:  # of sliding layers, which the test expects
-        return True
-    return True
-
-
 @pytest.fixture(scope="module", params=MATRIX)
 def case(request):
     return Case(request.param)
@@ -107,8 +97,6 @@ def test_caches(case, cache):
         pytest.skip("this version of transformers has no fp8 cache")
     if quantises(cache):
         pytest.importorskip(quantises(cache))
-    if cache == "hqq" and not makes_hqq_caches(case.model.config):
-        pytest.skip("this version of transformers (5.17) asks for optimum-quanto to make an hqq cache")
     if case.local and CACHES[cache]["cache_implementation"] == "quantized":
         with pytest.raises(ValueError, match="only full attention layers"):
             case.generate(**CACHES[cache])

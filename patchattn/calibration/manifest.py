@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from patchattn.errors import CalibrationError
-from patchattn.hf.architecture import head_dim, text_config
+from patchattn.hf.architecture import head_dim, kv_heads, text_config
 from patchattn.policy import Estimate, LocalShare
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -57,7 +57,7 @@ class Fingerprint(_Frozen):
         return cls(
             layers=config.num_hidden_layers,
             query_heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=kv_heads(config),
             head_dim=head_dim(config),
             rope=json.dumps(rope, sort_keys=True, default=str),
             dtype=_dtype(model),

@@ -27,6 +27,7 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
 LOCAL_LAYERS = frozenset({"sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding"})
 _QUERY_PROJECTIONS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")
+_KV_HEADS = "num_key_value_heads"
 _HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size")
 
 # What an attention function is given by name, and what it is given only by some models or in some versions; the gated
@@ -204,8 +205,7 @@ def group_size(module: Any) -> int:
     group = getattr(module, "num_key_value_groups", None)
     if isinstance(group, int):
         return group
-    heads = query_heads(module)
-    return heads // (getattr(module.config, "num_key_value_heads", None) or heads)
+    return query_heads(module) // (getattr(module.config, _KV_HEADS, None) or query_heads(module))
 
 
 def head_sizes(module: Any) -> tuple[int, int]:
@@ -244,6 +244,11 @@ def set_implementation(config: Any, name: str) -> None:
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's decoder."""
     return model.config.get_text_config(decoder=True)
+
+
+def kv_heads(config: Any) -> int:
+    """Return the number of KV heads in a decoder's configuration; as many as query heads if it states none."""
+    return getattr(config, _KV_HEADS, None) or config.num_attention_heads
 
 
 def head_dim(config: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map_only
 
-from patchattn.errors import ShapeError
+from patchattn.errors import ShapeError, UnsupportedCallError
 from patchattn.hf.architecture import ORIGINAL_OF, implementation_of
 from patchattn.regions import Regions, first_real_slot
 
@@ -121,10 +121,16 @@ class CausalMask(BlockMask):
         slot, cut = self.query_slot + begin, (self.cut or 0) + begin
         return CausalMask(self.stock, self.arguments, sizes, slot, valid, first, cut)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Refuse a change in place, which would be made to a mask that nobody sees."""
+        raise _no_change_in_place()
+
     def __getattr__(self, name: str) -> Any:
         """Ask the mask written out for what this one does not have."""
         if name.startswith("__") or name in ("stock", "arguments"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            raise _no_change_in_place()
         return getattr(self.written_out(), name)
 
     @classmethod
@@ -211,6 +217,13 @@ class CausalMask(BlockMask):
     def is_last(self, keys: int) -> bool:
         """Say whether the host knows that nothing is padding and that the queries are the last slots of so many."""
         return self.is_plain and (self.cut is None or int(self.query_slot) + self.sizes[2] == keys)
+
+
+def _no_change_in_place() -> UnsupportedCallError:
+    return UnsupportedCallError(
+        "The model changes its attention mask in place, which is not written out in a patched model.",
+        fix="have it make a new mask, with torch.where for instance, or unpatch the model",
+    )
 
 
 def _asked_of_the_mask_written_out(name: str) -> Any:

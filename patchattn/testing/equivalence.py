@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.hf.architecture import cache_of, context_of, with_cache
+from patchattn.hf.architecture import cache_of, context_of, vocabulary_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device, input_dtype
@@ -166,14 +166,13 @@ class _Text:
         seed: int,
     ) -> _Text:
         device = input_device(model)
-        config = model.config.get_text_config()
         local = policy.sink_size + policy.window_size
         break_evens = sorted(map(policy.break_even, policy.phases))
         needed = local + break_evens[0]
         if inputs is None:
             length = local + break_evens[-1] + 3 * CHUNK if length is None else length
             draw = torch.Generator().manual_seed(seed)
-            inputs = torch.randint(0, config.vocab_size, (1, length), generator=draw)
+            inputs = torch.randint(0, vocabulary_of(model), (1, length), generator=draw)
         elif length is not None:
             raise ValueError("length is the number of random tokens and goes without inputs; drop one of them.")
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)

@@ -88,7 +88,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 0]},
     "gpt_oss": {**_HYBRID, "num_local_experts": 2, "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
-    "gpt_neox": {},
+    "gpt_neox": {"num_key_value_heads": None},  # as many as query heads; its configuration has no such field
     # Lightning attention in blocks shorter than the texts of the tests.
     "minimax": {
         "layer_types": ["linear_attention", "full_attention", "full_attention"],

@@ -10,7 +10,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from patchattn.errors import ShapeError
+from patchattn.errors import ShapeError, UnsupportedCallError
 from patchattn.hf.architecture import ORIGINALS
 from patchattn.hf.attention import register
 from patchattn.hf.mask import CausalMask, mask
@@ -136,6 +136,16 @@ def test_whatever_is_asked_of_it_is_asked_of_the_stock_mask(implementation, padd
     got, want = ASKED[asked](made), ASKED[asked](stock)
     assert got.dtype == want.dtype
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.__setitem__((..., 0), False), lambda m: m.masked_fill_(m == 0, 0), lambda m: m.zero_()]
+)
+def test_a_change_in_place_is_refused(change):
+    made, _ = both("sdpa", PADDING["left"])
+    with pytest.raises(UnsupportedCallError, match=r"in place.*\n.*make a new mask"):
+        change(made)
+    assert type(torch.where(made == 0, False, made)) is torch.Tensor
 
 
 def test_what_moves_or_copies_a_mask_keeps_it(implementation, padding):

@@ -178,10 +178,14 @@ class Regions:
         return self.host.query_slot - self.host.last_first + 1 - self.sink_size - self.window_size >= n_bulk
 
     @property
+    def real(self) -> Tensor:
+        """True where a query row is no padding, [batch, query] bool."""
+        return self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
+
+    @property
     def asked(self) -> Tensor:
         """True where the head gate has something to decide: real queries with bulk keys, [batch, query] bool."""
-        real = self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
-        return (self.n_bulk > 0) & real
+        return (self.n_bulk > 0) & self.real
 
     @property
     def unasked(self) -> Tensor:
@@ -190,8 +194,7 @@ class Regions:
         So it does in the stock model, and what it computes may be looked at: a mask that was not extended to a new
         token calls that token padding.
         """
-        real = self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
-        return (self.n_bulk > 0) & ~real
+        return (self.n_bulk > 0) & ~self.real
 
     @cached_property
     def known_unasked(self) -> Tensor | None:

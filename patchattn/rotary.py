@@ -136,8 +136,7 @@ def counted_from(positions: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
         bool: whether the position of each query is what counting on from there gives.
     """
     begins = positions.to(regions.valid.device) - regions.positions
-    real = regions.valid.index_select(1, regions.query_slots.clamp(max=regions.key_length - 1))
-    begin = begins.gather(1, real.int().argmax(dim=1, keepdim=True))
+    begin = begins.gather(1, regions.real.int().argmax(dim=1, keepdim=True))
     return begin[:, 0], begins == begin
 
 

@@ -7,7 +7,7 @@ not by what they are called.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,14 +45,14 @@ def underlying(model: Any) -> Any:
 # The cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on, `layer_past` in some families.
 
 
-def cache_among(kwargs: Mapping[str, Any]) -> Any:
+def cache_among(arguments: Iterable[Any]) -> Any:
     """Return the key-value cache among the arguments of a model or an attention module, whatever it is called there.
 
     None if there is none.
     """
     from transformers.cache_utils import Cache
 
-    for given in kwargs.values():
+    for given in arguments:
         if isinstance(given, Cache):
             return given
     return None

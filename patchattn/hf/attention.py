@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ class LayerState(Counters):
         original: The attention implementation to hand other work to.
         attend_originally: Its attention function.
         effects: Arguments of a call that some attention function of transformers reads and the gated path does not.
+        has_softcap: Whether the module caps its scores.
+        has_sinks: Whether the module has learned sink logits.
         is_local: Whether the layer is sliding or chunked, and so local already.
         cache_layer: Index of the layer's keys in the cache: some layers read those of another.
         gated: Whether the policy names this layer; others attend densely.
@@ -46,8 +49,9 @@ class LayerState(Counters):
         measured: What a calibration says about the layer's heads on this device; None without one.
     """
 
+    number: Tensor
     refusal: BatchingRefusal
-    config: Any  # of the module, while it is patched; several models may share one
+    config: Any = None  # of the module; several models may share one
 
     def __init__(
         self,
@@ -59,6 +63,8 @@ class LayerState(Counters):
         *,
         attend_originally: Callable[..., Any],
         effects: frozenset[str],
+        has_softcap: bool,
+        has_sinks: bool,
         is_local: bool,
         cache_layer: int,
         gated: bool,
@@ -68,6 +74,7 @@ class LayerState(Counters):
         super().__init__(heads)
         self.policy, self.layer, self.backend, self.original = policy, layer, backend, original
         self.attend_originally, self.effects, self.is_local = attend_originally, effects, is_local
+        self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record = cache_layer, gated, record
         self.attend, self.attend_densely = load(backend), load_dense(backend)
         self.attend_plainly = load_plain(backend)
@@ -77,7 +84,9 @@ class LayerState(Counters):
         self.timeline: list[tuple[str, Tensor]] = []
         self.timeline_room = _TIMELINE_ROOM
         self.replay: list[Tensor] | None = None
-        self.number = _numbered(self)
+        # A buffer: a number would be a part of the graph, which would be compiled anew for each patch.
+        self.register_buffer("number", torch.zeros((), dtype=torch.long), persistent=False)
+        self._take_number()
         self.has_measured = measured is not None
         for name, bits in (measured or Measured()).bits().items():
             self.register_buffer(name, bits, persistent=False)
@@ -90,8 +99,14 @@ class LayerState(Counters):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a model that was patched in another process find its functions."""
         super().__setstate__(state)
-        self.number = _numbered(self)
+        self._take_number()
         register()
+
+    def _take_number(self) -> None:
+        """Take a number by which an operator in a graph finds this state; a copy takes one of its own."""
+        number = next(_NUMBERS)
+        self.number = torch.full_like(self.number, number)
+        _STATES[number] = self
 
     def dense_reason(self, keys: int, phase: str) -> str | None:
         """Say why a call over so many keys does not go through the gate; None if it does."""
@@ -181,6 +196,8 @@ def attention(
         return forward(module, query, key, value, given, scaling=scaling, dropout=dropout, **kwargs)
     if dropout or not kwargs.keys() <= _USUAL_ARGUMENTS:
         _refuse_unknown(kwargs, dropout, state.effects)
+    if (softcap is not None and not state.has_softcap) or (s_aux is not None and not state.has_sinks):
+        raise _unknown_arguments(["softcap"] if not state.has_softcap and softcap is not None else ["s_aux"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     phase = phase_of(query.shape[2])
     reason = state.dense_reason(key.shape[2], phase)
@@ -261,47 +278,45 @@ def _refuse_unknown(kwargs: dict[str, Any], dropout: float, effects: frozenset[s
         if name in effects and name not in known and given is not None and given is not False
     ]
     if unknown:
-        raise UnsupportedCallError(
-            f"The call brings arguments to attention that the gated path does not know: {', '.join(sorted(unknown))}.",
-            fix="drop the argument, or unpatch the model for this call; packed sequences are told by position_ids, "
-            "continuous batching and sparse-index models are not supported",
-        )
+        raise _unknown_arguments(unknown)
+
+
+def _unknown_arguments(names: list[str]) -> UnsupportedCallError:
+    return UnsupportedCallError(
+        f"The call brings arguments to attention that the gated path does not know: {', '.join(sorted(names))}.",
+        fix="drop the argument, or unpatch the model for this call; packed sequences are told by position_ids, "
+        "continuous batching and sparse-index models are not supported",
+    )
 
 
 _STATES: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def _numbered(state: LayerState) -> int:
-    """Give a state a number by which an operator in a graph finds it."""
-    number = next(_NUMBERS)
-    _STATES[number] = state
-    return number
+# Begins anywhere: a graph that was saved must not find the state of another process under its number.
+_NUMBERS = itertools.count(secrets.randbits(62))
 
 
 @torch.library.custom_op("patchattn::keep", mutates_args=("witness",))
-def _keep(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
+def _keep(witness: Tensor, opened: Tensor, number: Tensor, phase: str) -> None:
     """Keep the decisions of a call inside a graph, which may not change a list: each change would compile it anew.
 
     Args:
         witness: A tensor of the layer that is said to change, else a compiler would take the call for superfluous.
         opened: [batch, heads, query] bool.
-        number: The number of the layer's state.
+        number: [] int64; the number of the layer's state.
         phase: The phase of the call.
     """
-    if (state := _STATES.get(number)) is not None:
-        # What a graph gives back may be overwritten by its next run.
-        state.keep(phase, opened.cpu())
+    if (state := _STATES.get(int(number))) is not None:
+        # A copy: what is in a graph's memory may be overwritten by its next layer.
+        state.keep(phase, opened.to("cpu", copy=True))
 
 
 @_keep.register_fake
-def _(witness: Tensor, opened: Tensor, number: int, phase: str) -> None:
+def _(witness: Tensor, opened: Tensor, number: Tensor, phase: str) -> None:
     pass
 
 
 def is_in_use(config: Any) -> bool:
-    """Say whether a module of some patched model has this configuration."""
-    return any(getattr(state, "config", None) is config for state in _STATES.values())
+    """Say whether some model that is patched has this configuration."""
+    return any(state.config is config and not state.refusal.is_undone for state in _STATES.values())
 
 
 def register() -> None:

@@ -35,7 +35,7 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         )
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
-    kwargs[CACHE_ARGUMENT] = cache_among(kwargs)
+    kwargs[CACHE_ARGUMENT] = cache_among((*args, *kwargs.values()))
     return args, kwargs
 
 
@@ -64,7 +64,7 @@ def _say_plain(
         return None
     if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids")):
         return None
-    if cache_among(kwargs) is not None:
+    if cache_among(kwargs.values()) is not None:
         return None
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -75,7 +75,7 @@ def _say_plain(
 
 
 class BatchingRefusal:
-    """Makes a model refuse continuous batching, and takes that back.
+    """Makes a model refuse continuous batching, and takes that back. It is undone when the patch is.
 
     The layers' states hold it, so that a patch can be undone from any module that holds the layers. It does not keep
     the model alive, and in a copy of the model it is about the copy.
@@ -85,7 +85,7 @@ class BatchingRefusal:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._model = None if model is None else weakref.ref(model)
+        self._model, self.is_undone = None if model is None else weakref.ref(model), False
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 vars(model)[name] = _refuse_continuous_batching
@@ -97,6 +97,7 @@ class BatchingRefusal:
 
     def undo(self) -> None:
         """Give the model its methods back; does nothing the second time."""
+        self.is_undone = True
         for name in _CONTINUOUS_BATCHING if self.model is not None else ():
             vars(self.model).pop(name, None)
 

@@ -148,15 +148,31 @@ class CausalMask(BlockMask):
     __str__ = __repr__
 
     def written_out(self) -> Tensor:
-        """Return the mask of the model's own implementation as a tensor, cut like this one."""
-        whole = self.stock(**{**self.arguments, "allow_is_causal_skip": False})
-        if self.cut is None:
-            return whole
-        return whole[:, :, self.cut : self.cut + self.sizes[2], : self.sizes[3]] if whole.ndim == 4 else whole
+        """Return the mask of the model's own implementation as a tensor, cut like this one.
+
+        Raises:
+            UnsupportedCallError: It has none.
+        """
+        whole = self._whole()
+        if whole is None:
+            raise UnsupportedCallError(
+                "The model looks into its mask, and its own attention implementation, flash attention, has none.",
+                fix="call model.set_attn_implementation('sdpa') before the patch, or unpatch the model",
+            )
+        return whole
 
     def own(self) -> Tensor | None:
         """Return what the model's own implementation would have got: None where that knows a causal call as such."""
-        return self.stock(**self.arguments) if self.cut is None else self.written_out()
+        return self.stock(**self.arguments) if self.cut is None else self._whole()
+
+    def _whole(self) -> Tensor | None:
+        """Make the mask and cut it; None of flash attention without padding, which takes queries for the last slots."""
+        whole = self.stock(**{**self.arguments, "allow_is_causal_skip": False})
+        if whole is None or self.cut is None:
+            return whole
+        if whole.ndim == 2:  # of flash attention: the padding
+            return whole[:, : self.sizes[3]]
+        return whole[:, :, self.cut : self.cut + self.sizes[2], : self.sizes[3]]
 
     def regions(self, sink_size: int, window_size: int, query: Tensor, key: Tensor) -> Regions:
         """Return the regions of an attention call; all layers of a forward pass share them outside of a graph.
@@ -193,7 +209,8 @@ class CausalMask(BlockMask):
             ShapeError: The padding of so many keys is not known, or where the queries are.
         """
         padding, offset = self.arguments["attention_mask"], self.arguments["q_offset"]
-        if isinstance(offset, Tensor) or not (padding is None or padding.shape[1] == keys):
+        fits = keys >= self.sizes[2] and (padding is None or padding.shape[1] == keys)
+        if isinstance(offset, Tensor) or not fits:
             raise ShapeError(
                 f"The mask was made for {self.sizes[3]} keys and the layer has {keys}: the cache of another layer told "
                 "their number. Call the model with a dynamic cache and an attention mask of all tokens, or unpatch it."
@@ -204,9 +221,8 @@ class CausalMask(BlockMask):
     def _read(self, sink_size: int, window_size: int, keys: int, device: torch.device) -> Regions:
         batch, _, queries, _ = self.sizes
         if self.valid is None or self.first is None:
-            slot = keys - queries if self.cut is None else self.query_slot
-            return Regions.plain(sink_size, window_size, queries, batch, keys, device, int(slot))
-        slot = torch.as_tensor(self.query_slot, device=device).long()
+            return Regions.plain(sink_size, window_size, queries, batch, keys, device, int(self.query_slot))
+        slot = torch.as_tensor(self.query_slot, device=device)
         return Regions(sink_size, window_size, queries, self.valid, self.first, slot)
 
     @property
@@ -216,7 +232,7 @@ class CausalMask(BlockMask):
 
     def is_last(self, keys: int) -> bool:
         """Say whether the host knows that nothing is padding and that the queries are the last slots of so many."""
-        return self.is_plain and (self.cut is None or int(self.query_slot) + self.sizes[2] == keys)
+        return self.is_plain and int(self.query_slot) + self.sizes[2] == keys
 
 
 def _no_change_in_place() -> UnsupportedCallError:
@@ -233,9 +249,9 @@ def _asked_of_the_mask_written_out(name: str) -> Any:
     return ask
 
 
-for _operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "ror", "xor", "rxor", "invert"):
-    setattr(CausalMask, f"__{_operator}__", _asked_of_the_mask_written_out(f"__{_operator}__"))
-for _operator in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "len", "iter", "bool"):
+_BINARY = ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor", "matmul")
+_OTHERS = ("eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "abs", "len", "iter", "bool")
+for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS):
     setattr(CausalMask, f"__{_operator}__", _asked_of_the_mask_written_out(f"__{_operator}__"))
 CausalMask.__hash__ = object.__hash__
 CausalMask.to_dense = CausalMask.written_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -156,7 +157,11 @@ def patch(
     min_bulk = BREAK_EVEN_BULK_KEYS[chosen] if policy.min_bulk == "auto" else policy.min_bulk
     policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
     register()
-    _apply(model, modules, heads, policy, chosen, record, measured)
+    try:
+        _apply(model, modules, heads, policy, chosen, record, measured)
+    except BaseException:
+        _undo(modules.values(), decoder_of(model))
+        raise
     return PatchHandle(model, policy, chosen)
 
 
@@ -177,15 +182,21 @@ def unpatch(model: Any) -> None:
             f"This {type(model).__name__} is only a part of a patched model.",
             fix="unpatch the model that was patched, or the decoder inside it",
         )
-    for module in attention_modules(model).values():
-        state = module._modules.pop(STATE)
-        del state.config
+    _undo(attention_modules(model).values(), decoder)
+
+
+def _undo(modules: Iterable[Any], decoder: nn.Module | None) -> None:
+    """Give modules back as they were; leaves alone those that are not patched."""
+    states = [(module, module._modules.pop(STATE)) for module in modules if STATE in module._modules]
+    for _, state in states:
+        state.refusal.undo()
+    for module, state in states:
         if implementation_of(module.config) == ORIGINALS[state.original] and not is_in_use(module.config):
             set_implementation(module.config, state.original)
         module._forward_pre_hooks.pop(state.hook_id)
         module._forward_pre_hooks_with_kwargs.pop(state.hook_id)
-        state.refusal.undo()
-    remove_mask_hook(decoder)
+    if decoder is not None:
+        remove_mask_hook(decoder)
 
 
 def is_patched(model: Any) -> bool:
@@ -296,6 +307,8 @@ def _apply(
             originals[index],
             attend_originally=original_attention(module, originals[index]),
             effects=arguments_with_effect(module),
+            has_softcap=softcap_of(module) is not None,
+            has_sinks=has_sink_logits(module),
             is_local=is_local(module),
             cache_layer=cache_layer(module, modules),
             gated=index in gated,
@@ -303,8 +316,8 @@ def _apply(
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
         ).to(compute_device(module, underlying(model)))
         state.train(module.training)
-        state.hook_id = install_cache_hook(module).id
         state.refusal, state.config = refusal, module.config
+        state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state
         set_implementation(module.config, ORIGINALS[originals[index]])
     decoder = decoder_of(model)

@@ -338,6 +338,34 @@ def test_a_timeline_recorded_in_a_graph_compiles_nothing_more(backend):
         assert torch.equal(torch.cat(got[layer], 2), calls[0])
 
 
+def test_another_patch_of_a_compiled_model_compiles_no_more_for_its_timeline():
+    ids, counts = tokens(60), {}
+    for record in ("summary", "timeline"):
+        model, counter = tiny_model("llama", num_hidden_layers=1), CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter)
+        for _ in range(4):
+            with patchattn.patch(model, policy(OpenGate()), record=record) as handle:
+                forward(compiled, ids)
+                assert len(handle.report().timeline[0]) == (record == "timeline")
+        counts[record] = counter.frame_count
+        torch.compiler.reset()
+    assert counts["timeline"] == counts["summary"] < 4
+
+
+@pytest.mark.slow
+def test_a_timeline_outlives_the_memory_of_its_graph():
+    ids = tokens(400, batch=1)
+    model = tiny_model("llama", num_hidden_layers=3)
+    gate, timelines = MomentGate(threshold=0.99999), []
+    for compiled in (False, True):
+        with patchattn.patch(model, policy(gate), backend="reference", record="timeline") as handle:
+            forward(torch.compile(model, backend="inductor") if compiled else model, ids)
+            timelines.append(recorded_gates(handle))
+    for layer, (opened,) in timelines[0].items():
+        assert opened.any()
+        assert (opened != timelines[1][layer][0]).float().mean() < 0.001  # rounding near the threshold
+
+
 def test_a_copy_of_a_model_keeps_a_timeline_of_its_own():
     ids = tokens(40)
     model = tiny_model("llama", num_hidden_layers=1)

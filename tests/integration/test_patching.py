@@ -325,6 +325,61 @@ def test_models_of_one_configuration_are_patched_and_unpatched_apart(order):
     assert [snapshot(model) for model in models] == before
 
 
+def test_what_is_held_of_a_patched_model_does_not_keep_the_configuration():
+    model = tiny_model("llama")
+    patchattn.patch(model)
+    layer = model.model.layers[2]
+    held = [layer, [copy.copy(part) for part in model.modules()]]
+    del model.model.layers[2]
+    patchattn.unpatch(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert held
+
+
+def test_layers_that_came_after_the_patch_are_no_obstacle_to_undoing_it():
+    model = tiny_model("llama")
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    patchattn.patch(model)
+    model.model.layers.append(tiny_model("llama", num_hidden_layers=4).model.layers[3])
+    patchattn.unpatch(model)
+    del model.model.layers[3]
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_patch_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model("llama")
+    before, installed = snapshot(model), []
+
+    def install(module):
+        installed.append(module)
+        if len(installed) == 2:
+            raise MemoryError("simulated")
+        return patchattn.hf.hooks.install_cache_hook(module)
+
+    monkeypatch.setattr("patchattn.hf.patching.install_cache_hook", install)
+    with pytest.raises(MemoryError):
+        patchattn.patch(model)
+    assert snapshot(model) == before
+    assert not patchattn.is_patched(model)
+
+
+def test_a_cache_that_is_handed_on_by_place_is_found():
+    ids, mask = padded_batch((300,))
+    model = tiny_model("llama")
+
+    def by_place(module, args, kwargs):
+        names = ["hidden_states", "position_embeddings", "attention_mask", *with_cache(module, None)]
+        return tuple(kwargs.pop(name) for name in names), kwargs
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(by_place, with_kwargs=True)
+    with patchattn.patch(model, policy(MomentGate(threshold=0.3))) as handle:
+        generate(model, ids, mask)
+    assert handle.report().layers[0]["decode"].gated_calls == 7
+    assert handle.report().rebuilt_by_reason() == {}
+
+
 def test_a_model_made_from_a_copy_of_a_patched_configuration_is_stock_and_can_be_patched():
     ids, mask = padded_batch()
     model = tiny_model("llama")

@@ -263,6 +263,14 @@ def test_arguments_that_an_attention_function_reads_are_refused_by_name(name):
         model(torch.ones(1, 80, dtype=torch.long), **{name: torch.ones(2)})
 
 
+@pytest.mark.parametrize(("name", "given"), [("softcap", 2.0), ("s_aux", torch.zeros(6))])
+def test_scores_are_capped_only_in_models_that_cap_them(name, given):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    with patchattn.patch(model, OPEN), pytest.raises(patchattn.UnsupportedCallError, match=name):
+        model(torch.ones(1, 80, dtype=torch.long), **{name: given})
+
+
 def test_stop_strings_with_a_tokenizer(tmp_path):
     from patchattn import demo
 

@@ -21,8 +21,8 @@ PACKAGE = Path(patchattn.__file__).parent
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past", "a_later_name"])
 def test_a_cache_is_found_under_any_name(name):
     cache = DynamicCache()
-    assert architecture.cache_among({"hidden_states": torch.zeros(1), name: cache, "use_cache": True}) is cache
-    assert architecture.cache_among({"hidden_states": torch.zeros(1), name: None}) is None
+    assert architecture.cache_among({"hidden_states": torch.zeros(1), name: cache, "use_cache": True}.values()) is cache
+    assert architecture.cache_among({"hidden_states": torch.zeros(1), name: None}.values()) is None
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

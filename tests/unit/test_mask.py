@@ -116,6 +116,7 @@ ASKED = {
     "added to": lambda m: m + SCORES,
     "right operand": lambda m: SCORES * m,
     "converted": lambda m: m.to(torch.float64),
+    "divided": lambda m: m / 2.0,
     "converted by name": lambda m: m.to(dtype=torch.bfloat16),
     "compared": lambda m: m != 0,
     "in a function": lambda m: torch.cat([m, m], dim=1),
@@ -168,6 +169,27 @@ def test_what_the_models_own_implementation_would_have_got(implementation):
     assert (made.own() is None) == (stock is None) == (implementation == "sdpa")
     # `None` of a cut call would be a causal mask of other queries.
     assert torch.equal(made[:, :, -3:].own(), ALL_MASK_ATTENTION_FUNCTIONS[implementation](**given)[:, :, -3:])
+
+
+def test_flash_attention_has_a_mask_only_of_padding():
+    for padding in (None, PADDING["left"]):
+        made, stock = both("flash_attention_2", padding)
+        cut = made[:, :, -2:, :8]
+        assert isinstance(cut, CausalMask)
+        assert (cut.own() is None) == (stock is None) == (padding is None)
+        if padding is None:
+            with pytest.raises(UnsupportedCallError, match="set_attn_implementation"):
+                cut.written_out()
+        else:
+            assert torch.equal(cut.own(), stock[:, :8])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_fewer_keys_than_queries_are_refused(padded):
+    made, _ = both("sdpa", PADDING["left"] if padded else None)
+    assert not made.is_last(3)
+    with pytest.raises(ShapeError, match=r"made for 9 keys and the layer has 3"):
+        made.regions(1, 2, torch.zeros(2, 6, 4, 4), torch.zeros(2, 2, 3, 4))
 
 
 def test_a_mask_that_is_not_plainly_causal_is_the_stock_mask(implementation, padding):

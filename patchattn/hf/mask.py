@@ -50,7 +50,7 @@ class CausalMask(BlockMask):
     ) -> None:
         self.stock, self.arguments, self.sizes, self.query_slot = stock, arguments, sizes, query_slot
         self.valid, self.first, self.cut = valid, first, cut
-        self.known: dict[tuple[int, ...], Regions] = {}
+        self.known: dict[tuple[int, int], Regions] = {}
 
     @property
     def shape(self) -> Shape:
@@ -96,13 +96,13 @@ class CausalMask(BlockMask):
             return self.written_out().to(device=device, dtype=dtype, **kwargs)
         if device is None or torch.device(device) == self.device:
             return self
-        moved = [x.to(device, **kwargs) if isinstance(x, Tensor) else x for x in (self.valid, self.first)]
-        slot, padding = (
-            x.to(device, **kwargs) if isinstance(x, Tensor) else x
-            for x in (self.query_slot, self.arguments["attention_mask"])
-        )
-        arguments = {**self.arguments, "device": device, "attention_mask": padding}
-        return CausalMask(self.stock, arguments, self.sizes, slot, moved[0], moved[1], self.cut)
+
+        def moved(x: Any) -> Any:
+            return x.to(device, **kwargs) if isinstance(x, Tensor) else x
+
+        arguments = {**self.arguments, "device": device, "attention_mask": moved(self.arguments["attention_mask"])}
+        slot, valid, first = (moved(x) for x in (self.query_slot, self.valid, self.first))
+        return CausalMask(self.stock, arguments, self.sizes, slot, valid, first, self.cut)
 
     def __getitem__(self, index: Any) -> Any:
         """Cut along queries or keys; any other index is taken of the mask written out."""
@@ -186,9 +186,8 @@ class CausalMask(BlockMask):
         Raises:
             ShapeError: The mask is of a call of other sizes.
         """
-        batch, _, queries, keys = self.sizes
         given = (query.shape[0], 1, query.shape[2], key.shape[2])
-        if keys != given[3] and (batch, 1, queries) == given[:3] and self.cut is None:
+        if self.sizes != given and self.sizes[:3] == given[:3] and self.cut is None:
             return self._of_other_keys(given[3]).regions(sink_size, window_size, query, key)
         if self.sizes != given:
             raise ShapeError(
@@ -196,11 +195,11 @@ class CausalMask(BlockMask):
                 f"{given}: the model changes queries or keys in a way that is not known. Unpatch it for this call."
             )
         if torch.compiler.is_compiling():
-            return self._read(sink_size, window_size, keys, query.device)
-        wanted = (sink_size, window_size, keys)
-        if wanted not in self.known:
-            self.known[wanted] = self._read(*wanted, query.device)
-        return self.known[wanted]
+            return self._read(sink_size, window_size, query.device)
+        local = (sink_size, window_size)
+        if local not in self.known:
+            self.known[local] = self._read(*local, query.device)
+        return self.known[local]
 
     def _of_other_keys(self, keys: int) -> CausalMask:
         """Make the mask for the keys of a layer; transformers asks the first layer's cache, which may hold none.
@@ -218,8 +217,8 @@ class CausalMask(BlockMask):
         arguments = {**self.arguments, "kv_length": keys, "q_offset": keys - self.sizes[2]}
         return mask(**arguments)
 
-    def _read(self, sink_size: int, window_size: int, keys: int, device: torch.device) -> Regions:
-        batch, _, queries, _ = self.sizes
+    def _read(self, sink_size: int, window_size: int, device: torch.device) -> Regions:
+        batch, _, queries, keys = self.sizes
         if self.valid is None or self.first is None:
             return Regions.plain(sink_size, window_size, queries, batch, keys, device, int(self.query_slot))
         slot = torch.as_tensor(self.query_slot, device=device)

@@ -8,7 +8,6 @@ Every comparison also asserts that all full layers went through their gates.
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 
 import patchattn
 from patchattn import OpenGate, Policy
+from patchattn.hf.architecture import with_cache
 from patchattn.testing import tiny_model
 
 FAMILIES = (
@@ -57,8 +57,7 @@ class Twins:
         self.stock = tiny_model(family)
         self.patched = copy.deepcopy(self.stock)
         self.handle = patchattn.patch(self.patched, POLICY)
-        # transformers 5.24 calls the cache by another name.
-        self.cache = "cache" if "cache" in inspect.signature(self.stock.forward).parameters else "past_key_values"
+        (self.cache,) = with_cache(self.stock, None)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(2, 120, (len(LENGTHS), max(LENGTHS)), generator=generator)
         self.mask = torch.zeros_like(self.ids)

@@ -5,7 +5,6 @@ gives it back. Importing the package has no side effects and does not import tra
 """
 
 from patchattn.calibration.calibration import Calibration
-from patchattn.calibration.collect import calibrate
 from patchattn.errors import (
     BackendError,
     CalibrationError,
@@ -22,6 +21,7 @@ from patchattn.errors import (
 )
 from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
+from patchattn.measuring.collect import calibrate
 from patchattn.policy import (
     ClosedGate,
     MinBulk,

@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "window_one_longer",
         "the window holds one key too many",
-        "regions.py",
+        "call/regions.py",
         "- keys >= self.window_size",
         "- keys > self.window_size",
         REGIONS,
@@ -64,7 +64,7 @@ MUTANTS = (
     Mutant(
         "sink_counts_padding",
         "the sink is counted from the first slot, not from the first real token",
-        "regions.py",
+        "call/regions.py",
         "past_sink = keys - self.first[:, None] >=",
         "past_sink = keys - 0 * self.first[:, None] >=",
         REGIONS,
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant(
         "bulk_one_short",
         "a query with one bulk key is not asked",
-        "regions.py",
+        "call/regions.py",
         "(self.positions + 1 - self.sink_size",
         "(self.positions - self.sink_size",
         REGIONS,
@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant(
         "padding_attended",
         "padding keys are attended",
-        "regions.py",
+        "call/regions.py",
         "return self.valid[:, None, :] & (keys",
         "return torch.ones_like(self.valid)[:, None, :] & (keys",
         REGIONS,
@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant(
         "nan_closes",
         "a margin that is not a number closes the gate",
-        "gate.py",
+        "gates/gate.py",
         "& ~(bulk_log_mass <= most)",
         "& (bulk_log_mass > most)",
         GATE,
@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant(
         "threshold_sign",
         "a higher threshold closes more",
-        "gate.py",
+        "gates/gate.py",
         "math.log(gate.threshold) - math.log1p(-gate.threshold)",
         "math.log1p(-gate.threshold) - math.log(gate.threshold)",
         GATE,
@@ -104,7 +104,7 @@ MUTANTS = (
     Mutant(
         "below_break_even_closes",
         "queries below break-even are closed instead of open",
-        "gate.py",
+        "gates/gate.py",
         "(regions.n_bulk < break_even)[:, None], torch.inf,",
         "(regions.n_bulk < break_even)[:, None], -torch.inf,",
         GATE,
@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant(
         "static_heads_of_all_layers",
         "a static gate opens its heads in every layer",
-        "gate.py",
+        "gates/gate.py",
         "if at == layer",
         "if at >= 0",
         GATE,
@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant(
         "wrong_group",
         "query heads are matched to the wrong KV heads",
-        "gate.py",
+        "gates/gate.py",
         "(query @ inputs.key[:, :, keys].to(",
         "(query @ inputs.key.flip(1)[:, :, keys].to(",
         BLOCKWISE,
@@ -128,7 +128,7 @@ MUTANTS = (
     Mutant(
         "softcap_dropped",
         "scores are not capped",
-        "gate.py",
+        "gates/gate.py",
         "scores = inputs.softcap * torch.tanh(scores / inputs.softcap)",
         "pass",
         f"{BLOCKWISE} tests/integration/test_models.py",
@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant(
         "variance_not_halved",
         "the estimate takes the whole variance of the scores",
-        "moments.py",
+        "moments/gaussian.py",
         "variance, alpha=0.5)",
         "variance, alpha=1.0)",
         MOMENTS,
@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "freezing_point_moved",
         "the guarded estimate trusts scores that are frozen",
-        "moments.py",
+        "moments/gaussian.py",
         "torch.where(variance > freezing",
         "torch.where(variance > 2 * freezing",
         MOMENTS,
@@ -152,7 +152,7 @@ MUTANTS = (
     Mutant(
         "merge_without_shift",
         "merged moments ignore that the means differ",
-        "moments.py",
+        "moments/gaussian.py",
         "self.covariance.lerp(other.covariance, share[..., None]) + between",
         "self.covariance.lerp(other.covariance, share[..., None])",
         MOMENTS,
@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant(
         "reference_key_dropped",
         "sums are not taken from the first bulk key",
-        "prompt_moments.py",
+        "moments/prompt.py",
         "to(self.total.dtype) - reference[:, :, None]",
         "to(self.total.dtype)",
         MOMENTS,
@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "chunk_dropped",
         "the last full chunk of bulk keys is never counted",
-        "prompt_moments.py",
+        "moments/prompt.py",
         "inside = slots < (first_bulk + CHUNK * upto)[:, None]",
         "inside = slots < (first_bulk + CHUNK * (upto - 1))[:, None]",
         MOMENTS,
@@ -176,7 +176,7 @@ MUTANTS = (
     Mutant(
         "stale_moments",
         "moments survive keys that were replaced",
-        "prompt_moments.py",
+        "moments/prompt.py",
         "keep = self.chunks <= chunks",
         "keep = self.chunks >= 0",
         f"{MOMENTS} {PATCHING}",
@@ -208,7 +208,7 @@ MUTANTS = (
     Mutant(
         "merge_swapped",
         "blockwise merges local and bulk results with swapped weights",
-        "backends/blockwise_kernel.py",
+        "backends/blockwise/softmax.py",
         "share = torch.sigmoid(other.log_mass - one.log_mass)",
         "share = torch.sigmoid(one.log_mass - other.log_mass)",
         BLOCKWISE,
@@ -216,7 +216,7 @@ MUTANTS = (
     Mutant(
         "sink_logits_dropped",
         "blockwise leaves the learned sink logits out of the output",
-        "backends/blockwise_kernel.py",
+        "backends/blockwise/softmax.py",
         "(part.output * (part.log_mass - total).exp()[..., None])",
         "part.output",
         BLOCKWISE,
@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(
         "rows_see_as_far_as_the_last",
         "blockwise shows the open rows of a rectangle the keys of its last row",
-        "backends/blockwise_prefill.py",
+        "backends/blockwise/prefill.py",
         "shared, longest = ends[first], ends[last - 1]",
         "shared, longest = ends[last - 1], ends[last - 1]",
         BLOCKWISE,
@@ -232,7 +232,7 @@ MUTANTS = (
     Mutant(
         "flex_merge_swapped",
         "flex merges local and bulk results with swapped weights",
-        "backends/flex.py",
+        "backends/flex/__init__.py",
         "torch.sigmoid(bulk_log_mass - log_mass), 0",
         "torch.sigmoid(log_mass - bulk_log_mass), 0",
         FLEX,
@@ -240,7 +240,7 @@ MUTANTS = (
     Mutant(
         "flex_rows_left_moved",
         "flex does not move the results of open rows back",
-        "backends/flex.py",
+        "backends/flex/__init__.py",
         "bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))",
         "pass",
         FLEX,
@@ -248,7 +248,7 @@ MUTANTS = (
     Mutant(
         "flex_unstable_order",
         "flex moves open rows out of their order",
-        "backends/flex_masks.py",
+        "backends/flex/masks.py",
         "torch.where(opened, count - 1, count[:, :, -1:] + rows - count)",
         "torch.where(opened, count[:, :, -1:] - count, count[:, :, -1:] + rows - count)",
         FLEX,
@@ -256,7 +256,7 @@ MUTANTS = (
     Mutant(
         "flex_reads_padding",
         "flex attends padding among the bulk keys",
-        "backends/flex_masks.py",
+        "backends/flex/masks.py",
         "return (valid[b, key] != 0) & (key >= sink_end[b])",
         "return (key >= sink_end[b])",
         FLEX,
@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "flex_block_missing",
         "flex leaves out the last block of a tile's bulk keys",
-        "backends/flex_masks.py",
+        "backends/flex/masks.py",
         "return self.some & (self.end >= self.sink_end) & (self.begin <= longest)",
         "return self.some & (self.end >= self.sink_end) & (self.end <= longest)",
         FLEX,
@@ -272,7 +272,7 @@ MUTANTS = (
     Mutant(
         "flex_unpinned",
         "flex gives compiled kernels tensors in layouts they do not expect",
-        "backends/flex.py",
+        "backends/flex/__init__.py",
         "grouped = pinned(_rows(query, kv_heads)), pinned(key), pinned(value)",
         "grouped = _rows(query, kv_heads), key, value",
         "tests/unit/test_flex.py -k inductor -m ''",
@@ -288,7 +288,7 @@ MUTANTS = (
     Mutant(
         "padding_reads_local_keys",
         "queries in slots of padding read local keys only",
-        "regions.py",
+        "call/regions.py",
         "return (self.n_bulk > 0) & ~self.real",
         "return (self.n_bulk < 0) & ~self.real",
         "tests/integration/test_masks.py",

@@ -1,4 +1,4 @@
-"""Backends: the same function as `patchattn.reference.attend`, each fast somewhere.
+"""Backends: the same function as `patchattn.backends.reference.attend`, each fast somewhere.
 
 - `flex`: FlexAttention under `torch.compile`; the default on CUDA.
 - `blockwise`: plain PyTorch without a compiler; the default everywhere else.
@@ -14,11 +14,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
-from patchattn.gate import forced
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.gates.gate import forced
 from patchattn.policy import MinBulk
-from patchattn.regions import Regions
 
 Backend = Literal["flex", "blockwise", "reference"]
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
@@ -58,7 +58,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
 
 def load(backend: Backend) -> Attend:
     """Import a backend and return its `attend` function."""
-    module = "patchattn.reference" if backend == "reference" else f"patchattn.backends.{backend}"
+    module = "patchattn.backends.reference" if backend == "reference" else f"patchattn.backends.{backend}"
     return import_module(module).attend
 
 

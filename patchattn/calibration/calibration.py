@@ -21,10 +21,10 @@ from patchattn.errors import (
     CalibrationMismatchError,
     CalibrationNotFoundError,
 )
-from patchattn.gate import Measured
+from patchattn.gates.gate import Measured
+from patchattn.moments.text import RotaryMoments
 from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
-from patchattn.report.files import made
-from patchattn.rotary import RotaryMoments
+from patchattn.writing import made
 
 
 @dataclass(frozen=True)

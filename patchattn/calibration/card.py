@@ -14,7 +14,7 @@ from patchattn.calibration import files
 from patchattn.calibration.risk import documents_needed
 from patchattn.errors import CalibrationError
 from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
-from patchattn.report.files import made
+from patchattn.writing import made
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from patchattn.calibration.manifest import Manifest
 from patchattn.errors import CalibrationError, CalibrationFormatError, CalibrationNotFoundError
-from patchattn.rotary import RotaryMoments
+from patchattn.moments.text import RotaryMoments
 
 FILE = "calibration.safetensors"
 POLICY_FILE = "policy.json"

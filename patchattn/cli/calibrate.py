@@ -16,13 +16,13 @@ from rich.table import Table
 
 from patchattn.calibration import Calibration
 from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
-from patchattn.calibration.collect import calibrate
 from patchattn.calibration.files import writing
 from patchattn.cli.models import load
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
+from patchattn.measuring.collect import calibrate
 from patchattn.policy import MomentGate, Policy, RiskTarget
-from patchattn.report.files import made, tidied
+from patchattn.writing import made, tidied
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 

@@ -24,7 +24,7 @@ from patchattn.evaluation.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
-from patchattn.report.files import check_path
+from patchattn.writing import check_path
 
 _SHIPPED_LENGTH = 4096
 _PAGE = "report.html"

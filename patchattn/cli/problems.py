@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from patchattn.errors import PatchAttnError
-from patchattn.report.files import check_folder
+from patchattn.writing import check_folder
 
 EXIT_CODE = 2
 

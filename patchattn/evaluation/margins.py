@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.evaluation.samples import DocumentError
-from patchattn.gate import Measured, attention_scores, bulk_log_mass_from_calibration
+from patchattn.gates.gate import Measured, attention_scores, bulk_log_mass_from_calibration
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import Estimate, OpenGate, Policy
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
 

@@ -14,7 +14,7 @@ from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.scores import wilson_interval
 from patchattn.policy import Phase, Policy
 from patchattn.report import GateReport
-from patchattn.report.files import made
+from patchattn.writing import made
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 

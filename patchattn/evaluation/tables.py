@@ -12,7 +12,7 @@ from pathlib import Path
 from patchattn.errors import ReportError
 from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.results import PHASES, Cell, Evaluation
-from patchattn.report.files import made, write_text
+from patchattn.writing import made, write_text
 
 _NOTHING = "-"
 _MARKDOWN_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#"})

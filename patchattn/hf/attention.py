@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from patchattn.backends import Backend, load, load_dense, load_plain
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.errors import UnsupportedCallError
-from patchattn.gate import Measured, bulk_log_mass, forced, margin_threshold
+from patchattn.gates.gate import Measured, bulk_log_mass, forced, margin_threshold
 from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
 from patchattn.hf.cache import load_moments, prepare, store_moments, why_rebuilt
 from patchattn.hf.counters import Counters
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, BatchingRefusal, no_attention_weights
 from patchattn.hf.mask import CausalMask, mask
-from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import CHUNK
+from patchattn.moments.gaussian import CHUNK
 from patchattn.policy import PHASES, MomentGate, Phase, Policy, phase_of
 
 _TIMELINE_ROOM = 2**18

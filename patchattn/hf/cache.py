@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.prompt_moments import PromptMoments
+from patchattn.moments.prompt import PromptMoments
 
 _ATTRIBUTE = "_patchattn_moments"
 _GRID = "_patchattn_grid"

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map_only
 
+from patchattn.call.regions import Regions, first_real_slot
 from patchattn.errors import ShapeError, UnsupportedCallError
 from patchattn.hf.architecture import ORIGINAL_OF, implementation_of
-from patchattn.regions import Regions, first_real_slot
 
 Shape = tuple[int, int, int, int]
 

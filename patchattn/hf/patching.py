@@ -12,7 +12,7 @@ from torch import nn
 from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.gate import Measured
+from patchattn.gates.gate import Measured
 from patchattn.hf.architecture import (
     ORIGINAL_OF,
     ORIGINALS,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from patchattn.errors import ReportError
 from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
-from patchattn.report.files import check_path, write_text
 from patchattn.report.savings import HeadShape, Savings, of_keys
 from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
+from patchattn.writing import check_path, write_text
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration

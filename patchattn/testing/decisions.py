@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from patchattn.inputs import AttentionInputs
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
 from patchattn.testing.dense import DenseCall
 
 _FREEZING = 1e-3

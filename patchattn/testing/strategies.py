@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import CHUNK
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import CHUNK
 from patchattn.policy import (
     ClosedGate,
     Gate,
@@ -26,7 +27,6 @@ from patchattn.policy import (
     RiskTarget,
     StaticGate,
 )
-from patchattn.regions import Regions
 
 try:
     from hypothesis import strategies as st
@@ -264,7 +264,7 @@ def decisions(draw: st.DrawFn, inputs: AttentionInputs) -> Tensor:
         inputs: The call.
 
     Returns:
-        [batch, heads, query] bool, to be passed to `patchattn.gate.forced`.
+        [batch, heads, query] bool, to be passed to `patchattn.gates.gate.forced`.
     """
     rows = inputs.query.shape[:3]
     generator = torch.Generator().manual_seed(draw(_SEEDS))

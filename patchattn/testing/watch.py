@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.hf.patching import PatchHandle
-from patchattn.inputs import Attended, AttentionInputs
 from patchattn.policy import Phase, Policy
-from patchattn.regions import Regions
 from patchattn.testing.budget import error_budget
 from patchattn.testing.decisions import wrong_decisions
 from patchattn.testing.dense import dense_attention, token_masks

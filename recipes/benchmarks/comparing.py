@@ -10,7 +10,7 @@ from problems import dense_baselines, facts, gated, graphed
 from torch import Tensor
 
 from patchattn.backends import load, resolve
-from patchattn.inputs import AttentionInputs
+from patchattn.call.inputs import AttentionInputs
 
 
 def compare(

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from problems import DTYPES, Shape, dense_baselines, gated, iid_gates, make_inputs
 
 from patchattn.backends import load, resolve
-from patchattn.inputs import AttentionInputs
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
+from patchattn.call.inputs import AttentionInputs
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 
 
 def main() -> None:

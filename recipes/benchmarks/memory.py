@@ -17,7 +17,7 @@ from problems import DTYPES, Shape, gated, iid_gates, make_inputs
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchattn.backends import load, resolve
-from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
+from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 
 MIB = 2**20
 

@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
-from patchattn.gate import forced
-from patchattn.inputs import Attended, AttentionInputs
-from patchattn.regions import Regions
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.gate import forced
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The math kernel makes the whole score matrix.

@@ -37,11 +37,11 @@ from estimates_page import GUARD_ONLY, Fit, Row, load, save, write_page
 
 from patchattn import OpenGate, Policy, demo, patch
 from patchattn.backends.blockwise import attend as blockwise_attend
-from patchattn.backends.blockwise_prefill import attend_local
+from patchattn.backends.blockwise.prefill import attend_local
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.scores import score
 from patchattn.evaluation.tasks import Document, Kind, TokenizedText, make_document, tokenize_text
-from patchattn.gate import decide, exact_bulk_log_mass, forced
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.gates.gate import decide, exact_bulk_log_mass, forced
 
 LENGTH = 4096
 FACTS: tuple[Kind, ...] = ("fact",) * 36

@@ -1,7 +1,8 @@
 """Estimates of the bulk log mass that were tried: what each one knows of the far keys, and what it costs.
 
 Prototypes for one sequence without padding, to be judged by `estimates.py`; the library's own estimates are in
-`patchattn.moments`. All see far keys in whole chunks only, as the library does, and scale up to the true number.
+`patchattn.moments.gaussian`. All see far keys in whole chunks only, as the library does, and scale up to the true
+number.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import CHUNK, log_mass_of_gaussian
+from patchattn.call.inputs import AttentionInputs
+from patchattn.moments.gaussian import CHUNK, log_mass_of_gaussian
 
 
 @dataclass(frozen=True)

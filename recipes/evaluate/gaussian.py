@@ -23,10 +23,10 @@ from recording import THRESHOLDS, recorded
 from shipped import SINK, TASKS, command_line, document, load
 from store import Row, kept
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.evaluation.margins import read, watching, with_window
-from patchattn.gate import attention_scores
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import CHUNK, KeyMoments
+from patchattn.gates.gate import attention_scores
+from patchattn.moments.gaussian import CHUNK, KeyMoments
 
 SAMPLED_DOCUMENTS = 4
 QUERIES_PER_CHUNK = 3

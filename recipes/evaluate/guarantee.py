@@ -20,11 +20,11 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / 
 from documents import documents
 
 from patchattn import Policy, RiskTarget, demo
-from patchattn.calibration.collect import Collecting, read_document, settings_of
 from patchattn.calibration.risk import Curves, documents_needed, rungs
-from patchattn.calibration.statistics import MARGINS, Totals
 from patchattn.evaluation.compare import check_longest
-from patchattn.gate import Measured
+from patchattn.gates.gate import Measured
+from patchattn.measuring.collect import Collecting, read_document, settings_of
+from patchattn.measuring.statistics import MARGINS, Totals
 
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 SCOPES = ("head", "model")

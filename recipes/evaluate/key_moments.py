@@ -25,18 +25,18 @@ from documents import documents
 import patchattn
 from patchattn import OpenGate, Policy, demo
 from patchattn.backends.blockwise import attend as blockwise_attend
-from patchattn.calibration.collect import read_document
+from patchattn.backends.reference import masked_log_mass
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.scores import Scores, score, wilson_interval
 from patchattn.evaluation.tasks import Document
-from patchattn.gate import attention_scores, exact_bulk_log_mass
+from patchattn.gates.gate import attention_scores, exact_bulk_log_mass
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
-from patchattn.inputs import Attended, AttentionInputs
-from patchattn.moments import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.measuring.collect import read_document
+from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
+from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
 from patchattn.policy import Estimate
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.reference import masked_log_mass
-from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 
 LENGTH, SINK, WINDOW = 4096, 16, 256
 MOST = LENGTH - SINK - WINDOW

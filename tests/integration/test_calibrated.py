@@ -23,14 +23,14 @@ from patchattn import (
     RiskTarget,
     StaticGate,
 )
+from patchattn.backends.reference import attend
 from patchattn.calibration import Calibration
-from patchattn.gate import Measured, bulk_log_mass, margin_threshold, with_margins
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.gate import Measured, bulk_log_mass, margin_threshold, with_margins
 from patchattn.hf.architecture import cache_of, with_cache
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import KeyMoments
-from patchattn.reference import attend
-from patchattn.regions import Regions
-from patchattn.rotary import RotaryMoments
+from patchattn.moments.gaussian import KeyMoments
+from patchattn.moments.text import RotaryMoments
 from patchattn.testing import recorded_gates, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -152,8 +152,8 @@ def test_estimates_of_a_padded_row_are_those_of_the_row_alone(calibration, numbe
         found.append(from_text(*arguments, **fields))
         return found[-1]
 
-    from_text = patchattn.gate.bulk_log_mass_from_text
-    monkeypatch.setattr("patchattn.gate.bulk_log_mass_from_text", keep)
+    from_text = patchattn.gates.gate.bulk_log_mass_from_text
+    monkeypatch.setattr("patchattn.gates.gate.bulk_log_mass_from_text", keep)
 
     def estimates(ids: torch.Tensor, split: int | None = None, **call) -> list[torch.Tensor]:
         found.clear()

@@ -13,12 +13,12 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.cache import COMPILED_CALLS_CAN_TRACK
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import CHUNK
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
+from patchattn.moments.gaussian import CHUNK
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.testing import assert_within_budget, recorded_gates, replay_gates, tiny_model
 
 SINK, WINDOW = 4, 32

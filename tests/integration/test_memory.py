@@ -54,9 +54,9 @@ assert_within_budget(got, *results)
 
 CALL = """
 from patchattn.backends.blockwise import attend
-from patchattn.gate import forced
-from patchattn.inputs import AttentionInputs
-from patchattn.regions import Regions
+from patchattn.gates.gate import forced
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 
 softcap, (length,) = {"softcap": 30.0, "holes": None}[backend], lengths
 valid = torch.ones(1, length, dtype=torch.bool)

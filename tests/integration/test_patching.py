@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
-from patchattn.regions import Regions
 from patchattn.testing import (
     assert_within_budget,
     gates_of_chunks,

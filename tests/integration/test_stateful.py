@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
+from patchattn.call.regions import Regions
 from patchattn.hf import cache as tracking
 from patchattn.hf.architecture import with_cache
-from patchattn.moments import CHUNK
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
+from patchattn.moments.gaussian import CHUNK
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.testing import gates_of_chunks, recorded_gates, replay_gates, tiny_model
 
 SINK, WINDOW, LONGEST = 4, 16, 700

@@ -11,11 +11,10 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from patchattn import reference
-from patchattn.backends import blockwise
-from patchattn.gate import forced
-from patchattn.inputs import AttentionInputs
-from patchattn.regions import Regions
+from patchattn.backends import blockwise, reference
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.gate import forced
 from patchattn.testing import assert_within_budget
 from patchattn.testing.dense import dense_attention
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, cast, decisions, shapes

@@ -12,7 +12,9 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from patchattn import MomentGate, OracleGate, Policy
-from patchattn.gate import (
+from patchattn.backends.reference import attend, masked_log_mass
+from patchattn.call.inputs import AttentionInputs
+from patchattn.gates.gate import (
     attention_scores,
     bulk_log_mass,
     decide,
@@ -21,8 +23,6 @@ from patchattn.gate import (
     is_open,
     margin_threshold,
 )
-from patchattn.inputs import AttentionInputs
-from patchattn.reference import attend, masked_log_mass
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, gates, shapes
 
 SOME = settings(max_examples=max(1, settings().max_examples // 2))

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
+from patchattn.call.regions import Regions
 from patchattn.hf.cache import load_moments, store_moments
-from patchattn.moments import CHUNK, KeyMoments
-from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
-from patchattn.regions import Regions
+from patchattn.moments.gaussian import CHUNK, KeyMoments
+from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.testing.strategies import FINITE_KEYS, GROUP_SIZES, KeyKind, lengths, make_keys
 
 SEEDS = st.integers(0, 2**16)

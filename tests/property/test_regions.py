@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchattn.regions import Regions
+from patchattn.call.regions import Regions
 from patchattn.testing.dense import token_masks
 from patchattn.testing.strategies import paddings, shapes
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from patchattn import gate, reference
-from patchattn.backends import flex
-from patchattn.inputs import Attended, AttentionInputs
-from patchattn.regions import Regions
+from patchattn.backends import flex, reference
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates import gate
 
 
 @dataclass(frozen=True)

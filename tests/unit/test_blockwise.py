@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchattn import gate, reference
-from patchattn.backends import blockwise, blockwise_kernel, blockwise_prefill
+from patchattn.backends import blockwise, reference
+from patchattn.backends.blockwise import prefill as blockwise_prefill
+from patchattn.backends.blockwise import softmax as blockwise_kernel
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
-from patchattn.inputs import AttentionInputs
-from patchattn.regions import Regions
+from patchattn.gates import gate
 
 
 def make_call(
@@ -501,9 +503,10 @@ def test_forward_runs_under_grad_mode_and_backward_refuses() -> None:
 _PEAK = """
 import resource, sys, torch
 sys.argv = ["", *sys.argv[1:]]
-from patchattn.backends import blockwise, blockwise_prefill
-from patchattn.inputs import AttentionInputs
-from patchattn.regions import Regions
+from patchattn.backends import blockwise
+from patchattn.backends.blockwise import prefill as blockwise_prefill
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 
 def run(length):
     torch.manual_seed(0)

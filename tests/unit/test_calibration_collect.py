@@ -1,4 +1,4 @@
-"""Tests of `patchattn.calibration.collect`: the sums are those of the definitions, whatever way they were reached."""
+"""Tests of `patchattn.measuring.collect`: the sums are those of the definitions, whatever way they were reached."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 import patchattn
 from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn.backends.reference import attend, masked_log_mass
 from patchattn.calibration import Rotary
-from patchattn.calibration.collect import Collecting, _half_upwards, calibrate, settings_of
-from patchattn.calibration.documents import cut_documents
-from patchattn.calibration.rotary import find_rotary
-from patchattn.calibration.statistics import MARGINS, Settings, Totals, _closed_sums
-from patchattn.gate import attention_scores, bulk_log_mass
-from patchattn.inputs import AttentionInputs
-from patchattn.moments import KeyMoments
-from patchattn.reference import attend, masked_log_mass
-from patchattn.regions import Regions
-from patchattn.rotary import Rotation
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.gate import attention_scores, bulk_log_mass
+from patchattn.measuring.collect import Collecting, _half_upwards, calibrate, settings_of
+from patchattn.measuring.documents import cut_documents
+from patchattn.measuring.find_rotary import find_rotary
+from patchattn.measuring.statistics import MARGINS, Settings, Totals, _closed_sums
+from patchattn.moments.gaussian import KeyMoments
+from patchattn.moments.text import Rotation
 from patchattn.testing import tiny_model
 from patchattn.testing.models import FAMILIES
 
@@ -72,7 +72,7 @@ def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> Attenti
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True)])
 def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several slabs.
-    monkeypatch.setitem(patchattn.calibration.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
+    monkeypatch.setitem(patchattn.measuring.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
     inputs = make_inputs(softcap=softcap, sinks=sinks)
     settings = Settings((3,), 6, 2, 16, key_moments=True, oracle_margin=0.4)
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0]))

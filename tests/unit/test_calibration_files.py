@@ -97,7 +97,7 @@ def test_golden_files_of_every_schema_are_read(schema: int) -> None:
 
 
 def test_size_for_a_model_of_8b_parameters() -> None:
-    from patchattn.calibration.statistics import ESTIMATES, MARGINS
+    from patchattn.measuring.statistics import ESTIMATES, MARGINS
 
     shape = {"layers": 32, "query_heads": 32, "kv_heads": 8, "head_dim": 128, "estimates": ESTIMATES}
 

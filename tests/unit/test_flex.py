@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchattn import reference
-from patchattn.backends import flex, flex_masks
+from patchattn.backends import flex, reference
+from patchattn.backends.flex import masks as flex_masks
 from patchattn.errors import BackendError, UnsupportedCallError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -264,7 +264,7 @@ def test_inductor_bfloat16_and_use_inside_a_compiled_function():
     run_in_process("""
         import torch
         from flex_cases import Case, check
-        from patchattn import reference
+        from patchattn.backends import reference
         from patchattn.backends import flex
 
         check(Case(dim=24, value_dim=40), "inductor", torch.bfloat16)

@@ -10,11 +10,11 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from patchattn.call.regions import Regions
 from patchattn.errors import ShapeError, UnsupportedCallError
 from patchattn.hf.architecture import ORIGINALS
 from patchattn.hf.attention import register
 from patchattn.hf.mask import CausalMask, mask
-from patchattn.regions import Regions
 from patchattn.testing import tiny_model
 
 IMPLEMENTATIONS = ("sdpa", "eager")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from patchattn.moments import CHUNK, KeyMoments, log_mass_of_gaussian
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
+from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 
 
 def keys(n, dim=8, seed=0, mean=0.0, dtype=torch.float64):

@@ -2,7 +2,7 @@
 
 import torch
 
-from patchattn.regions import Regions, first_real_slot
+from patchattn.call.regions import Regions, first_real_slot
 
 
 def test_the_window_includes_the_query_and_the_sink_starts_at_the_first_real_token():

@@ -1,4 +1,4 @@
-"""Tests of `patchattn.report.files`, and of the commands that save: what fails leaves no folder behind."""
+"""Tests of `patchattn.writing`, and of the commands that save: what fails leaves no folder behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from patchattn import CalibrationError, demo
-from patchattn.calibration import Calibration, card, checkpoint, files, plots
-from patchattn.calibration.statistics import Settings, Totals
+from patchattn.calibration import Calibration, card, files, plots
 from patchattn.cli import calibrate as calibrate_command
 from patchattn.cli import demo as demo_command
 from patchattn.cli import evaluate as evaluate_command
 from patchattn.cli.app import app
 from patchattn.errors import ReportError
-from patchattn.report.files import check_folder, check_path, made, tidied
+from patchattn.measuring import checkpoint
+from patchattn.measuring.statistics import Settings, Totals
+from patchattn.writing import check_folder, check_path, made, tidied
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

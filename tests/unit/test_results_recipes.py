@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from patchattn import MomentGate, OracleGate, Policy, patch
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.evaluation.margins import Margins, exact_masses, read, record_margins, with_window
-from patchattn.gate import exact_bulk_log_mass
-from patchattn.inputs import AttentionInputs
-from patchattn.regions import Regions
+from patchattn.gates.gate import exact_bulk_log_mass
 from patchattn.testing.models import tiny_model
 
 np = pytest.importorskip("numpy")

@@ -1,4 +1,4 @@
-"""Tests of `patchattn.rotary`: moments averaged over rotations, in closed form, against turning every key."""
+"""Tests of `patchattn.moments.text`: moments averaged over rotations, in closed form, against turning every key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchattn.moments import CHUNK, KeyMoments
-from patchattn.regions import Regions
-from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
+from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import CHUNK, KeyMoments
+from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
 
 DIM = 8
 FREQUENCIES = torch.tensor([1.0, 0.1, 1e-3, 0.0], dtype=torch.float64)

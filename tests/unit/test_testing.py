@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import patchattn
-from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, reference
-from patchattn.backends import blockwise
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.backends import blockwise, reference
+from patchattn.call.regions import Regions
 from patchattn.hf import attention as hf_attention
 from patchattn.hf import patching
 from patchattn.hf.mask import CausalMask
-from patchattn.prompt_moments import PromptMoments
-from patchattn.regions import Regions
+from patchattn.moments.prompt import PromptMoments
 from patchattn.testing import ProvesNothingError, assert_equivalent, assert_within_budget, tiny_model
 from patchattn.testing.dense import dense_attention, token_masks
 

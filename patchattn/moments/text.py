@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchattn.moments import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
 from patchattn.policy import Estimate
-from patchattn.regions import Regions
 
 _CHUNKS_PER_SLAB = 32
 

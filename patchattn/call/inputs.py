@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchattn.call.regions import Regions
 from patchattn.errors import ShapeError
-from patchattn.regions import Regions
 
 
 @dataclass(frozen=True)

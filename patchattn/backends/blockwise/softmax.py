@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.inputs import AttentionInputs
+from patchattn.call.inputs import AttentionInputs
 
 # Scores that exist at once where two matrix products take the place of the fused kernel.
 _MOST_SCORES = 1 << 22

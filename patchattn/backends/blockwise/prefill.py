@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.backends.blockwise_kernel import Part, attend_to
-from patchattn.inputs import AttentionInputs
+from patchattn.backends.blockwise.softmax import Part, attend_to
+from patchattn.call.inputs import AttentionInputs
 
 SLAB = 4096
 """Queries per slab: workspace beyond the output is bounded by this, whatever the length of the prompt."""

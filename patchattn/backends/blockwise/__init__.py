@@ -1,8 +1,8 @@
 """Gated attention in plain PyTorch: no compiler, memory linear in the length. The backend of choice on CPU.
 
 Pass 1 attends every query to its local keys; its log mass decides the gates. Pass 2 attends the open pairs to the bulk
-keys. Both results are merged by log-sum-exp. `blockwise_prefill` does this for many queries, `blockwise_decode` for
-one query per sequence, both by means of `blockwise_kernel`.
+keys. Both results are merged by log-sum-exp. `prefill` does this for many queries, `decode` for
+one query per sequence, both by means of `softmax`.
 
 On CPU the parts go through the fused attention kernel, elsewhere and with a softcap through two matrix products.
 """
@@ -15,27 +15,27 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise_decode import attend_decode, is_plain_decode
-from patchattn.backends.blockwise_dense import attend_plainly as attend_plainly
-from patchattn.backends.blockwise_dense import dense_rows, is_eager, leading_open_rows, plain_dense
-from patchattn.backends.blockwise_kernel import with_sink_logits, with_unit_stride
-from patchattn.backends.blockwise_prefill import SLAB, add_bulk, attend_local
+from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
+from patchattn.backends.blockwise.dense import attend_plainly as attend_plainly
+from patchattn.backends.blockwise.dense import dense_rows, is_eager, leading_open_rows, plain_dense
+from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
+from patchattn.backends.blockwise.softmax import with_sink_logits, with_unit_stride
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
-from patchattn.gate import decide, forced
-from patchattn.inputs import Attended, AttentionInputs
-from patchattn.regions import Regions
+from patchattn.gates.gate import decide, forced
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
     """Attend to local keys, and to bulk keys where the head gate is open.
 
-    Computes what `patchattn.reference.attend` defines, with memory linear in the number of keys. Forward only. One
-    opaque operator, so that `torch.compile(fullgraph=True)` of a caller works; on an accelerator it synchronises with
-    the host.
+    Computes what `patchattn.backends.reference.attend` defines, with memory linear in the number of keys. Forward
+    only. One opaque operator, so that `torch.compile(fullgraph=True)` of a caller works; on an accelerator it
+    synchronises with the host.
 
     Args:
         inputs: The attention call.
-        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gate.bulk_log_mass` finds it; +inf opens and -inf
+        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gates.gate.bulk_log_mass` finds it; +inf opens and -inf
             closes a pair for certain.
         threshold: Margin in nats from which a gate closes.
 

@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from patchattn.moments import CHUNK, KeyMoments, accumulator, log_mass_of_gaussian, log_mass_of_log_count
+from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import CHUNK, KeyMoments, accumulator, log_mass_of_gaussian, log_mass_of_log_count
 from patchattn.policy import Estimate
-from patchattn.regions import Regions
 
 _CHUNKS_PER_SLAB = 32
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from patchattn.backends.flex_backward import forward_only
-from patchattn.backends.flex_local import local_log_mass
-from patchattn.backends.flex_masks import ROW_TILE, RowMasks, block_size, open_first, pinned
+from patchattn.backends.flex.backward import forward_only
+from patchattn.backends.flex.local import local_log_mass
+from patchattn.backends.flex.masks import ROW_TILE, RowMasks, block_size, open_first, pinned
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.errors import BackendError
-from patchattn.gate import decide
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.gates.gate import decide
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
@@ -43,7 +43,7 @@ _SLAB = 4096  # queries of a two-pass call
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
-    """Attend to local keys, and to bulk keys where the head gate is open; see `patchattn.reference.attend`.
+    """Attend to local keys, and to bulk keys where the head gate is open; see `patchattn.backends.reference.attend`.
 
     Args:
         inputs: The attention call, in float32, float16 or bfloat16.

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchattn.inputs import AttentionInputs
+from patchattn.call.inputs import AttentionInputs
+from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
+from patchattn.moments.text import RotaryMoments, bulk_log_mass_from_text, counted_from
 from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
-from patchattn.prompt_moments import PromptMoments, bulk_log_mass_from_prompt
-from patchattn.rotary import RotaryMoments, bulk_log_mass_from_text, counted_from
 
 _ROWS_PER_SLAB = 256
 _PARTS = ("mean", "covariance", "frequencies", "order")

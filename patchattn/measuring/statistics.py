@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchattn.gate import attention_scores
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.gate import attention_scores
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
+from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
 from patchattn.policy import Estimate
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
-from patchattn.regions import Regions
-from patchattn.rotary import RotaryMoments, Rotation, bulk_log_mass_from_text
 
 MARGINS = torch.cat([torch.arange(-8, -2, 0.5), torch.arange(-2, 6, 0.25), torch.arange(6, 14.1, 0.5)])
 """Margins in nats that curves are measured at: shares from 0.0003 to 0.999999, finest where gates are used."""

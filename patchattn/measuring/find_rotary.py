@@ -14,11 +14,11 @@ from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration.manifest import Rotary
 from patchattn.hf.architecture import context_of, vocabulary_of
 from patchattn.hf.weights import input_device
-from patchattn.rotary import Rotation
+from patchattn.moments.text import Rotation
 
 if TYPE_CHECKING:
-    from patchattn.calibration.collect import Collecting
-    from patchattn.inputs import Attended, AttentionInputs
+    from patchattn.call.inputs import Attended, AttentionInputs
+    from patchattn.measuring.collect import Collecting
 
 _POSITIONS = (0, 1, 2, 3, 5, 13, 47, 101, 499, 1999, 7993)
 # A float32 angle that is further from zero is off by more than 0.01 radians.

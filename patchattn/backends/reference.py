@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchattn.gate import attention_scores, decide
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.gates.gate import attention_scores, decide
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
@@ -18,7 +18,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
 
     Args:
         inputs: The attention call.
-        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gate.bulk_log_mass` finds it; +inf opens and -inf
+        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gates.gate.bulk_log_mass` finds it; +inf opens and -inf
             closes a pair for certain.
         threshold: Margin in nats from which a gate closes.
 

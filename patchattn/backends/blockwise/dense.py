@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchattn.backends.blockwise_kernel import attend_to, is_fused, merge_visible
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.backends.blockwise.softmax import attend_to, is_fused, merge_visible
+from patchattn.call.inputs import Attended, AttentionInputs
 
 # Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
 # one row of a narrower dtype is several times slower at any length.

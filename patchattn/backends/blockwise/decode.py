@@ -12,9 +12,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise_kernel import Part, attend_to, is_fused, merge_visible, with_sink_logits
-from patchattn.gate import is_open
-from patchattn.inputs import Attended, AttentionInputs
+from patchattn.backends.blockwise.softmax import Part, attend_to, is_fused, merge_visible, with_sink_logits
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.gates.gate import is_open
 
 _MOST_SPLITS = 8
 _FEWEST_KEYS_TO_SPLIT = 512

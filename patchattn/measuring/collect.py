@@ -18,21 +18,21 @@ from torch import Tensor
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
-from patchattn.calibration.checkpoint import keep, resume
-from patchattn.calibration.documents import cut_documents, digest_of, share_out
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
-from patchattn.calibration.rotary import FoundRotary, find_rotary
-from patchattn.calibration.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
 from patchattn.errors import CalibrationError, UnsupportedModelError
-from patchattn.gate import Measured, with_margins
+from patchattn.gates.gate import Measured, with_margins
 from patchattn.hf.architecture import commit_of, context_of, name_of
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
 from patchattn.hf.weights import input_device
+from patchattn.measuring.checkpoint import keep, resume
+from patchattn.measuring.documents import cut_documents, digest_of, share_out
+from patchattn.measuring.find_rotary import FoundRotary, find_rotary
+from patchattn.measuring.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import MomentGate, OpenGate, Policy
-from patchattn.prompt_moments import bulk_log_mass_from_prompt
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from patchattn.calibration import files
-from patchattn.calibration.statistics import Totals
 from patchattn.errors import CalibrationError
-from patchattn.report.files import made
+from patchattn.measuring.statistics import Totals
+from patchattn.writing import made
 
 
 def keep(totals: Totals, path: Path, key: str, done: int) -> None:

@@ -1,0 +1,1 @@
+"""Running a model over documents to measure a calibration."""

@@ -1,0 +1,1 @@
+"""Moments of keys, and the softmax mass they predict: of the prompt itself, or of other text."""

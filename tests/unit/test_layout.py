@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,34 @@ import patchattn
 
 PACKAGE = Path(patchattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = [
-    ("hf.architecture",),
-    (
-        "errors",
-        "policy",
-        "regions",
-        "inputs",
-        "moments",
-        "prompt_moments",
-        "rotary",
-        "gate",
-        "reference",
-    ),
-    ("backends",),
-    ("report", "calibration"),
-    ("hf",),
-    ("calibration.collect", "calibration.rotary", "evaluation", "testing"),
-    ("demo", "cli"),
+ORDER = [
+    "errors",
+    "writing",
+    "call",
+    "moments",
+    "gates",
+    "policy",
+    "backends",
+    "report",
+    "calibration",
+    "hf",
+    "measuring",
+    "testing",
+    "evaluation",
+    "demo",
+    "cli",
 ]
-"""From the ground up: a file imports from its own row and from rows above it in this list."""
+"""From the ground up: a file imports from its own room and from rooms above it in this list."""
 
-LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
-MOST_LINES = 420
+KNOW_TRANSFORMERS = ("hf", "cli")
+MOST_LINES = 350
+NAMES = {path: ".".join(("patchattn", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
+MODULES = {name.removesuffix(".__init__"): path for path, name in NAMES.items()}
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names that a file imports, also inside functions."""
+    """Dotted names that a file imports, also inside functions and for types only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -51,46 +53,53 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def room(dotted: str) -> str | None:
-    parts = dotted.split(".")
-    names = (".".join(parts[1:3]), parts[1]) if len(parts) > 1 else ()
-    return next((name for name in names if name in LEVEL), None)
+def needed(path: Path) -> set[Path]:
+    """Files of the package that a file imports."""
+    found = (MODULES.get(name) or MODULES.get(name.rpartition(".")[0]) for name in imported(path))
+    return {file for file in found if file is not None}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path: Path) -> None:
-    own = room(".".join(("patchattn", *path.relative_to(PACKAGE).with_suffix("").parts)))
-    if own is None:
-        return
-    for name in imported(path):
-        if name.split(".")[0] != "patchattn":
-            continue
-        other = room(name)
-        # The package itself offers what is in hf and below.
-        level = LEVEL["hf"] if other is None else LEVEL[other]
-        assert level <= LEVEL[own], f"{own} imports {name}"
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def test_every_file_has_a_room() -> None:
-    top = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert top - {"__init__"} <= set(LEVEL)
+    assert {room(path) for path in FILES} - {"__init__"} == set(ORDER)
+
+
+@each_file
+def test_imports_point_down(path: Path) -> None:
+    if room(path) == "__init__":
+        return
+    for other in needed(path):
+        assert room(other) != "__init__", f"{NAMES[path]} imports the face of the package; import from the room"
+        assert ORDER.index(room(other)) <= ORDER.index(room(path)), f"{NAMES[path]} imports {NAMES[other]}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    try:
+        tuple(TopologicalSorter({path: needed(path) for path in FILES}).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(NAMES[path] for path in error.args[1]))
 
 
 def test_backends_do_not_import_each_other() -> None:
-    for path in (PACKAGE / "backends").glob("*.py"):
-        siblings = {name.split(".")[2] for name in imported(path) if name.startswith("patchattn.backends.")}
-        backend = path.stem.split("_")[0]
-        assert {name.split("_")[0] for name in siblings} <= {backend}, path
+    folder = PACKAGE / "backends"
+    backends = [path for path in folder.iterdir() if (path / "__init__.py").is_file()]
+    assert backends
+    for backend in backends:
+        for path in backend.rglob("*.py"):
+            others = [other for other in needed(path) if other.is_relative_to(folder)]
+            assert all(other.is_relative_to(backend) for other in others), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_method_and_backends_do_not_know_transformers(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own in (*ROOMS[0], "backends", "report", "__init__"):
+@each_file
+def test_only_two_rooms_know_transformers(path: Path) -> None:
+    if room(path) not in KNOW_TRANSFORMERS:
         assert not [name for name in imported(path) if name.split(".")[0] == "transformers"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each_file
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 

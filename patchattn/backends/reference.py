@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.gates.gate import attention_scores, decide
+from patchattn.call.masses import attention_scores, masked_log_mass
+from patchattn.gates.gate import decide
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
@@ -39,20 +40,3 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
     value = inputs.value.to(weights.dtype)[:, :, None]
     output = (weights.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
     return Attended(output.to(inputs.query.dtype), opened, attended.sum())
-
-
-def masked_log_mass(scores: Tensor, mask: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Log of the summed exponentials of the scores under a mask.
-
-    Args:
-        scores: [batch, heads, query, keys] nats.
-        mask: Broadcasts against the scores; True keeps a key.
-        sink_logits: [heads]; joins the sum once. None for none.
-
-    Returns:
-        [batch, heads, query] nats; -inf where nothing is kept.
-    """
-    mass = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-    if sink_logits is not None:
-        mass = torch.logaddexp(mass, sink_logits.to(mass.dtype)[:, None])
-    return mass

@@ -157,6 +157,10 @@ class Regions:
         return n_bulk.log()[:, None, None]
 
     @property
+    def _slots(self) -> Tensor:
+        return torch.arange(self.key_length, device=self.valid.device)
+
+    @property
     def query_slots(self) -> Tensor:
         """Slots of the query rows, [query] int64."""
         return self.query_slot + torch.arange(self.query_length, device=self.valid.device)
@@ -234,25 +238,35 @@ class Regions:
 
     def causal_mask(self, rows: slice = slice(None)) -> Tensor:
         """Keys a dense model attends to, [batch, rows, keys] bool."""
-        keys = torch.arange(self.key_length, device=self.valid.device)
-        return self.valid[:, None, :] & (keys <= self.query_slots[rows, None])
+        return self.valid[:, None, :] & (self._slots <= self.query_slots[rows, None])
 
     def local_mask(self, rows: slice = slice(None)) -> Tensor:
         """Keys in sink or window, [batch, rows, keys] bool."""
-        return self.causal_mask(rows) & ~self._beyond_local(rows)
+        return self.causal_mask(rows) & ~self.beyond_local(self._slots, rows)
 
     def bulk_mask(self, rows: slice = slice(None)) -> Tensor:
         """Causal keys outside sink and window, [batch, rows, keys] bool."""
-        return self.causal_mask(rows) & self._beyond_local(rows)
+        return self.causal_mask(rows) & self.beyond_local(self._slots, rows)
 
-    def _beyond_local(self, rows: slice) -> Tensor:
-        keys = torch.arange(self.key_length, device=self.valid.device)
-        past_sink = keys - self.first[:, None] >= self.sink_size
-        past_window = self.query_slots[rows, None] - keys >= self.window_size
+    def beyond_local(self, slots: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Slots after the sink and before the window, [batch, rows, slots] bool, whether they are padding or not."""
+        past_sink = slots - self.first[:, None] >= self.sink_size
+        past_window = self.query_slots[rows, None] - slots >= self.window_size
         return past_sink[:, None, :] & past_window
+
+    def cut(self, begin: int, end: int, keys: int) -> Regions:
+        """Return the regions of the query rows from `begin` to `end`, among the first so many key slots."""
+        return Regions(
+            self.sink_size, self.window_size, end - begin, self.valid[:, :keys], self.first, self.query_slot + begin
+        )
 
 
 def first_real_slot(valid: Tensor) -> Tensor:
     """Slot of the first real token of each row, [batch] int64; the number of slots where a row has none."""
     slots = torch.arange(valid.shape[1], device=valid.device)
     return torch.where(valid.bool(), slots, valid.shape[1]).amin(dim=1)
+
+
+def host_may_read(tensor: Tensor) -> bool:
+    """Say whether reading a tensor on the host is free: neither in a compiled graph, nor by waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

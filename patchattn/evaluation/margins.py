@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import attention_scores
 from patchattn.call.regions import Regions
 from patchattn.evaluation.samples import DocumentError
-from patchattn.gates.gate import Measured, attention_scores, bulk_log_mass_from_calibration
+from patchattn.gates.gate import Measured, bulk_log_mass_from_calibration
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import exact_masses
 from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, bulk_log_mass_from_text, counted_from
 from patchattn.policy import ClosedGate, Estimate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
 
-_ROWS_PER_SLAB = 256
 _PARTS = ("mean", "covariance", "frequencies", "order")
-# Slabs that fit a processor's cache take half of the time of large ones.
-_SCORES_PER_SLAB_ON_HOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def bulk_log_mass(
                 least_bulk=break_even,
             )
         case OracleGate():
-            mass = exact_bulk_log_mass(inputs)
+            mass = exact_masses(inputs)[0].bulk
         case OpenGate() | ClosedGate() | StaticGate():
             mass = forced(_statically_open(gate, layer, inputs)[None, :, None].expand(inputs.query.shape[:3]), inputs)
     if measured is not None and measured.margins is not None:
@@ -179,35 +177,6 @@ def forced(open_pairs: Tensor, inputs: AttentionInputs) -> Tensor:
     """
     inf = torch.tensor(torch.inf, dtype=inputs.compute_dtype, device=open_pairs.device)
     return torch.where(open_pairs, inf, -inf)
-
-
-def exact_bulk_log_mass(inputs: AttentionInputs) -> Tensor:
-    """Compute the exact log mass of the bulk keys, [batch, heads, query] nats; -inf where there are none.
-
-    Takes as long as dense attention; memory is linear in the number of keys.
-    """
-    batch, heads, length, _ = inputs.query.shape
-    regions, step = inputs.regions, _ROWS_PER_SLAB
-    on_host = inputs.query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host:
-        step = max(_SCORES_PER_SLAB_ON_HOST // max(batch * heads * regions.key_length, 1), 16)
-    slabs = []
-    for begin in range(0, length, step):
-        rows = slice(begin, begin + step)
-        # Where looking is free, no key beyond the last one that is bulk for any of the rows.
-        keys = slice(max(regions.host.query_slot + rows.stop - regions.window_size, 1) if on_host else None)
-        mask = regions.bulk_mask(rows)[:, None, :, keys]
-        slabs.append(attention_scores(inputs, rows, keys).masked_fill_(~mask, -torch.inf).logsumexp(-1))
-    return torch.cat(slabs, dim=2)
-
-
-def attention_scores(inputs: AttentionInputs, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-    """Compute scaled and capped scores, [batch, heads, rows, keys], in `inputs.compute_dtype`."""
-    query = inputs.query[:, :, rows].to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1))
-    scores = (query @ inputs.key[:, :, keys].to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
-    if inputs.softcap is not None:
-        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    return scores
 
 
 def bulk_log_mass_from_calibration(

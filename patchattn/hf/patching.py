@@ -47,26 +47,28 @@ class PatchHandle:
         model: The patched model.
         policy: The policy in force, with every `"auto"` resolved.
         backend: The backend in use.
+
+    `states` holds what each patched layer keeps, by its index: for the library's own tools.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, backend: Backend) -> None:
         self.model = model
         self.policy = policy
         self.backend = backend
-        self._states = _states(model)
+        self.states = _states(model)
 
     def unpatch(self) -> None:
         """Give the model back exactly as it was; does nothing the second time."""
-        if _states(self.model) == self._states and self._states:
+        if _states(self.model) == self.states and self.states:
             unpatch(self.model)
 
     def report(self) -> GateReport:
         """Report what the gates did so far; also after the model was unpatched."""
-        return GateReport.of(self._states, self.policy, self.backend, shapes=_head_shapes(self.model))
+        return GateReport.of(self.states, self.policy, self.backend, shapes=_head_shapes(self.model))
 
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
-        for state in self._states.values():
+        for state in self.states.values():
             state.reset_report()
 
     def __enter__(self) -> PatchHandle:

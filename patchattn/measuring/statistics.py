@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import attention_scores
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import attention_scores
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
 from patchattn.policy import Estimate

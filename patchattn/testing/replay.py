@@ -20,7 +20,7 @@ def replay_gates(handle: PatchHandle, gates: dict[int, list[Tensor]]) -> None:
         handle: The handle of the patched model; its next gated calls must match the recorded ones.
         gates: As `recorded_gates` returns them.
     """
-    for layer, state in handle._states.items():
+    for layer, state in handle.states.items():
         state.replay = list(gates[layer])
 
 

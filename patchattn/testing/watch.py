@@ -124,7 +124,7 @@ class Watch:
 
 def watch_layers(handle: PatchHandle, watch: Watch) -> None:
     """Have every layer of a patched model compare what its backend gives; undone by `unpatch`."""
-    for state in handle._states.values():
+    for state in handle.states.values():
 
         def attend(
             inputs: AttentionInputs, mass: Tensor, threshold: float, *, state: Any = state, inner: Any = state.attend

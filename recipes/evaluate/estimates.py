@@ -39,9 +39,10 @@ from patchattn import OpenGate, Policy, demo, patch
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.backends.blockwise.prefill import attend_local
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import exact_masses
 from patchattn.evaluation.scores import score
 from patchattn.evaluation.tasks import Document, Kind, TokenizedText, make_document, tokenize_text
-from patchattn.gates.gate import decide, exact_bulk_log_mass, forced
+from patchattn.gates.gate import decide, forced
 
 LENGTH = 4096
 FACTS: tuple[Kind, ...] = ("fact",) * 36
@@ -114,7 +115,7 @@ def texts() -> tuple[TokenizedText, TokenizedText, Any]:
 def attending(model: Any, attend: Any) -> Iterator[Any]:
     """Patch a model so that its layers call `attend(layer, inputs)`."""
     with patch(model, POLICY, backend="blockwise") as handle:
-        for layer, state in handle._states.items():
+        for layer, state in handle.states.items():
             state.attend = lambda inputs, _mass, _threshold, layer=layer: attend(layer, inputs)
         yield handle
 
@@ -122,7 +123,7 @@ def attending(model: Any, attend: Any) -> Iterator[Any]:
 def call_of(inputs: AttentionInputs, *, with_bulk: bool) -> Call:
     """Take the pairs that are asked out of a call, with the exact local log mass."""
     local = attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass
-    return Call.of(inputs, local, exact_bulk_log_mass(inputs) if with_bulk else None)
+    return Call.of(inputs, local, exact_masses(inputs)[0].bulk if with_bulk else None)
 
 
 @torch.no_grad()

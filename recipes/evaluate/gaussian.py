@@ -24,8 +24,8 @@ from shipped import SINK, TASKS, command_line, document, load
 from store import Row, kept
 
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import attention_scores
 from patchattn.evaluation.margins import read, watching, with_window
-from patchattn.gates.gate import attention_scores
 from patchattn.moments.gaussian import CHUNK, KeyMoments
 
 SAMPLED_DOCUMENTS = 4

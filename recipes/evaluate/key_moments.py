@@ -25,11 +25,10 @@ from documents import documents
 import patchattn
 from patchattn import OpenGate, Policy, demo
 from patchattn.backends.blockwise import attend as blockwise_attend
-from patchattn.backends.reference import masked_log_mass
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
 from patchattn.evaluation.scores import Scores, score, wilson_interval
 from patchattn.evaluation.tasks import Document
-from patchattn.gates.gate import attention_scores, exact_bulk_log_mass
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
 from patchattn.measuring.collect import read_document
@@ -202,7 +201,7 @@ def judge(model: Any, tokens: list[Tensor], named: dict[str, Source]) -> list[st
     judged = {name: Judged(source) for name, source in named.items()}
 
     def attend(layer: int, inputs: AttentionInputs) -> Attended:
-        bulk, local = exact_bulk_log_mass(inputs), exact_local_log_mass(inputs)
+        bulk, local = exact_masses(inputs)[0].bulk, exact_local_log_mass(inputs)
         for one in judged.values():
             one.add(layer, inputs, local, bulk)
         return densely(inputs)

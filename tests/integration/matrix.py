@@ -126,7 +126,7 @@ class Case:
         with patchattn.patch(model, policy(MIXED), backend="reference") as handle:
             replay_gates(handle, gates)
             got = call()
-            assert not any(state.replay for state in handle._states.values())
+            assert not any(state.replay for state in handle.states.values())
         self.assert_only_local_layers_are_dense(handle.report())
         return got
 

@@ -225,7 +225,7 @@ def test_inductor():
 
 def through_cuda_path(handle):
     """Let a patched model attend as it would on a CUDA device: two passes of FlexAttention, merged by log-sum-exp."""
-    for state in handle._states.values():
+    for state in handle.states.values():
         state.attend = functools.partial(flex.attend_with, compiler="aot_eager")
 
 
@@ -301,7 +301,7 @@ def test_inputs_of_the_moments_helper_are_what_the_backends_get():
     model = tiny_model("llama", num_hidden_layers=1).double()
     with patchattn.patch(model, policy(MOMENTS)) as handle:
         cache, seen = DynamicCache(), []
-        state = handle._states[0]
+        state = handle.states[0]
         attend = state.attend
 
         def watch(inputs: AttentionInputs, *rest):

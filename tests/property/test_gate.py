@@ -12,13 +12,12 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from patchattn import MomentGate, OracleGate, Policy
-from patchattn.backends.reference import attend, masked_log_mass
+from patchattn.backends.reference import attend
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
 from patchattn.gates.gate import (
-    attention_scores,
     bulk_log_mass,
     decide,
-    exact_bulk_log_mass,
     forced,
     is_open,
     margin_threshold,
@@ -42,7 +41,7 @@ def decided(inputs: AttentionInputs, gate: Any) -> torch.Tensor:
 def test_log_masses_of_sink_window_and_bulk_add_up_to_the_full_log_sum_exp(inputs: AttentionInputs) -> None:
     scores, regions = attention_scores(inputs), inputs.regions
     whole = masked_log_mass(scores, regions.causal_mask()[:, None], inputs.sink_logits)
-    bulk = exact_bulk_log_mass(inputs)
+    bulk = exact_masses(inputs)[0].bulk
     local = masked_log_mass(scores, regions.local_mask()[:, None], inputs.sink_logits)
     # The window is what is local without a sink; the sink is what is left of the local keys.
     window_mask = replace(regions, sink_size=0).local_mask()
@@ -93,7 +92,7 @@ def test_closing_moves_the_output_by_at_most_twice_the_missed_share(inputs: Atte
     dense, local = (attend(inputs, forced(opened, inputs), 0.0).output for opened in (everything, ~everything))
     # Without local keys at all, nothing is left to be close to.
     judged = (regions.asked & regions.local_mask().any(-1))[:, None].expand_as(everything)
-    bulk_mass = exact_bulk_log_mass(inputs)
+    bulk_mass = exact_masses(inputs)[0].bulk
     missed = (bulk_mass - masked_log_mass(scores, regions.causal_mask()[:, None], inputs.sink_logits)).exp()
     weights = (scores.masked_fill(~regions.bulk_mask()[:, None], -torch.inf) - bulk_mass[..., None]).exp()
     value = inputs.value.repeat_interleave(inputs.group_size, dim=1)

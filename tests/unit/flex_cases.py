@@ -9,6 +9,7 @@ import torch
 
 from patchattn.backends import flex, reference
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import exact_masses
 from patchattn.call.regions import Regions
 from patchattn.gates import gate
 
@@ -64,7 +65,7 @@ class Case:
     def bulk_log_mass(self, inputs: AttentionInputs) -> torch.Tensor:
         """Gates of the case as a bulk log mass."""
         if self.gates == "decided":
-            return gate.exact_bulk_log_mass(inputs)
+            return exact_masses(inputs)[0].bulk
         shape = inputs.query.shape[:3]
         pairs = torch.full(shape, self.gates == "open")
         if self.gates == "mixed":

@@ -59,7 +59,7 @@ def test_heads_are_those_that_attention_is_given(family):
     model, seen = tiny_model(family), {}
     modules = attention_modules(model)
     with patchattn.patch(model, patchattn.Policy(sink_size=1, window_size=4, min_bulk=0)) as handle:
-        for index, state in handle._states.items():
+        for index, state in handle.states.items():
             attend = state.attend
 
             def kept(inputs, *rest, index=index, attend=attend):

@@ -18,6 +18,7 @@ from patchattn.backends import blockwise, reference
 from patchattn.backends.blockwise import prefill as blockwise_prefill
 from patchattn.backends.blockwise import softmax as blockwise_kernel
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
 from patchattn.gates import gate
@@ -67,10 +68,8 @@ def make_call(
 
 def exact_gate(inputs: AttentionInputs) -> tuple[Tensor, float]:
     """Exact bulk log masses, and the threshold that opens about half of the pairs asked."""
-    bulk = gate.exact_bulk_log_mass(inputs)
-    local = reference.masked_log_mass(
-        gate.attention_scores(inputs), inputs.regions.local_mask()[:, None], inputs.sink_logits
-    )
+    bulk = exact_masses(inputs)[0].bulk
+    local = masked_log_mass(attention_scores(inputs), inputs.regions.local_mask()[:, None], inputs.sink_logits)
     margins = (local - bulk)[inputs.regions.asked[:, None].expand_as(bulk)]
     margins = margins[margins.isfinite()].sort().values
     # Between two margins, so that rounding flips no decision.
@@ -240,7 +239,7 @@ def test_open_pairs_whose_bulk_is_all_padding_keep_their_local_output() -> None:
 def test_local_log_mass_equals_reference(name: str) -> None:
     inputs = make_call(**MIXED[name])
     mask = inputs.regions.local_mask()[:, None]
-    expected = reference.masked_log_mass(gate.attention_scores(inputs), mask, inputs.sink_logits)
+    expected = masked_log_mass(attention_scores(inputs), mask, inputs.sink_logits)
     local, _ = blockwise_prefill.attend_local(inputs, slice(0, inputs.query.shape[2]))
     if inputs.sink_logits is not None:
         local = blockwise_kernel.with_sink_logits(local, inputs.sink_logits[:, None])

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import patchattn
 from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
-from patchattn.backends.reference import attend, masked_log_mass
+from patchattn.backends.reference import attend
 from patchattn.calibration import Rotary
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import attention_scores, bulk_log_mass
+from patchattn.gates.gate import bulk_log_mass
 from patchattn.measuring.collect import Collecting, _half_upwards, calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary

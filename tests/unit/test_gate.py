@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, ShapeError, StaticGate
-from patchattn.backends.reference import attend, masked_log_mass
+from patchattn.backends.reference import attend
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import attention_scores, bulk_log_mass, decide, forced, margin_threshold
+from patchattn.gates.gate import bulk_log_mass, decide, forced, margin_threshold
 
 
 def make_inputs(length=400, softcap=None, sinks=False, pads=(0, 50), dtype=torch.float64, sink_size=4, window_size=32):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from patchattn import MomentGate, OracleGate, Policy, patch
+from patchattn.call import masses
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.evaluation.margins import Margins, exact_masses, read, record_margins, with_window
-from patchattn.gates.gate import exact_bulk_log_mass
 from patchattn.testing.models import tiny_model
 
 np = pytest.importorskip("numpy")
@@ -49,7 +49,7 @@ def test_exact_masses_are_those_of_the_mask(rows: int, monkeypatch: pytest.Monke
             torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
         largest = scores.masked_fill(~at.regions.bulk_mask(), -torch.inf).amax(-1)
         torch.testing.assert_close(top.double(), largest, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(bulk, exact_bulk_log_mass(at)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bulk, masses.exact_masses(at)[0].bulk[0], atol=1e-5, rtol=1e-5)
 
 
 def test_recorded_margins_decide_like_the_gates_of_the_first_layer() -> None:

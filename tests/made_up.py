@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, files
-from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import RiskTarget
+from patchattn.policy import Policy
 
 
 def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, **fields) -> Manifest:

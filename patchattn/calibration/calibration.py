@@ -21,9 +21,12 @@ from patchattn.errors import (
     CalibrationMismatchError,
     CalibrationNotFoundError,
 )
-from patchattn.gates.gate import Measured
+from patchattn.gates import MomentGate
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.moments.gaussian import Estimate
 from patchattn.moments.text import RotaryMoments
-from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+from patchattn.policy import Policy
 from patchattn.writing import made
 
 
@@ -293,7 +296,7 @@ class Calibration:
                 fix="use the calibration of this model, or measure one with patchattn.calibrate",
             )
 
-    def measured(self, policy: Policy) -> dict[int, Measured]:
+    def measured(self, policy: Policy) -> dict[int, MeasuredHeads]:
         """Prepare what a policy's gate needs, by layer; empty if it needs nothing.
 
         Args:
@@ -313,7 +316,7 @@ class Calibration:
         if isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
             margins = self.thresholds(gate.threshold, estimate=gate.estimate)
         return {
-            layer: Measured(
+            layer: MeasuredHeads(
                 None if margins is None else margins[index],
                 self.key_moments(layer) if gate.moments == "calibration" else None,
             )

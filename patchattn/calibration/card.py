@@ -13,7 +13,8 @@ import torch
 from patchattn.calibration import files
 from patchattn.calibration.risk import documents_needed
 from patchattn.errors import CalibrationError
-from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
 from patchattn.writing import made
 
 if TYPE_CHECKING:

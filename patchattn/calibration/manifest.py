@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from patchattn.errors import CalibrationError
+from patchattn.gates.thresholds import LocalShare
 from patchattn.hf.architecture import head_dim, kv_heads, text_config
-from patchattn.policy import Estimate, LocalShare
+from patchattn.moments.gaussian import Estimate
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Size = Annotated[int, Field(ge=1, le=2**24)]

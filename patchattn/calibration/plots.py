@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchattn.calibration.card import name_of, shown_target
 from patchattn.errors import CalibrationError
-from patchattn.policy import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

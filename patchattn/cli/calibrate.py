@@ -20,8 +20,10 @@ from patchattn.calibration.files import writing
 from patchattn.cli.models import load
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import RiskTarget
 from patchattn.measuring.collect import calibrate
-from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.policy import Policy
 from patchattn.writing import made, tidied
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}

@@ -16,7 +16,8 @@ from rich.table import Table
 
 import patchattn
 from patchattn import backends
-from patchattn.backends import Backend
+from patchattn.backends import BackendName
+from patchattn.backends.self_check import self_check
 from patchattn.errors import BackendError
 
 _PACKAGES = ("patchattn", "torch", "transformers", "safetensors", "huggingface-hub", "pydantic")
@@ -104,7 +105,7 @@ def _devices() -> dict[str, str]:
 def _checks(device: str) -> Iterator[Check]:
     """Check every backend on common heads, and the one that `auto` chooses on others too."""
     chosen = backends.resolve("auto", torch.device(device))
-    for backend in get_args(Backend):
+    for backend in get_args(BackendName):
         for dtype in _DTYPES:
             yield _check(device, backend, dtype, _HEADS, chosen=backend == chosen)
     yield _check(device, chosen, torch.float16, _HEADS, chosen=True)
@@ -112,11 +113,11 @@ def _checks(device: str) -> Iterator[Check]:
         yield _check(device, chosen, torch.bfloat16, heads, chosen=True)
 
 
-def _check(device: str, backend: Backend, dtype: torch.dtype, heads: tuple[int, int], *, chosen: bool) -> Check:
+def _check(device: str, backend: BackendName, dtype: torch.dtype, heads: tuple[int, int], *, chosen: bool) -> Check:
     share, problem = None, None
     dim, group = heads
     try:
-        share = backends.self_check(backend, dtype=dtype, head_dim=dim, group_size=group, device=torch.device(device))
+        share = self_check(backend, dtype=dtype, head_dim=dim, group_size=group, device=torch.device(device))
     except BackendError as error:
         problem = error.message
     return Check(device, backend, str(dtype).removeprefix("torch."), dim, group, chosen, share, problem)

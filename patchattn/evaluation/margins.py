@@ -15,14 +15,17 @@ from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_scores
 from patchattn.call.regions import Regions
 from patchattn.evaluation.samples import DocumentError
-from patchattn.gates.gate import Measured, bulk_log_mass_from_calibration
+from patchattn.gates import MomentGate, OpenGate
+from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device
+from patchattn.moments.gaussian import Estimate
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
-from patchattn.policy import Estimate, OpenGate, Policy
+from patchattn.policy import Policy
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
 
@@ -110,9 +113,11 @@ def record_margins(
                 ("prompt", name): _from_prompt(at_window, name)[:, asked] for name in estimates
             }
             if calibration is not None and calibration.manifest.window_size == window:
-                measured = Measured(moments=calibration.key_moments(layer))
+                measured = MeasuredHeads(moments=calibration.key_moments(layer))
                 for name in estimates:
-                    mass = bulk_log_mass_from_calibration(at_window, measured, estimate=name)
+                    mass = MomentGate(moments="calibration", estimate=name).weigh(at_window, Known(measured=measured))[
+                        0
+                    ]
                     guesses["calibration", name] = mass[0][:, asked]
             positions = at_window.regions.positions[0, asked]
             found[window][layer] = Margins(positions, local[:, asked], bulk[:, asked], top[:, asked], guesses)
@@ -163,11 +168,7 @@ def with_window(inputs: AttentionInputs, window: int) -> AttentionInputs:
 
 
 def _from_prompt(inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    scale, softcap = inputs.scale, inputs.softcap
-    mass, _ = bulk_log_mass_from_prompt(
-        inputs.query, inputs.key, inputs.regions, scale=scale, softcap=softcap, estimate=estimate
-    )
-    return mass[0]
+    return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0][0]
 
 
 def exact_masses(inputs: AttentionInputs, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -12,9 +12,10 @@ import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
 from patchattn.evaluation.samples import DocumentError
+from patchattn.gates import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, StaticGate
 from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
-from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.policy import Policy
 
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""

@@ -20,7 +20,9 @@ from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
 from patchattn.errors import CalibrationError, UnsupportedModelError
-from patchattn.gates.gate import Measured, with_margins
+from patchattn.gates import MomentGate, OpenGate
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.moment import with_margins
 from patchattn.hf.architecture import commit_of, context_of, name_of
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE
@@ -32,7 +34,7 @@ from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
 from patchattn.measuring.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
-from patchattn.policy import MomentGate, OpenGate, Policy
+from patchattn.policy import Policy
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""
@@ -227,7 +229,7 @@ class Collecting:
     """
 
     def __init__(
-        self, model: Any, policy: Policy, settings: Settings, *, measured: dict[int, Measured] | None = None
+        self, model: Any, policy: Policy, settings: Settings, *, measured: dict[int, MeasuredHeads] | None = None
     ) -> None:
         self.model, self.settings, self.measured = model, settings, measured or {}
         self.policy = policy.model_copy(
@@ -255,14 +257,12 @@ class Collecting:
                 module._modules[STATE].attend = _attend_into(document, layer, self.measured.get(layer))
 
 
-def _attend_into(document: Document, layer: int, measured: Measured | None) -> Callable[..., Any]:
+def _attend_into(document: Document, layer: int, measured: MeasuredHeads | None) -> Callable[..., Any]:
     def attend(inputs: Any, bulk_log_mass: Tensor, threshold: float) -> Any:
         dense = document.attend(layer, inputs)
         if measured is None or measured.margins is None:
             return dense
-        mass, _ = bulk_log_mass_from_prompt(
-            inputs.query, inputs.key, inputs.regions, scale=inputs.scale, softcap=inputs.softcap
-        )
+        mass, _ = bulk_log_mass_from_prompt(inputs)
         return blockwise_attend(inputs, with_margins(mass, measured.margins), 0.0)
 
     return attend

@@ -10,9 +10,9 @@ from torch import Tensor
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_scores
 from patchattn.call.regions import Regions
+from patchattn.moments.gaussian import Estimate
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
-from patchattn.policy import Estimate
 
 MARGINS = torch.cat([torch.arange(-8, -2, 0.5), torch.arange(-2, 6, 0.25), torch.arange(6, 14.1, 0.5)])
 """Margins in nats that curves are measured at: shares from 0.0003 to 0.999999, finest where gates are used."""
@@ -148,12 +148,11 @@ class Document:
                 sums["errors"][power, index, at] += values.sum(-1).cpu()
 
     def _estimated(self, at: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-        query, key, regions, moments = inputs.query, inputs.key, inputs.regions, self.totals.moments
-        scale, softcap = inputs.scale, inputs.softcap
+        moments = self.totals.moments
         if moments is None:
-            return bulk_log_mass_from_prompt(query, key, regions, scale=scale, softcap=softcap, estimate=estimate)[0]
-        of_layer = moments[self.totals.settings.layers[at]].to(query.device)
-        return bulk_log_mass_from_text(query, regions, of_layer, scale=scale, softcap=softcap, estimate=estimate)
+            return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0]
+        of_layer = moments[self.totals.settings.layers[at]].to(inputs.query.device)
+        return bulk_log_mass_from_text(inputs, of_layer, estimate=estimate)
 
     def _add_keys(self, layer: int, inputs: AttentionInputs) -> None:
         sums, regions, rotations = self.totals.sums, inputs.regions, self.totals.rotations

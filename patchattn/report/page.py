@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from patchattn.errors import CalibrationError, CalibrationMismatchError, ReportError
-from patchattn.policy import MomentGate, Phase, RiskTarget
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import RiskTarget
+from patchattn.policy import Phase
 
 if TYPE_CHECKING:
     from patchattn.calibration.calibration import Calibration

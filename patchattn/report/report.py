@@ -77,18 +77,19 @@ class GateReport:
         """Read the counters of the layers' states, `patchattn.hf.attention.LayerState` by layer index."""
         layers, dense, rebuilt = {}, {}, {}
         for index, state in states.items():
-            dense[index] = _by_reason(state.dense_reasons, state.dense_calls)
-            rebuilt[index] = _by_reason(state.rebuild_reasons, state.rebuilt)
+            counters = state.counters
+            dense[index] = _by_reason(counters.dense_reasons, counters.dense_calls)
+            rebuilt[index] = _by_reason(counters.rebuild_reasons, counters.rebuilt)
             if not state.gated:
                 continue
             layers[index] = {
                 phase: LayerCounts(
-                    tuple(state.open_pairs[row].tolist()),
-                    int(state.asked[row]),
-                    int(state.below[row]),
-                    int(state.scored[row]),
-                    int(state.causal[row]),
-                    int(state.gated_calls[row]),
+                    tuple(counters.open_pairs[row].tolist()),
+                    int(counters.asked[row]),
+                    int(counters.below[row]),
+                    int(counters.scored[row]),
+                    int(counters.causal[row]),
+                    int(counters.gated_calls[row]),
                 )
                 for row, phase in enumerate(PHASES)
             }

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.gates import ClosedGate, OpenGate
 from patchattn.hf.architecture import cache_of, context_of, vocabulary_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.moments.gaussian import CHUNK
-from patchattn.policy import ClosedGate, OpenGate, Phase, Policy
+from patchattn.policy import Phase, Policy
 from patchattn.testing.budget import error_budget
 from patchattn.testing.watch import Watch, watch_layers
 

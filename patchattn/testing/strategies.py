@@ -14,19 +14,10 @@ from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
+from patchattn.gates import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
 from patchattn.moments.gaussian import CHUNK
-from patchattn.policy import (
-    ClosedGate,
-    Gate,
-    MinBulk,
-    MomentGate,
-    OpenFractionTarget,
-    OpenGate,
-    OracleGate,
-    Policy,
-    RiskTarget,
-    StaticGate,
-)
+from patchattn.policy import MinBulk, Policy
 
 try:
     from hypothesis import strategies as st

@@ -59,11 +59,13 @@ class Watch:
             )
         sizes = {"sink_size": policy.sink_size, "window_size": policy.window_size}
         n_bulk = token_masks(real, self.begin, range(length), **sizes)[2]
-        asked = ((n_bulk > 0) & rows)[:, None].expand_as(attended.open)
+        break_even = policy.break_even(phase)
+        asked = ((n_bulk >= max(break_even, 1)) & rows)[:, None].expand_as(attended.open)
         stray = attended.open & ~asked
         if stray.any():
             raise AssertionError(f"{self._at(layer, phase, stray)} is reported open but had nothing to decide.")
-        parts = (inputs.query, inputs.key, inputs.value, attended.open, real, self.begin)
+        reads_bulk = attended.open | ((n_bulk > 0) & (n_bulk < break_even))[:, None]
+        parts = (inputs.query, inputs.key, inputs.value, reads_bulk, real, self.begin)
         features = {"scale": inputs.scale, "softcap": inputs.softcap, "sink_logits": inputs.sink_logits}
         truth = dense_attention(*parts, **sizes, **features)
         plain = dense_attention(*parts, **sizes, **features, dtype=inputs.compute_dtype)
@@ -71,7 +73,7 @@ class Watch:
         self.calls += 1
         if layer not in (policy.layers or ()) or phase not in policy.phases:
             return
-        regions = Regions.of(real, query_length=length, **sizes)
+        regions = Regions.of(real, query_length=length, break_even=break_even, **sizes)
         found = wrong_decisions(policy, layer, inputs, regions, attended.open, truth, plain)
         if found is None:
             self.decisions_checked = False
@@ -83,9 +85,8 @@ class Watch:
                 f"{self._at(layer, phase, wrong)} {decided}, but in float64 its margin is {margin[index]:.6g} nats, "
                 f"and it may be off by {tolerance:.1e}; {int(wrong.sum())} decisions of this call are wrong."
             )
-        above = asked & (n_bulk >= policy.break_even(phase))[:, None]
-        self.pairs[phase][0] += int((attended.open & above).sum())
-        self.pairs[phase][1] += int(above.sum())
+        self.pairs[phase][0] += int(attended.open.sum())
+        self.pairs[phase][1] += int(asked.sum())
 
     def _compare(
         self,

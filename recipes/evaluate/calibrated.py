@@ -16,7 +16,7 @@ from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, Stat
 from patchattn.calibration import Calibration
 from patchattn.evaluation.scores import score, wilson_interval
 from patchattn.evaluation.tasks import make_document, tokenize_text
-from patchattn.policy import Gate
+from patchattn.gates import Gate
 
 
 def gates(calibration: Calibration) -> dict[str, Gate]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from patchattn.backends import blockwise, reference
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import forced
+from patchattn.gates.decision import forced
 from patchattn.testing import assert_within_budget
 from patchattn.testing.dense import dense_attention
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, cast, decisions, shapes

@@ -15,7 +15,7 @@ import patchattn
 from patchattn import demo
 from patchattn.calibration import Calibration, plots
 from patchattn.cli.app import app
-from patchattn.policy import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

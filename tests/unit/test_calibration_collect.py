@@ -15,18 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchattn
-from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OracleGate, Policy, RiskTarget
+from patchattn.backends.backend import all_open
 from patchattn.backends.reference import attend
 from patchattn.calibration import Rotary
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import bulk_log_mass
 from patchattn.measuring.collect import Collecting, _half_upwards, calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary
 from patchattn.measuring.statistics import MARGINS, Settings, Totals, _closed_sums
 from patchattn.moments.gaussian import KeyMoments
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import Rotation
 from patchattn.testing import tiny_model
 from patchattn.testing.models import FAMILIES
@@ -88,7 +89,7 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
     share = torch.sigmoid(bulk - local)[0][:, asked]
     needed = (local - bulk)[0][:, asked] < 0.4
     for index, estimate in enumerate(("guarded", "saturating", "lognormal")):
-        mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=MomentGate(estimate=estimate), min_bulk=0), 0, inputs)
+        mass, _ = bulk_log_mass_from_prompt(inputs, estimate=estimate)
         margin = (local - mass)[0][:, asked]
         rungs = [-math.inf, *MARGINS.tolist(), math.inf]
         for rung in (0, 1, 20, 30, len(rungs) - 2, len(rungs) - 1):
@@ -125,8 +126,7 @@ def local_sizes():
 
 
 def dense_output(inputs: AttentionInputs) -> torch.Tensor:
-    mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=OpenGate(), min_bulk=0), 0, inputs)
-    return attend(inputs, mass, 0.0).output
+    return attend(inputs, all_open(inputs), 0.0).output
 
 
 def test_nan_opens_and_extreme_masses_do_not_break_the_sums() -> None:

@@ -16,7 +16,8 @@ import patchattn
 from patchattn import backends, demo
 from patchattn.cli.app import app
 from patchattn.errors import BackendError
-from patchattn.policy import ClosedGate, OpenGate, Policy
+from patchattn.gates import ClosedGate, OpenGate
+from patchattn.policy import Policy
 
 SMALL = ("--length", "512", "--questions", "2")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -279,13 +278,16 @@ class Calibration:
                 fix="use the moments that were measured, a threshold that is a number, or measure with this policy",
             )
 
-    def check_model(self, model: Any) -> None:
+    def check_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Refuse a model that differs from the measured one in any field of its fingerprint.
+
+        Args:
+            fingerprint: That of the model at hand, from `patchattn.hf.fingerprint.fingerprint_of`.
 
         Raises:
             CalibrationMismatchError: Names the fields, the measured value and the model's.
         """
-        differences = self.manifest.fingerprint.differences(Fingerprint.of(model))
+        differences = self.manifest.fingerprint.differences(fingerprint)
         if differences:
             raise CalibrationMismatchError(
                 f"The calibration is of {self.manifest.model}, which differs from this model "

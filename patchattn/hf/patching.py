@@ -31,6 +31,7 @@ from patchattn.hf.architecture import (
     underlying,
 )
 from patchattn.hf.attention import LayerState, is_in_use, register
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
 from patchattn.hf.weights import compute_device, compute_dtype
@@ -240,7 +241,7 @@ def _check_heads(policy: Policy, layers: tuple[int, ...], heads: dict[int, int])
 def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> dict[int, Measured]:
     """Return what a calibration says about each layer; empty where the gate has no use for it."""
     if calibration is not None:
-        calibration.check_model(underlying(model))
+        calibration.check_fingerprint(fingerprint_of(underlying(model)))
         return calibration.measured(policy)
     if isinstance(policy.gate, MomentGate) and policy.gate.needs_calibration:
         raise PolicyError(

@@ -23,6 +23,7 @@ from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gates.gate import Measured, with_margins
 from patchattn.hf.architecture import commit_of, context_of, name_of
 from patchattn.hf.context import check_context
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.hooks import STATE
 from patchattn.hf.patching import patch
 from patchattn.hf.support import Supported, attention_modules, check_support
@@ -209,7 +210,7 @@ def settings_of(
             fix="measure longer documents, or choose a smaller window",
         )
     check_context(model, [longest], CalibrationError)
-    fingerprint = Fingerprint.of(model)
+    fingerprint = fingerprint_of(model)
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
     layers = support.layers if policy.layers is None else policy.layers
     of = fingerprint

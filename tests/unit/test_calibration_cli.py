@@ -15,6 +15,7 @@ import patchattn
 from patchattn import demo
 from patchattn.calibration import Calibration, plots
 from patchattn.cli.app import app
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.policy import OpenFractionTarget, RiskTarget
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -59,7 +60,7 @@ def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> No
     assert not list(out.glob(".*"))
     assert (out / "README.md").exists()
     model, _ = demo.load()
-    calibration.check_model(model)
+    calibration.check_fingerprint(fingerprint_of(model))
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import patchattn
 from patchattn import demo
-from patchattn.calibration import Calibration, plots
+from patchattn.calibration import Calibration, pictures
 from patchattn.cli.app import app
 from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.policy import OpenFractionTarget, RiskTarget
@@ -32,7 +32,7 @@ def run(*arguments: object) -> Result:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time, and one test that looks at the pictures is enough."""
-    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    monkeypatch.setattr(pictures, "draw", lambda _: {"risk.png": b"picture"})
 
 
 @pytest.fixture

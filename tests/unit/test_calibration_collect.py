@@ -22,10 +22,11 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
 from patchattn.gates.gate import bulk_log_mass
-from patchattn.measuring.collect import Collecting, _half_upwards, calibrate, settings_of
+from patchattn.measuring.collect import calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary
 from patchattn.measuring.statistics import MARGINS, Settings, Totals, _closed_sums
+from patchattn.measuring.tensors import _half_upwards
 from patchattn.moments.gaussian import KeyMoments
 from patchattn.moments.text import Rotation
 from patchattn.testing import tiny_model
@@ -73,7 +74,7 @@ def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> Attenti
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True)])
 def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several slabs.
-    monkeypatch.setitem(patchattn.measuring.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
+    monkeypatch.setattr(patchattn.call.masses, "_SCORES_PER_SLAB_ON_HOST", 6 * 400 * 50)
     inputs = make_inputs(softcap=softcap, sinks=sinks)
     settings = Settings((3,), 6, 2, 16, key_moments=True, oracle_margin=0.4)
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0]))
@@ -203,8 +204,7 @@ def interleaved_model():
 def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None:
     model = interleaved_model() if family == "cohere" else tiny_model(family)
     settings, fingerprint = settings_of(model, POLICY, (300,), 0.6, key_moments=True)
-    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
-        found = find_rotary(collecting, 300)
+    found = find_rotary(model, settings.layers, 300)
     assert found is not None
     assert found.rotary.layout == ("interleaved" if family == "cohere" else "halves")
     assert found.rotary.size == {"deepseek_v3": 8, "gpt_neox": 4}.get(family, fingerprint.head_dim)
@@ -214,8 +214,7 @@ def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None
 
 def rotary_of(model, longest=300):
     settings, _ = settings_of(model, POLICY, (longest,), 0.6, key_moments=True)
-    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
-        return find_rotary(collecting, longest)
+    return find_rotary(model, settings.layers, longest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from patchattn.hf.architecture import cache_of, context_of, vocabulary_of, with_cache
+from patchattn.hf.observe import observing
 from patchattn.hf.patching import patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.moments.gaussian import CHUNK
 from patchattn.policy import ClosedGate, OpenGate, Phase, Policy
 from patchattn.testing.budget import error_budget
-from patchattn.testing.watch import Watch, watch_layers
+from patchattn.testing.watch import Watch
 
 _TRUTH = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
@@ -271,8 +272,7 @@ def _without_padding_rows(model: Any, text: _Text) -> Any:
 
 def _patched_run(model: Any, policy: Policy, text: _Text, backend: str, when: str) -> _PatchedRun:
     watch = Watch(policy, when, text.mask)
-    with patch(model, policy, backend=backend) as handle:
-        watch_layers(handle, watch)
+    with patch(model, policy, backend=backend) as handle, observing(handle, watch.check):
         logits = _run(model, text, watch)
     return _PatchedRun(logits, watch, handle.backend, handle.report().dense_calls)
 

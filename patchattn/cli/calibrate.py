@@ -35,7 +35,7 @@ class Choice:
     model: str | None
     texts: str
     out: Path
-    lengths: tuple[int, ...]
+    lengths: list[int] | None
     documents: int | None
     policy: Path | None
     sink: int | None
@@ -84,7 +84,7 @@ def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process)
             tokenizer,
             texts,
             policy,
-            lengths=choice.lengths or None,
+            lengths=choice.lengths,
             documents=choice.documents,
             seed=choice.seed,
             corpus=choice.corpus or f"{len(texts)} files",

@@ -7,6 +7,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from patchattn.calibration import files
@@ -34,23 +35,19 @@ def download(
     """
     from huggingface_hub import hf_hub_download
 
-    def get(name: str, revision: str | None) -> Path:
-        found = hf_hub_download(
-            repo,
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            library_name="patchattn",
-        )
-        return Path(found)
-
+    get = partial(
+        hf_hub_download,
+        repo,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
+        library_name="patchattn",
+    )
     with _explained(repo, revision, offline=local_files_only):
-        tensors = get(files.FILE, revision)
+        tensors = Path(get(files.FILE, revision=revision))
         commit = tensors.parent.name
         # The branch may have moved on since.
-        policy = get(files.POLICY_FILE, commit)
+        policy = Path(get(files.POLICY_FILE, revision=commit))
     for path in (tensors, policy):
         _check_digest(path)
     if revision is None:

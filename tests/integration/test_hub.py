@@ -262,7 +262,7 @@ def test_patch_takes_a_repository(hub: FakeHub) -> None:
     from patchattn.testing import tiny_model
 
     sys.path[:0] = [str(Path(__file__).parents[1] / "unit")]
-    from test_calibration_collect import POLICY, Letters, texts
+    from test_measuring import POLICY, Letters, texts
 
     model = tiny_model("llama")
     patchattn.calibrate(model, Letters(), texts(), POLICY, lengths=(300,)).push_to_hub(REPO)

@@ -1,4 +1,4 @@
-"""Tests of `patchattn.measuring.collect`: the sums are those of the definitions, whatever way they were reached."""
+"""Tests of `patchattn.measuring`: the sums are those of the definitions, whatever way they were reached."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_a_broken_run_goes_on_from_the_last_finished_document(policy, last, tmp_
 MEASURE_FOREVER = """
 import sys, time
 sys.path[:0] = [{here!r}]
-from test_calibration_collect import measure
+from test_measuring import measure
 
 def tell(done, of):
     print(done, flush=True)
@@ -415,7 +415,7 @@ def test_curves_of_an_oracle_policy_are_those_of_prompt_moments() -> None:
 RANKS = """
 import sys, torch
 sys.path[:0] = [{here!r}]
-from test_calibration_collect import OTHER_TEXT, POLICY, measure
+from test_measuring import OTHER_TEXT, POLICY, measure
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{{port}}", rank=rank, world_size=2)
 for policy in (POLICY, OTHER_TEXT):

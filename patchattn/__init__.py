@@ -26,8 +26,9 @@ from patchattn.hf.support import Supported, Unsupported, check_support
 from patchattn.measuring.collect import calibrate
 from patchattn.policy import MinBulk, Policy
 from patchattn.report import GateReport
+from patchattn.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BackendError",

@@ -14,11 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import patchattn
 from patchattn import backends
 from patchattn.backends import BackendName
 from patchattn.backends.self_check import self_check
 from patchattn.errors import BackendError
+from patchattn.version import VERSION
 
 _PACKAGES = ("patchattn", "torch", "transformers", "safetensors", "huggingface-hub", "pydantic")
 _OPTIONAL_PACKAGES = ("typer", "rich", "matplotlib")
@@ -84,8 +84,7 @@ def run(*, as_json: bool) -> bool:
 
 def _version(package: str) -> str | None:
     if package == "patchattn":
-        # Also right for a checkout that is on the path without being installed.
-        return patchattn.__version__
+        return VERSION
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

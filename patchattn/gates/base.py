@@ -48,7 +48,11 @@ class HeadGate(Frozen):
     @property
     def needs_calibration(self) -> bool:
         """Whether the gate can't work without a calibration."""
-        return False
+        return bool(self.of_calibration())
+
+    def of_calibration(self) -> str:
+        """Say what the gate takes from a calibration, as its argument is written; empty for nothing."""
+        return ""
 
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Find the bulk log mass that is compared with the exact local log mass.

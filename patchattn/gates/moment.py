@@ -47,10 +47,11 @@ class MomentGate(HeadGate):
         """Whether the gate needs the running moments of the prompt's own keys."""
         return self.moments == "prompt"
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the gate can't work without a calibration."""
-        return self.moments == "calibration" or not isinstance(self.threshold, float)
+    def of_calibration(self) -> str:
+        """Say what the gate takes from a calibration; see `HeadGate.of_calibration`."""
+        if self.moments == "calibration":
+            return 'moments="calibration"'
+        return "" if isinstance(self.threshold, float) else repr(self.threshold)
 
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Estimate the bulk log mass; see `HeadGate.weigh`."""

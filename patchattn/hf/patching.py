@@ -32,12 +32,14 @@ from patchattn.hf.architecture import (
     underlying,
 )
 from patchattn.hf.attention import register
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
+from patchattn.hf.reporting import report_of
 from patchattn.hf.state import LayerState, is_in_use
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
 from patchattn.hf.weights import compute_device, compute_dtype
 from patchattn.policy import Policy
-from patchattn.report import GateReport, HeadShape
+from patchattn.report import GateReport
 
 Record = Literal["summary", "timeline"] | None
 
@@ -66,7 +68,7 @@ class PatchHandle:
 
     def report(self) -> GateReport:
         """Report what the gates did so far; also after the model was unpatched."""
-        return GateReport.of(self.states, self.policy, self.backend, shapes=_head_shapes(self.model))
+        return report_of(self.model, self.states, self.policy, self.backend)
 
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
@@ -240,24 +242,14 @@ def _check_heads(policy: Policy, heads: dict[int, int]) -> None:
 def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> dict[int, MeasuredHeads]:
     """Return what a calibration says about each layer; empty where the gate has no use for it."""
     if calibration is not None:
-        calibration.check_model(underlying(model))
+        calibration.check_fingerprint(fingerprint_of(underlying(model)))
         return calibration.measured(policy)
     if policy.gate.needs_calibration:
         raise PolicyError(
-            f"The policy's gate needs a calibration: {policy.gate!r}.",
+            f"The policy's gate needs a calibration: {policy.gate.of_calibration()}.",
             fix="pass calibration=..., or use a threshold that is a number with prompt moments",
         )
     return {}
-
-
-def _head_shapes(model: Any) -> dict[int, HeadShape]:
-    """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the keys."""
-    shapes = {}
-    for index, module in attention_modules(model).items():
-        dtype = compute_dtype(module, underlying(model))
-        name = str(dtype).removeprefix("torch.")
-        shapes[index] = HeadShape(*head_sizes(module), group_size(module), dtype.itemsize, name)
-    return shapes
 
 
 def _check_backend(

@@ -38,7 +38,7 @@ from patchattn.testing import recorded_gates, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from test_calibration_collect import Letters, texts
+from test_measuring import Letters, texts
 
 TARGET = RiskTarget(alpha=0.2)
 POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=TARGET), min_bulk=0)

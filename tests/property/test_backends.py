@@ -63,7 +63,7 @@ def test_the_reference_equals_dense_attention_under_the_token_level_mask(data: s
         inputs.query,
         inputs.key,
         inputs.value,
-        opened,
+        opened | regions.below[:, None],
         regions.valid,
         int(regions.query_slot),
         sink_size=regions.sink_size,
@@ -98,7 +98,8 @@ def rows_of(inputs: AttentionInputs, rows: torch.Tensor) -> AttentionInputs:
 
 def changed_regions(inputs: AttentionInputs, **changes: Any) -> Regions:
     r = inputs.regions
-    same = {"query_length": r.query_length, "sink_size": r.sink_size, "window_size": r.window_size}
+    sizes = ("query_length", "sink_size", "window_size", "break_even")
+    same = {name: getattr(r, name) for name in sizes}
     return Regions.of(**({"valid": r.valid, "query_slot": r.query_slot} | same | changes))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from patchattn.evaluation.loss import losses_of
+from patchattn.evaluation.statistics import wilson_interval  # noqa: F401 - for those who look for it here
 from patchattn.evaluation.tasks import Document
 from patchattn.hf.weights import input_device
 
@@ -50,7 +50,7 @@ def score(model: Any, documents: Iterable[Document]) -> Scores:
     loss, n_text = 0.0, 0
     for document in documents:
         tokens = torch.tensor(document.token_ids, device=input_device(model))
-        logits = model(tokens[None], use_cache=False).logits[0, :-1].float()
+        logits = model(tokens[None], use_cache=False).logits[0, :-1]
         hit = logits.argmax(-1) == tokens[1:]
         plain = torch.ones_like(hit)
         for question in document.questions:
@@ -60,14 +60,6 @@ def score(model: Any, documents: Iterable[Document]) -> Scores:
             plain[question.start - 1 : question.answer_end - 1] = False
         for start, end in document.planted:
             plain[start - 1 : end - 1] = False
-        loss += functional.cross_entropy(logits[plain], tokens[1:][plain], reduction="sum").item()
+        loss += losses_of(logits[plain], tokens[1:][plain]).sum().item()
         n_text += int(plain.sum())
     return Scores(right, asked, loss / n_text)
-
-
-def wilson_interval(right: float, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share, 95% unless `z` says otherwise."""
-    share, spread = right / asked, z * z / asked
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)
-    return centre - half, centre + half

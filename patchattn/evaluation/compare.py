@@ -18,10 +18,9 @@ import torch
 from torch.nn import functional
 
 import patchattn
-from patchattn.evaluation.greedy import write
-from patchattn.evaluation.samples import DocumentError
-from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
-from patchattn.hf.context import check_context
+from patchattn.evaluation.answers import write
+from patchattn.evaluation.documents import Document, TokenizedText, check_longest, make_document, tokenize_text
+from patchattn.evaluation.tasks.sample import DocumentError
 from patchattn.hf.weights import input_device
 from patchattn.policy import Phase, Policy
 
@@ -207,15 +206,6 @@ def check_length(model: Any, text: TokenizedText, length: int) -> None:
             f"The text has {available:,} tokens and the document was to have {length:,}.",
             fix=f"Give a longer text, or choose a length of at most {available}.",
         )
-
-
-def check_longest(model: Any, length: int) -> None:
-    """Refuse a document that is longer than the model's context.
-
-    Raises:
-        DocumentError: See above.
-    """
-    check_context(model, [length], DocumentError)
 
 
 def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:

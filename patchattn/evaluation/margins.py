@@ -14,7 +14,7 @@ from torch import Tensor
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_scores
 from patchattn.call.regions import Regions
-from patchattn.evaluation.samples import DocumentError
+from patchattn.evaluation.tasks.sample import DocumentError
 from patchattn.gates.gate import Measured, bulk_log_mass_from_calibration
 from patchattn.hf.context import check_context
 from patchattn.hf.hooks import STATE

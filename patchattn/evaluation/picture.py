@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from patchattn.errors import MissingPackageError
-from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Evaluation
+from patchattn.evaluation.tasks import TEXT_LOSS
 
 _COLOURS = ("#2a78d6", "#eb6834", "#2f9e62", "#8a56c2", "#c23b5e", "#8c7a2e", "#1f9aa8", "#666666")
 _MEAN = "mean"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from patchattn.errors import ReportError
-from patchattn.evaluation.families import TEXT_LOSS
-from patchattn.evaluation.scores import wilson_interval
+from patchattn.evaluation.statistics import wilson_interval
+from patchattn.evaluation.tasks import TEXT_LOSS
 from patchattn.policy import Phase, Policy
 from patchattn.report import GateReport
 from patchattn.writing import made

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from patchattn.errors import ReportError
-from patchattn.evaluation.families import TEXT_LOSS
 from patchattn.evaluation.results import PHASES, Cell, Evaluation
+from patchattn.evaluation.tasks import TEXT_LOSS
 from patchattn.writing import made, write_text
 
 _NOTHING = "-"

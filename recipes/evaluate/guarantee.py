@@ -21,7 +21,7 @@ from documents import documents
 
 from patchattn import Policy, RiskTarget, demo
 from patchattn.calibration.risk import Curves, documents_needed, rungs
-from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.documents import check_longest
 from patchattn.gates.gate import Measured
 from patchattn.measuring.collect import Collecting, read_document, settings_of
 from patchattn.measuring.statistics import MARGINS, Totals

@@ -7,9 +7,9 @@ from torch import nn
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
 from patchattn.calibration.manifest import Fingerprint
-from patchattn.evaluation.greedy import write
+from patchattn.evaluation.answers import write
 from patchattn.evaluation.loss import loss_by_position
-from patchattn.evaluation.measure import _about_model
+from patchattn.evaluation.runner import _about_model
 from patchattn.testing import assert_equivalent, assert_within_budget, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16)

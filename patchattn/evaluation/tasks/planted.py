@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import DocumentError, Draft
-from patchattn.evaluation.tasks import Kind, PlantedTask, draw_task
+from patchattn.evaluation.documents import Kind, PlantedTask, draw_task
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import DocumentError, Draft
 
 _FACTS_PER_1024_TOKENS = 6
 _OTHERS: tuple[Kind, ...] = ("chain", "list", "note")

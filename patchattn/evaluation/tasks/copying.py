@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
-from patchattn.evaluation.words import draw_word
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import Draft
+from patchattn.evaluation.tasks.words import draw_word
 
 _TOKENS_PER_LINE = 256
 _LINES = (2, 64)

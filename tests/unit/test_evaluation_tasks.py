@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
 from patchattn.evaluation import GROUPS, TASKS, DocumentError, Material, make_sample
-from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
-from patchattn.evaluation.samples import Encoder, cut, recall
+from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks
+from patchattn.evaluation.tasks.sample import Encoder, cut, recall
 
 PROMPTS = tuple(task for task in TASKS if task != TEXT_LOSS)
 ANSWER_ONCE = (*(task for task in PROMPTS if task.startswith("niah")), "kv", "copy", "fact")

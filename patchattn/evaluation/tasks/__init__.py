@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import get_args
 
-from patchattn.evaluation.copying import few_shot, long_copy
-from patchattn.evaluation.frequencies import common_words, frequent_words
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.needles import NEEDLES, key_value
-from patchattn.evaluation.samples import DocumentError, Draft, Sample, finish
-from patchattn.evaluation.shipped import draft
-from patchattn.evaluation.tasks import Kind
-from patchattn.evaluation.tracking import variable_tracking
+from patchattn.evaluation.documents import Kind
+from patchattn.evaluation.tasks.copying import few_shot, long_copy
+from patchattn.evaluation.tasks.frequencies import common_words, frequent_words
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.needles import NEEDLES, key_value
+from patchattn.evaluation.tasks.planted import draft
+from patchattn.evaluation.tasks.sample import DocumentError, Draft, Sample, finish
+from patchattn.evaluation.tasks.tracking import variable_tracking
 
 _RULER: dict[str, Callable[[Material, int, random.Random], Draft]] = {
     **NEEDLES,

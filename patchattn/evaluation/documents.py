@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from patchattn.evaluation.samples import n_shared
-from patchattn.evaluation.words import draw_number, draw_word
+from patchattn.evaluation.tasks.sample import DocumentError, n_shared
+from patchattn.evaluation.tasks.words import draw_number, draw_word
+from patchattn.hf.context import check_context
 
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
@@ -112,6 +113,15 @@ class PlantedTask:
     planted: tuple[str, ...]
     prompt: str
     answer: str
+
+
+def check_longest(model: Any, length: int) -> None:
+    """Refuse a document that is longer than the model's context.
+
+    Raises:
+        DocumentError: See above.
+    """
+    check_context(model, [length], DocumentError)
 
 
 def tokenize_text(text: str, tokenizer: Any) -> TokenizedText:

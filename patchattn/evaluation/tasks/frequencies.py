@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import DocumentError, Draft, Units
-from patchattn.evaluation.words import draw_letters, draw_word
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import DocumentError, Draft, Units
+from patchattn.evaluation.tasks.words import draw_letters, draw_word
 
 _COMMON = 10
 _FEWEST_OTHERS = 10

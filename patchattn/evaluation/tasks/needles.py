@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
-from patchattn.evaluation.words import draw_name, draw_number, draw_uuid
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import Draft
+from patchattn.evaluation.tasks.words import draw_name, draw_number, draw_uuid
 
 _DRAW: dict[str, Callable[[random.Random], str]] = {
     "word": draw_name,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
-from patchattn.evaluation.words import draw_letters, draw_number
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import Draft
+from patchattn.evaluation.tasks.words import draw_letters, draw_number
 
 _HOPS = 4
 

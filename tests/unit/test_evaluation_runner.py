@@ -19,8 +19,8 @@ from transformers import AutoModel
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, demo
 from patchattn.errors import MissingPackageError, PatchStateError, PolicyError, ReportError, UnsupportedModelError
-from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, measure, named_policy
-from patchattn.evaluation.greedy import stop_tokens, write
+from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, named_policy, runner
+from patchattn.evaluation.answers import stop_tokens, write
 from patchattn.evaluation.loss import BINS, loss_by_position
 from patchattn.evaluation.policies import heads_by_oracle
 from patchattn.evaluation.results import PhaseCounts, append_cell, read_cells
@@ -83,8 +83,8 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 ) -> None:
     evaluation, checkpoint = found
     arguments: dict[str, Any] = {"text": TEXT, "lengths": [400], "samples": 3, "checkpoint": checkpoint}
-    monkeypatch.setattr(measure, "write", None)
-    monkeypatch.setattr(measure, "loss_by_position", None)
+    monkeypatch.setattr(runner, "written", None)
+    monkeypatch.setattr(runner, "loss_by_position", None)
     again = evaluate(*shipped, POLICIES, tasks=["fact", "text", "cwe"], **arguments)
     assert again == evaluation
     # The same policy under another name is the same measurement; another seed is not.
@@ -155,7 +155,7 @@ def test_mistakes_are_refused_before_anything_is_measured(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(measure, "write", None)
+    monkeypatch.setattr(runner, "written", None)
     arguments: dict[str, Any] = {"policies": POLICIES, "text": TEXT, "lengths": [400], "tasks": ["fact"]}
     with pytest.raises(error, match=message):
         evaluate(*shipped, **arguments | change)

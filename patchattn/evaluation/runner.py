@@ -15,14 +15,14 @@ from typing import Any
 import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks, make_sample
-from patchattn.evaluation.greedy import stop_tokens, write
+from patchattn.evaluation.answers import written
+from patchattn.evaluation.documents import check_longest
 from patchattn.evaluation.loss import loss_by_position
-from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
-from patchattn.evaluation.samples import DocumentError
+from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
+from patchattn.evaluation.tasks.material import Material
+from patchattn.evaluation.tasks.sample import DocumentError
 from patchattn.hf.architecture import name_of
 from patchattn.hf.patching import PatchHandle
 from patchattn.hf.weights import kept_buffers
@@ -59,7 +59,7 @@ def evaluate(
         policies: Policies by the names they have in the table; `dense` is measured without being named.
         text: Real text: haystack of some tasks, and what text loss is measured on.
         lengths: Tokens in prompt and answer together, one or more lengths.
-        tasks: Names of tasks or groups, see `patchattn.evaluation.families`.
+        tasks: Names of tasks or groups, see `patchattn.evaluation.tasks`.
         samples: Prompts of each task, and documents of text loss as far as the text goes.
         seed: Everything random follows from it.
         calibration: For policies that need one.
@@ -214,7 +214,6 @@ class _Runner:
         self._model, self._tokenizer = model, tokenizer
         self._samples, self._seed = samples, seed
         self._told = told
-        self._stop = stop_tokens(model, tokenizer)
 
     def cell(self, policy: str, part: _Part, material: Material, handle: PatchHandle | None, key: str) -> Cell:
         if handle is not None:
@@ -227,8 +226,7 @@ class _Runner:
         else:
             for at in range(self._samples):
                 sample = make_sample(part.task, material, length=part.length, seed=f"{self._seed}/{at}")
-                written, _ = write(self._model, sample.prompt, None, sample.budget, stop=self._stop)
-                scores.append(sample.score(written, self._tokenizer))
+                scores.append(written(self._model, self._tokenizer, sample))
                 self._told.step(part.length)
         counts = {} if handle is None else _counts(handle.report())
         return Cell(policy, part.task, part.length, tuple(scores), tuple(losses), counts, key)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from patchattn.evaluation.samples import DocumentError, Encoder, Units
-from patchattn.evaluation.tasks import TokenizedText, tokenize_text
+from patchattn.evaluation.documents import TokenizedText, tokenize_text
+from patchattn.evaluation.tasks.sample import DocumentError, Encoder, Units
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"

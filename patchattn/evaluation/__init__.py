@@ -1,11 +1,12 @@
 """Long-range tasks, scores, and tables made from them: `evaluate` measures a model on all of it."""
 
+from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import named_policy
 from patchattn.evaluation.results import Cell, Evaluation
 from patchattn.evaluation.runner import evaluate
+from patchattn.evaluation.sample import Sample
 from patchattn.evaluation.tasks import GROUPS, TASKS, make_sample
-from patchattn.evaluation.tasks.material import Material
-from patchattn.evaluation.tasks.sample import DocumentError, Sample
 
 __all__ = [
     "GROUPS",

@@ -10,7 +10,7 @@ import torch
 
 from patchattn.evaluation.documents import Document
 from patchattn.evaluation.loss import losses_of
-from patchattn.evaluation.tasks.sample import Sample
+from patchattn.evaluation.sample import Sample
 from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.hf.weights import input_device
 

@@ -19,8 +19,14 @@ from torch.nn import functional
 
 import patchattn
 from patchattn.evaluation.answers import write
-from patchattn.evaluation.documents import Document, TokenizedText, check_longest, make_document, tokenize_text
-from patchattn.evaluation.tasks.sample import DocumentError
+from patchattn.evaluation.documents import (
+    Document,
+    DocumentError,
+    TokenizedText,
+    check_longest,
+    make_document,
+    tokenize_text,
+)
 from patchattn.hf.weights import input_device
 from patchattn.policy import Phase, Policy
 

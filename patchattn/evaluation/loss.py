@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patchattn.evaluation.tasks.sample import DocumentError
+from patchattn.evaluation.documents import DocumentError
 from patchattn.hf.architecture import cache_of, vocabulary_of, with_cache
 from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device

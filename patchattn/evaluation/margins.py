@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
-from patchattn.evaluation.tasks.sample import DocumentError
+from patchattn.evaluation.documents import DocumentError
 from patchattn.gates.gate import Measured, bulk_log_mass_from_calibration
 from patchattn.hf.context import check_context
 from patchattn.hf.observe import observing

@@ -11,7 +11,7 @@ import torch
 import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
-from patchattn.evaluation.tasks.sample import DocumentError
+from patchattn.evaluation.documents import DocumentError
 from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
 from patchattn.policy import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, Policy, StaticGate

@@ -16,13 +16,12 @@ import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.evaluation.answers import written
-from patchattn.evaluation.documents import check_longest
+from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.loss import loss_by_position
+from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
-from patchattn.evaluation.tasks.material import Material
-from patchattn.evaluation.tasks.sample import DocumentError
 from patchattn.hf.architecture import name_of
 from patchattn.hf.patching import PatchHandle
 from patchattn.hf.weights import kept_buffers

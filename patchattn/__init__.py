@@ -34,8 +34,9 @@ from patchattn.policy import (
     StaticGate,
 )
 from patchattn.report import GateReport
+from patchattn.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BackendError",

@@ -16,6 +16,7 @@ import patchattn
 PACKAGE = Path(patchattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
+    "version",
     "errors",
     "writing",
     "call",

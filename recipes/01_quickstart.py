@@ -13,8 +13,7 @@ from rich.table import Table
 
 import patchattn
 from patchattn import demo
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.tasks import Document, make_document, tokenize_text
+from patchattn.evaluation.documents import Document, check_longest, make_document, tokenize_text
 
 
 def main() -> None:

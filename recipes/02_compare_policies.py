@@ -13,9 +13,8 @@ from rich.table import Table
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, demo
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.scores import score
-from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.evaluation.answers import teacher_forced
+from patchattn.evaluation.documents import check_longest, make_document, tokenize_text
 
 GATES = {
     "dense": OpenGate(),
@@ -49,7 +48,7 @@ def main() -> None:
     points, notes = {}, set()
     for name, gate in GATES.items():
         with patchattn.patch(model, Policy(window_size=options.window, min_bulk=0, gate=gate)) as handle:
-            found = score(model, documents)
+            found = teacher_forced(model, documents)
         report = handle.report()
         points[name] = (report.open_fraction(), found.text_loss)
         notes.update(report.notes())

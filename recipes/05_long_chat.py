@@ -14,8 +14,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy, demo
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.evaluation.documents import check_longest, make_document, tokenize_text
 from patchattn.hf.architecture import with_cache
 
 

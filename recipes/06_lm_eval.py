@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
 from patchattn.evaluation import Material, make_sample
-from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.documents import check_longest
 
 TASK = """
 task: look_up

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 
 import patchattn
 from patchattn import Policy, demo
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.evaluation.documents import check_longest, make_document, tokenize_text
 from patchattn.report.timeline import texts_of
 
 STRETCH = 32

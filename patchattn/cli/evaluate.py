@@ -21,11 +21,10 @@ from patchattn.calibration import Calibration
 from patchattn.cli.models import load
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.evaluation import Evaluation, Material, evaluate, make_sample, named_policy
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
+from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.policies import NAMES, heads_by_oracle
-from patchattn.evaluation.samples import DocumentError
-from patchattn.evaluation.tables import about, rows
+from patchattn.evaluation.results import about, rows
+from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 

@@ -8,34 +8,33 @@ on another stretch of the text, without planted lines. Times are taken apart fro
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch.nn import functional
-
-import patchattn
-from patchattn.evaluation.greedy import write
-from patchattn.evaluation.samples import DocumentError
-from patchattn.evaluation.tasks import Document, TokenizedText, make_document, tokenize_text
-from patchattn.hf.context import check_context
-from patchattn.hf.weights import input_device
-from patchattn.policy import Phase, Policy
+from patchattn.evaluation.answers import conversation
+from patchattn.evaluation.documents import (
+    Document,
+    DocumentError,
+    TokenizedText,
+    check_longest,
+    make_document,
+    tokenize_text,
+)
+from patchattn.evaluation.loss import losses
+from patchattn.evaluation.timing import times
+from patchattn.hf.patching import patch
+from patchattn.policy import PHASES, Policy
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""
 
 # Facts near the end would lie in the window, where every head sees them.
 _DEPTH = (0.0, 0.9)
-_TIMED_PREFILLS = 3
-_WARM_DECODE_STEPS = 4
-_TIMED_DECODE_STEPS = 32
-# Logits of more positions than this would take more memory than the model.
 _MOST_LOSS_TOKENS = 8192
-_SHARE_OF_WORK = {"answering": 0.6, "reading plain text": 0.1, "timing": 0.3}
+# Where each part of a column's work begins, and its share.
+_PARTS = {"answering": (0.0, 0.6), "reading plain text": (0.6, 0.1), "timing": (0.7, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -151,71 +150,53 @@ def compare(
             questions do not fit into it.
         PatchAttnError: As `patchattn.patch` raises it.
     """
-    work = _Work(progress or (lambda _, __: None))
     check_longest(model, length)
     lines = tokenize_text(text, tokenizer)
-    check_length(model, lines, length)
+    available = sum(map(len, lines.tokens))
+    if available < length:
+        raise DocumentError(
+            f"The text has {available:,} tokens and the document was to have {length:,}.",
+            fix=f"Give a longer text, or choose a length of at most {available}.",
+        )
     document = _document(lines, tokenizer, length, questions, seed)
-    plain = _document(lines, tokenizer, length, 0, seed + 1)
+    plain = _document(lines, tokenizer, length, 0, seed + 1).token_ids
+    context = document.token_ids[: document.questions[0].start]
+    tell = partial(_tell, progress or (lambda _, __: None))
 
-    with patchattn.patch(model, policy, backend=backend):
+    def quality(column: str) -> tuple[int, float, list[int]]:
+        right, read = conversation(model, document, partial(tell, column, "answering"))
+        loss = losses(model, plain)[-_MOST_LOSS_TOKENS:].double().mean().item()
+        tell(column, "reading plain text", 1.0)
+        return right, loss, [*read, *plain]
+
+    def speed(column: str) -> tuple[float, float]:
+        return times(model, context, longest=length, done=partial(tell, column, "timing"))
+
+    with patch(model, policy, backend=backend):
         pass  # What can't be patched is refused before the dense run, not after it.
-    dense = _measure(model, tokenizer, document, plain, work.named("dense"))
-    tokens: list[int] = []
-    with patchattn.patch(model, policy, backend=backend, record="timeline") as handle:
-        answers, loss = _quality(model, tokenizer, document, plain, work.named("patched"), tokens)
+    right, loss, _ = quality("dense")
+    dense = Measured(right, loss, *speed("dense"), {}, {})
+    with patch(model, policy, backend=backend, record="timeline") as handle:
+        right, loss, tokens = quality("patched")
     report = handle.report()
-    with patchattn.patch(model, policy, backend=backend):
-        seconds, speed = _times(model, document, work.named("patched"))
-    both: tuple[Phase, ...] = ("prefill", "decode")
-    phases: list[Phase] = [phase for phase in both if phase in handle.policy.phases]
-    patched = Measured(
-        right=answers,
-        text_loss=loss,
-        prefill_seconds=seconds,
-        decode_tokens_per_second=speed,
-        open_fraction={phase: report.open_fraction(phase) for phase in phases},
-        realised_density={phase: report.realised_density(phase) for phase in phases},
-    )
-    first_question = document.questions[0].start
+    phases = [phase for phase in PHASES if phase in handle.policy.phases]
+    shares = ({phase: of(phase) for phase in phases} for of in (report.open_fraction, report.realised_density))
+    with patch(model, policy, backend=backend):
+        patched = Measured(right, loss, *speed("patched"), *shares)
     return Comparison(
         dense=dense,
         patched=patched,
         policy=handle.policy,
         backend=handle.backend,
         length=length,
-        prefill_tokens=first_question,
-        nearest=first_question - max(end for _, end in document.planted),
-        furthest=first_question - min(start for start, _ in document.planted),
+        prefill_tokens=len(context),
+        nearest=len(context) - max(end for _, end in document.planted),
+        furthest=len(context) - min(start for start, _ in document.planted),
         questions=questions,
-        text_tokens=_loss_tokens(plain),
+        text_tokens=min(len(plain) - 1, _MOST_LOSS_TOKENS),
         report=report,
         tokens=tuple(tokens),
     )
-
-
-def check_length(model: Any, text: TokenizedText, length: int) -> None:
-    """Refuse a document that the model can't read or the text can't fill.
-
-    Raises:
-        DocumentError: See above.
-    """
-    check_longest(model, length)
-    available = sum(map(len, text.tokens))
-    if available < length:
-        raise DocumentError(
-            f"The text has {available:,} tokens and the document was to have {length:,}.",
-            fix=f"Give a longer text, or choose a length of at most {available}.",
-        )
-
-
-def check_longest(model: Any, length: int) -> None:
-    """Refuse a document that is longer than the model's context.
-
-    Raises:
-        DocumentError: See above.
-    """
-    check_context(model, [length], DocumentError)
 
 
 def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:
@@ -225,91 +206,7 @@ def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, 
         raise DocumentError(str(error), fix="Ask fewer questions or choose a greater length.") from error
 
 
-class _Work:
-    """Turns steps done into a fraction of all work."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._column = "dense"
-
-    def named(self, column: str) -> _Work:
-        self._column = column
-        return self
-
-    def done(self, part: str, fraction: float) -> None:
-        parts = list(_SHARE_OF_WORK)
-        before = sum(_SHARE_OF_WORK[name] for name in parts[: parts.index(part)])
-        column = 0.0 if self._column == "dense" else 0.5
-        self._progress(f"{self._column}: {part}", column + 0.5 * (before + fraction * _SHARE_OF_WORK[part]))
-
-
-def _measure(model: Any, tokenizer: Any, document: Document, plain: Document, work: _Work) -> Measured:
-    right, loss = _quality(model, tokenizer, document, plain, work, [])
-    seconds, speed = _times(model, document, work)
-    return Measured(right, loss, seconds, speed, {}, {})
-
-
-@torch.no_grad()
-def _quality(
-    model: Any, tokenizer: Any, document: Document, plain: Document, work: _Work, read: list[int]
-) -> tuple[int, float]:
-    """Count right answers and measure the text loss; the tokens the model reads are added to `read`."""
-    right = 0
-    ids = document.token_ids
-    cache, given = None, list(ids[: document.questions[0].start])
-    for index, question in enumerate(document.questions):
-        given += ids[question.start : question.answer_start]
-        answer = list(ids[question.answer_start : question.answer_end])
-        written, cache = write(model, given, cache, len(answer))
-        right += written == answer
-        read += given + written[:-1]
-        # What comes next in the conversation: the token that is not in the cache yet, and the line break.
-        after = document.questions[index + 1].start if index + 1 < len(document.questions) else len(ids)
-        given = written[-1:] + list(ids[question.answer_end : after])
-        work.done("answering", (index + 1) / len(document.questions))
-    loss = _text_loss(model, plain)
-    read += plain.token_ids
-    work.done("reading plain text", 1.0)
-    return right, loss
-
-
-def _loss_tokens(plain: Document) -> int:
-    return min(len(plain.token_ids) - 1, _MOST_LOSS_TOKENS)
-
-
-def _text_loss(model: Any, plain: Document) -> float:
-    """Mean cross-entropy of the last tokens of a text, nats per token."""
-    tokens = torch.tensor([plain.token_ids], device=input_device(model))
-    count = _loss_tokens(plain)
-    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
-    targets = tokens[0, -count:].to(logits.device)
-    parts = zip(logits.split(1024), targets.split(1024), strict=True)
-    return sum(functional.cross_entropy(x.float(), y, reduction="sum").item() for x, y in parts) / count
-
-
-@torch.no_grad()
-def _times(model: Any, document: Document, work: _Work) -> tuple[float, float]:
-    """Time prefill (seconds) and decode (tokens per second) after one warm-up of each."""
-    # Decoding must not run past the model's context.
-    room = len(document.token_ids) - _WARM_DECODE_STEPS - _TIMED_DECODE_STEPS
-    given = list(document.token_ids[: min(document.questions[0].start, room)])
-    seconds = []
-    cache, written = None, []
-    for repeat in range(1 + _TIMED_PREFILLS):
-        begin = _now(model)
-        written, cache = write(model, given, None, 1)
-        seconds.append(_now(model) - begin)
-        work.done("timing", 0.7 * (repeat + 1) / (1 + _TIMED_PREFILLS))
-    written, cache = write(model, written, cache, _WARM_DECODE_STEPS)
-    begin = _now(model)
-    write(model, written[-1:], cache, _TIMED_DECODE_STEPS)
-    speed = _TIMED_DECODE_STEPS / (_now(model) - begin)
-    work.done("timing", 1.0)
-    return statistics.median(seconds[1:]), speed
-
-
-def _now(model: Any) -> float:
-    device = input_device(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _tell(progress: Progress, column: str, part: str, fraction: float) -> None:
+    """Turn the fraction of a part that is done into a fraction of all work."""
+    begin, size = _PARTS[part]
+    progress(f"{column}: {part}", (0.0 if column == "dense" else 0.5) + 0.5 * (begin + fraction * size))

@@ -1,4 +1,4 @@
-"""Loss of a text by position: how well a model predicts tokens that have little or much text before them."""
+"""Loss of a text: how well a model predicts each token from those before it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from patchattn.evaluation.samples import DocumentError
+from patchattn.evaluation.documents import DocumentError
 from patchattn.hf.architecture import cache_of, vocabulary_of, with_cache
 from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
@@ -22,11 +23,45 @@ _SHORTEST_CALL = 256
 _ROWS_AT_A_TIME = 1024
 
 
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, [tokens] float32 nats.
+
+    Args:
+        logits: [tokens, vocabulary], any dtype; taken to float32 some rows at a time.
+        targets: [tokens] ids of the tokens that follow.
+    """
+    pairs = zip(logits.split(_ROWS_AT_A_TIME), targets.to(logits.device).split(_ROWS_AT_A_TIME), strict=True)
+    return torch.cat([functional.cross_entropy(rows.float(), right, reduction="none") for rows, right in pairs])
+
+
 @torch.no_grad()
-def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
-    """Read a document and return its mean loss in `BINS` equal parts, nats per token.
+def losses(model: Any, tokens: Sequence[int]) -> Tensor:
+    """Read a document and return the loss of each token but the first, [tokens - 1] float32 nats.
 
     Long documents are read in several calls on one cache, so that the logits fit into memory.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokens: Token ids, at least 2.
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
+    """
+    check_context(model, [len(tokens)], DocumentError)
+    ids = torch.tensor([list(tokens)], device=input_device(model))
+    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
+    found, cache = [], None
+    for begin in range(0, ids.shape[1], size):
+        part = ids[:, begin : begin + size]
+        result = model(input_ids=part, use_cache=True, **with_cache(model, cache))
+        cache = cache_of(result)
+        targets = ids[0, begin + 1 : begin + 1 + part.shape[1]]
+        found.append(losses_of(result.logits[0, : len(targets)], targets))
+    return torch.cat(found)
+
+
+def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
+    """Read a document and return its mean loss in `BINS` equal parts, nats per token.
 
     Args:
         model: A causal language model, patched or not.
@@ -35,17 +70,4 @@ def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    check_context(model, [len(tokens)], DocumentError)
-    ids = torch.tensor([list(tokens)], device=input_device(model))
-    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
-    losses, cache = [], None
-    for begin in range(0, ids.shape[1], size):
-        part = ids[:, begin : begin + size]
-        result = model(input_ids=part, use_cache=True, **with_cache(model, cache))
-        cache = cache_of(result)
-        targets = ids[0, begin + 1 : begin + 1 + part.shape[1]].to(result.logits.device)
-        pairs = zip(
-            result.logits[0, : len(targets)].split(_ROWS_AT_A_TIME), targets.split(_ROWS_AT_A_TIME), strict=True
-        )
-        losses += [functional.cross_entropy(logits.float(), right, reduction="none") for logits, right in pairs]
-    return [part.mean().item() for part in torch.cat(losses).tensor_split(BINS)]
+    return [part.mean().item() for part in losses(model, tokens).tensor_split(BINS)]

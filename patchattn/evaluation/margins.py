@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,26 +11,20 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.masses import attention_scores
-from patchattn.call.regions import Regions
-from patchattn.evaluation.samples import DocumentError
+from patchattn.call.masses import exact_masses
+from patchattn.evaluation.documents import DocumentError
 from patchattn.gates import MomentGate, OpenGate
 from patchattn.gates.base import Known
 from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.context import check_context
-from patchattn.hf.hooks import STATE
+from patchattn.hf.observe import observing
 from patchattn.hf.patching import patch
-from patchattn.hf.support import attention_modules
-from patchattn.hf.weights import input_device
+from patchattn.measuring.collect import read_document
 from patchattn.moments.gaussian import Estimate
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import Policy
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
-
-# Slabs that fit a processor's cache take half of the time of large ones.
-_SCORES_PER_SLAB = {"cpu": 1 << 20}
-_SCORES_PER_SLAB_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -104,122 +97,32 @@ def record_margins(
     sizes = [window for window in windows if len(token_ids) > sink_size + window]
     found: dict[int, dict[int, Margins]] = {window: {} for window in sizes}
 
-    def visit(layer: int, inputs: AttentionInputs) -> None:
-        exact = exact_masses(inputs, sizes)
-        for window, (local, bulk, top) in zip(sizes, exact, strict=True):
+    def observe(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+        for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses: dict[tuple[str, Estimate], Tensor] = {
-                ("prompt", name): _from_prompt(at_window, name)[:, asked] for name in estimates
-            }
+            guesses = {("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates}
             if calibration is not None and calibration.manifest.window_size == window:
-                measured = MeasuredHeads(moments=calibration.key_moments(layer))
+                known = Known(measured=MeasuredHeads(moments=calibration.key_moments(layer)))
                 for name in estimates:
-                    mass = MomentGate(moments="calibration", estimate=name).weigh(at_window, Known(measured=measured))[
-                        0
-                    ]
-                    guesses["calibration", name] = mass[0][:, asked]
-            positions = at_window.regions.positions[0, asked]
-            found[window][layer] = Margins(positions, local[:, asked], bulk[:, asked], top[:, asked], guesses)
+                    gate = MomentGate(moments="calibration", estimate=name)
+                    guesses["calibration", name] = gate.weigh(at_window, known)[0]
+            found[window][layer] = Margins(
+                at_window.regions.positions[0, asked],
+                masses.local[0, :, asked],
+                masses.bulk[0, :, asked],
+                masses.largest_bulk[0, :, asked],
+                {name: mass[0, :, asked] for name, mass in guesses.items()},
+            )
+        return attend()
 
     if sizes:
-        with watching(model, visit, sink_size=sink_size):
-            read(model, token_ids)
+        policy = Policy(sink_size=sink_size, window_size=1, min_bulk=0, gate=OpenGate())
+        with patch(model, policy, record=None) as handle, observing(handle, observe):
+            read_document(model, torch.tensor(list(token_ids)))
     return found
-
-
-@torch.no_grad()
-def read(model: Any, token_ids: Sequence[int]) -> None:
-    """Read a document in one forward pass without making logits."""
-    tokens = torch.tensor([list(token_ids)], device=input_device(model))
-    getattr(model, "base_model", model)(input_ids=tokens, use_cache=False)
-
-
-@contextmanager
-def watching(model: Any, visit: Callable[[int, AttentionInputs], None], *, sink_size: int = 16) -> Iterator[None]:
-    """Show the inputs of every attention call of a model, which attends densely meanwhile; undone on exit.
-
-    Args:
-        model: A causal language model that can be patched, not patched now.
-        visit: Called with the index of the layer and the inputs of the call. Their regions have a window of one token;
-            `with_window` gives them another.
-        sink_size: Tokens in the sink.
-    """
-    policy = Policy(sink_size=sink_size, window_size=1, min_bulk=0, gate=OpenGate())
-    with patch(model, policy, record=None):
-        for layer, module in attention_modules(model).items():
-            state = module._modules.get(STATE)
-            if state is not None and state.gated:
-                state.attend = _shown(visit, layer, state.attend)
-        yield
-
-
-def _shown(visit: Callable[[int, AttentionInputs], None], layer: int, attend: Callable[..., Attended]) -> Any:
-    def shown(inputs: AttentionInputs, mass: Tensor, threshold: float) -> Attended:
-        visit(layer, inputs)
-        return attend(inputs, mass, threshold)
-
-    return shown
 
 
 def with_window(inputs: AttentionInputs, window: int) -> AttentionInputs:
     """Return the same call under another window."""
     return replace(inputs, regions=replace(inputs.regions, window_size=window))
-
-
-def _from_prompt(inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0][0]
-
-
-def exact_masses(inputs: AttentionInputs, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Compute exact log masses of one document's call for several windows.
-
-    Args:
-        inputs: A call over all tokens of one document without padding, [1, heads, tokens, dim].
-        windows: Window sizes in tokens.
-
-    Returns:
-        For each window: log mass of the local keys, log mass of the bulk keys, and the largest score of a bulk key,
-        each [heads, tokens] nats; -inf where there are none.
-    """
-    _, heads, length, _ = inputs.query.shape
-    rows = max(_SCORES_PER_SLAB.get(inputs.query.device.type, _SCORES_PER_SLAB_ELSEWHERE) // (heads * length), 16)
-    slabs = [_masses_of_rows(inputs, begin, min(begin + rows, length), windows) for begin in range(0, length, rows)]
-    found = []
-    for of_window in zip(*slabs, strict=True):
-        local, bulk, top = (torch.cat(parts, dim=1) for parts in zip(*of_window, strict=True))
-        found.append((local, bulk, top))
-    return found
-
-
-def _masses_of_rows(
-    inputs: AttentionInputs, begin: int, end: int, windows: Sequence[int]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    sink = inputs.regions.sink_size
-    slab = AttentionInputs(
-        inputs.query[:, :, begin:end],
-        inputs.key[:, :, :end],
-        inputs.value[:, :, :end],
-        Regions.plain(sink, 1, end - begin, 1, end, inputs.query.device),
-        inputs.scale,
-        inputs.softcap,
-    )
-    scores = attention_scores(slab)[0].masked_fill_(~slab.regions.causal_mask(), -torch.inf)
-    largest = scores.amax(-1, keepdim=True)
-    terms = (scores - largest).exp_()
-    largest = largest[..., 0]
-    found = []
-    for window in windows:
-        # Keys that are bulk for every row need no mask; those after them are bulk for some.
-        certain, last = max(begin - window + 1, sink), max(end - window, sink)
-        some = replace(slab.regions, window_size=window).bulk_mask()[..., certain:last]
-        bulk = terms[..., sink:certain].sum(-1) + (terms[..., certain:last] * some).sum(-1)
-        local = terms[..., :sink].sum(-1) + (terms[..., certain:last] * ~some).sum(-1) + terms[..., last:].sum(-1)
-        nothing = torch.full_like(terms[..., :1], -torch.inf)
-        beyond = scores[..., certain:last].masked_fill(~some, -torch.inf)
-        top = torch.cat([nothing, scores[..., sink:certain], beyond], dim=-1).amax(-1)
-        local = local.log() + largest
-        if inputs.sink_logits is not None:
-            local = torch.logaddexp(local, inputs.sink_logits.to(local.dtype)[:, None])
-        found.append((local, bulk.log() + largest, top))
-    return found

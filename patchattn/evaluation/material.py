@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from patchattn.evaluation.samples import DocumentError, Encoder, Units
-from patchattn.evaluation.tasks import TokenizedText, tokenize_text
+from patchattn.evaluation.documents import DocumentError, TokenizedText, tokenize_text
+
+Units = list[tuple[int, ...]]
+"""Tokens of pieces of text that follow each other: lines, sentences or words."""
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"
+
+
+class Encoder:
+    """Encodes pieces of text as they are encoded within a text, so that their tokens can be put side by side.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._line_break = self._plain(["\n"])[0]
+        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
+        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
+        self.begin = tuple(given[:at])
+        """What the tokenizer puts before a text: BOS for most, nothing for some."""
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode(self, texts: Sequence[str]) -> Units:
+        """Return the tokens of each text, as they are after a line break.
+
+        At the start of a text, some tokenizers put a space that is not there within it.
+        """
+        if not self._line_break:
+            return [tuple(ids) for ids in self._plain(texts)]
+        found, size = [], len(self._line_break)
+        after_break = self._plain([f"\n{text}" for text in texts])
+        for text, ids in zip(texts, after_break, strict=True):
+            if ids[:size] == self._line_break:
+                found.append(tuple(ids[size:]))
+            else:  # The line break became one token with what follows.
+                found.append(tuple(self._plain([text])[0]))
+        return found
 
 
 class Material:
@@ -97,3 +134,13 @@ class Material:
         tokens = [token for line in self.text.tokens for token in line]
         step = (self.n_tokens - body) // max(count - 1, 1)
         return [(*begin, *tokens[at * step : at * step + body]) for at in range(count)]
+
+
+def cut(units: Units, size: int) -> Units:
+    """Cut units at the front, so that exactly `size` tokens are left."""
+    surplus = sum(map(len, units)) - size
+    at = 0
+    while surplus > 0 and surplus >= len(units[at]):
+        surplus -= len(units[at])
+        at += 1
+    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []

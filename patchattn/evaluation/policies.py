@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
-from patchattn.evaluation.samples import DocumentError
+from patchattn.evaluation.documents import DocumentError
 from patchattn.gates import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, StaticGate
 from patchattn.hf.context import check_context
+from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.policy import Policy
 
@@ -101,7 +101,7 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
     """
     check_context(model, [len(tokens) for tokens in prompts], DocumentError)
     policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
-    with patchattn.patch(model, policy) as handle, torch.no_grad():
+    with patch(model, policy) as handle, torch.no_grad():
         for tokens in prompts:
             model(input_ids=torch.tensor([list(tokens)], device=input_device(model)), use_cache=False, logits_to_keep=1)
     fractions = handle.report().head_open_fractions("prefill")

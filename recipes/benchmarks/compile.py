@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
-from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.documents import check_longest
 from patchattn.hf.architecture import with_cache
 
 

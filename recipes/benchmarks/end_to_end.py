@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import patchattn
 from patchattn import MomentGate, Policy, demo
-from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.documents import check_longest
 from patchattn.hf.architecture import cache_of, with_cache
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy, demo
-from patchattn.evaluation.compare import check_longest
+from patchattn.evaluation.documents import check_longest
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.attention import LayerState
 from patchattn.hf.patching import Record

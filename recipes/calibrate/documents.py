@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from patchattn import demo
-from patchattn.evaluation.tasks import Document, make_document, tokenize_text
+from patchattn.evaluation.documents import Document, make_document, tokenize_text
 
 
 def documents(count: int, length: int, *, seed: str = "calibrate") -> list[Document]:

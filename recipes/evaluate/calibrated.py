@@ -14,8 +14,9 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 import patchattn
 from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, StaticGate, demo
 from patchattn.calibration import Calibration
-from patchattn.evaluation.scores import score, wilson_interval
-from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.evaluation.answers import teacher_forced
+from patchattn.evaluation.documents import make_document, tokenize_text
+from patchattn.evaluation.statistics import wilson_interval
 from patchattn.gates import Gate
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     for name, gate in gates(calibration).items():
         policy = calibration.policy.model_copy(update={"gate": gate, "min_bulk": 0})
         with patchattn.patch(model, policy, calibration=calibration) as handle:
-            found = score(model, documents)
+            found = teacher_forced(model, documents)
         right, asked = found.right["fact"], found.asked["fact"]
         low, high = wilson_interval(right, asked)
         opened = handle.report().open_fraction("prefill")

@@ -40,8 +40,8 @@ from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.backends.blockwise.prefill import attend_local
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
-from patchattn.evaluation.scores import score
-from patchattn.evaluation.tasks import Document, Kind, TokenizedText, make_document, tokenize_text
+from patchattn.evaluation.answers import teacher_forced
+from patchattn.evaluation.documents import Document, Kind, TokenizedText, make_document, tokenize_text
 from patchattn.gates.decision import decide, forced
 
 LENGTH = 4096
@@ -235,7 +235,7 @@ def measure(
         return with_expected_bulk(attended, call, inputs) if name.endswith(EXPECTED) else attended
 
     with attending(model, attend) as handle:
-        found = [score(model, [document]) for document in documents]
+        found = [teacher_forced(model, [document]) for document in documents]
     return Row(
         name,
         target,

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from patchattn.evaluation.scores import wilson_interval
+from patchattn.evaluation.statistics import wilson_interval
 
 GUARD_ONLY = "guarded, open only above the freezing point"
 """Name of the row that shows how few pairs the guarded estimate can open with one threshold for all heads."""

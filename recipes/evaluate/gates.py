@@ -23,8 +23,8 @@ from store import Row, Store, share_out
 
 import patchattn
 from patchattn import Policy
-from patchattn.evaluation.scores import score
-from patchattn.evaluation.tasks import Document
+from patchattn.evaluation.answers import teacher_forced
+from patchattn.evaluation.documents import Document
 from patchattn.testing.replay import replay_gates
 
 BLOCK = 2
@@ -53,7 +53,7 @@ def measure(model: Any, case: Case, setting: Setting, documents: dict[int, Docum
 
 
 def _scored(model: Any, one: Document) -> Row:
-    found = score(model, [one])
+    found = teacher_forced(model, [one])
     return {"right": found.right, "asked": found.asked, "loss": found.text_loss}
 
 

@@ -25,8 +25,13 @@ from store import Row, kept
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores
-from patchattn.evaluation.margins import read, watching, with_window
+from patchattn.evaluation.margins import with_window
+from patchattn.gates import OpenGate
+from patchattn.hf.observe import observing
+from patchattn.hf.patching import patch
+from patchattn.measuring.collect import read_document
 from patchattn.moments.gaussian import CHUNK, KeyMoments
+from patchattn.policy import Policy
 
 SAMPLED_DOCUMENTS = 4
 QUERIES_PER_CHUNK = 3
@@ -50,7 +55,7 @@ def sample_scores() -> Row:
     for index in range(SAMPLED_DOCUMENTS):
         rng = random.Random(f"gaussian/{index}")
 
-        def visit(layer: int, inputs: AttentionInputs, rng: random.Random = rng) -> None:
+        def visit(layer: int, inputs: AttentionInputs, attend: Any, rng: random.Random = rng) -> Any:
             for rows, whitened, variance in _whitened(with_window(inputs, PLACE[1]), rng):
                 at = torch.bucketize(whitened, GRID)
                 counts[layer].scatter_add_(1, at.flatten(1), torch.ones_like(at, dtype=torch.double).flatten(1))
@@ -59,9 +64,11 @@ def sample_scores() -> Row:
                 frozen = variance > 2 * math.log(whitened.shape[-1])
                 sums[layer] += torch.stack([*shape, frozen.double()], -1).double().sum(1)
                 n_queries[layer] += len(rows)
+            return attend()
 
-        with watching(model, visit, sink_size=SINK):
-            read(model, document("facts", PLACE[0], f"gaussian/{index}").token_ids)
+        policy = Policy(sink_size=SINK, window_size=1, min_bulk=0, gate=OpenGate())
+        with patch(model, policy, record=None) as handle, observing(handle, visit):
+            read_document(model, torch.tensor(document("facts", PLACE[0], f"gaussian/{index}").token_ids))
     means = sums / n_queries[:, None, None]
     return {"counts": counts.long().tolist(), "moments": means.tolist()}
 

@@ -27,8 +27,9 @@ from patchattn import OpenGate, Policy, demo
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
-from patchattn.evaluation.scores import Scores, score, wilson_interval
-from patchattn.evaluation.tasks import Document
+from patchattn.evaluation.answers import Scores, teacher_forced
+from patchattn.evaluation.documents import Document
+from patchattn.evaluation.statistics import wilson_interval
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
 from patchattn.measuring.collect import read_document
@@ -227,7 +228,7 @@ def quality(model: Any, judged: list[Document], source: Source) -> tuple[float, 
         return blockwise_attend(inputs, source(layer, inputs, "guarded"), MARGIN)
 
     with hooked(model, attend) as handle:
-        found = score(model, judged)
+        found = teacher_forced(model, judged)
     return handle.report().open_fraction("prefill"), found
 
 
@@ -250,7 +251,7 @@ def main() -> None:
     print("\n".join(accuracy), flush=True)
     lines = []
     for name, source in {"(dense)": None, **named}.items():
-        opened, found = (1.0, score(model, judged)) if source is None else quality(model, judged, source)
+        opened, found = (1.0, teacher_forced(model, judged)) if source is None else quality(model, judged, source)
         right, asked = found.right["fact"], found.asked["fact"]
         low, high = wilson_interval(right, asked)
         lines.append(f"| {name} | {opened:.1%} | {right / asked:.3f} ({low:.3f}-{high:.3f}) | {found.text_loss:.4f} |")

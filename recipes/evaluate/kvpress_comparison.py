@@ -25,7 +25,7 @@ from kvpress_protocol import FACTS, FOLLOWING, LENGTH, Document, Row, context_of
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, Policy, StaticGate, demo
 from patchattn.calibration import Calibration
-from patchattn.evaluation.scores import wilson_interval
+from patchattn.evaluation.statistics import wilson_interval
 from patchattn.hf.architecture import with_cache
 from patchattn.testing import recorded_gates
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from patchattn import demo
-from patchattn.evaluation.tasks import Document, make_document, tokenize_text
+from patchattn.evaluation.documents import Document, make_document, tokenize_text
 from patchattn.hf.architecture import with_cache
 
 LENGTH = 4096

@@ -12,7 +12,7 @@ from grid import ESTIMATES
 from intervals import Interval, bootstrap, mean_over_log, ratio_of_sums
 from store import Row
 
-from patchattn.evaluation.scores import wilson_interval
+from patchattn.evaluation.statistics import wilson_interval
 
 Place = tuple[str, int, int]
 """Kinds, length, window."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.evaluation.tasks import Kind, TokenizedText, make_document
+from patchattn.evaluation.documents import Kind, TokenizedText, make_document
 
 MAX_POSITIONS = 4096
 

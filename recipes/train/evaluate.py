@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from corpus import collect, join
 
-from patchattn.evaluation.scores import Scores, score
-from patchattn.evaluation.tasks import Kind, TokenizedText, make_document, tokenize_text
+from patchattn.evaluation.answers import Scores, teacher_forced
+from patchattn.evaluation.documents import Kind, TokenizedText, make_document, tokenize_text
 
 _KINDS_PER_1024: dict[str, list[Kind]] = {
     "fact": ["fact"] * 6,
@@ -34,7 +34,7 @@ def measure_tasks(
     model: Any, tokenizer: Any, text: TokenizedText, *, length: int, n_documents: int, seed: str
 ) -> Scores:
     """Score documents of `length` tokens: facts only, and everything else."""
-    return score(
+    return teacher_forced(
         model,
         (
             make_document(text, tokenizer, length=length, kinds=kinds * (length // 1024), seed=f"{seed}/{name}/{index}")

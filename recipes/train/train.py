@@ -30,7 +30,7 @@ from corpus import collect, join, train_tokenizer
 from model import TrainingForward, build_model
 from schedule import learning_rate_at, mix_at
 
-from patchattn.evaluation.tasks import tokenize_text
+from patchattn.evaluation.documents import tokenize_text
 
 _TOKENS_PER_STEP = 8192
 _SECONDS_BETWEEN_CHECKPOINTS = 120

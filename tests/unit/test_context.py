@@ -11,10 +11,10 @@ import patchattn
 from patchattn import CalibrationError, Policy, demo
 from patchattn.evaluation import evaluate
 from patchattn.evaluation.compare import compare
+from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.margins import record_margins
 from patchattn.evaluation.policies import heads_by_oracle
-from patchattn.evaluation.samples import DocumentError
 from patchattn.hf.context import check_context, context_of
 from patchattn.testing import assert_equivalent, tiny_model
 

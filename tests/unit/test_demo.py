@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchattn import demo
-from patchattn.evaluation.tasks import make_document, tokenize_text
+from patchattn.evaluation.documents import make_document, tokenize_text
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from patchattn import MomentGate, OracleGate, Policy, patch
-from patchattn.call import masses
-from patchattn.call.inputs import AttentionInputs
-from patchattn.call.regions import Regions
-from patchattn.evaluation.margins import Margins, exact_masses, read, record_margins, with_window
+from patchattn.evaluation.margins import Margins, record_margins
+from patchattn.measuring.collect import read_document
 from patchattn.testing.models import tiny_model
 
 np = pytest.importorskip("numpy")
@@ -30,28 +28,6 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def call(length: int, *, sink: int = 3, seed: int = 0) -> AttentionInputs:
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2))
-    regions = Regions.plain(sink, 1, length, 1, length, torch.device("cpu"))
-    return AttentionInputs(3 * query, key, value, regions, 8**-0.5)
-
-
-@pytest.mark.parametrize("rows", [16, 5000])
-def test_exact_masses_are_those_of_the_mask(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = call(90)
-    monkeypatch.setattr("patchattn.evaluation.margins._SCORES_PER_SLAB", {"cpu": rows * 4 * 90})
-    for window, (local, bulk, top) in zip((5, 40, 85), exact_masses(inputs, (5, 40, 85)), strict=True):
-        at = with_window(inputs, window)
-        scores = (at.query.double() @ at.key.double().repeat_interleave(2, 1).mT)[0] * at.scale
-        for found, mask in ((local, at.regions.local_mask()), (bulk, at.regions.bulk_mask())):
-            expected = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-        largest = scores.masked_fill(~at.regions.bulk_mask(), -torch.inf).amax(-1)
-        torch.testing.assert_close(top.double(), largest, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(bulk, masses.exact_masses(at)[0].bulk[0], atol=1e-5, rtol=1e-5)
-
-
 def test_recorded_margins_decide_like_the_gates_of_the_first_layer() -> None:
     model = tiny_model("llama").eval()
     ids = torch.randint(0, model.config.vocab_size, (300,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -62,7 +38,7 @@ def test_recorded_margins_decide_like_the_gates_of_the_first_layer() -> None:
     assert margins.positions.tolist() == list(range(20, 300))
     for gate, estimate in ((OracleGate(threshold=0.1), None), (MomentGate(threshold=0.1), ("prompt", "guarded"))):
         with patch(model, Policy(sink_size=4, window_size=16, min_bulk=0, gate=gate), record="timeline") as handle:
-            read(model, ids)
+            read_document(model, torch.tensor(ids))
         opened = handle.report().timeline[0][0][1][0][:, margins.positions]
         assert 0 < opened.double().mean() < 1
         torch.testing.assert_close(margins.opens(0.1, estimate), opened)

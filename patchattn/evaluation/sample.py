@@ -6,22 +6,14 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from patchattn.errors import PatchAttnError
-
-Units = list[tuple[int, ...]]
-"""Tokens of pieces of text that follow each other: lines, sentences or words."""
+from patchattn.evaluation.documents import DocumentError, n_shared
+from patchattn.evaluation.material import Encoder, Material, Units, cut
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
 _DEPTHS = tuple(at / 39 for at in range(40))
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
-
-
-class DocumentError(PatchAttnError, ValueError):
-    """A document that can't be made: too little text, more than fits, or a tokenizer that can't write the answer."""
-
-    code = "document"
 
 
 @dataclass(frozen=True)
@@ -99,39 +91,24 @@ class Draft:
     exact: bool = False
 
 
-class Encoder:
-    """Encodes pieces of text as they are encoded within a text, so that their tokens can be put side by side.
+@dataclass(frozen=True)
+class Task:
+    """A way to ask a question.
 
     Args:
-        tokenizer: Any Hugging Face tokenizer.
+        name: What it is called on the command line and in tables.
+        group: `"ruler"`: RULER's. `"other"`: others that any model may be asked. `"shipped"`: what the shipped model
+            was trained on.
+        haystack: What the answer is hidden in, as the documentation says it, in Markdown.
+        asked: What is asked for, likewise.
+        draw: Draws one, in words.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._line_break = self._plain(["\n"])[0]
-        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
-        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
-        self.begin = tuple(given[:at])
-        """What the tokenizer puts before a text: BOS for most, nothing for some."""
-
-    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-
-    def encode(self, texts: Sequence[str]) -> Units:
-        """Return the tokens of each text, as they are after a line break.
-
-        At the start of a text, some tokenizers put a space that is not there within it.
-        """
-        if not self._line_break:
-            return [tuple(ids) for ids in self._plain(texts)]
-        found, size = [], len(self._line_break)
-        after_break = self._plain([f"\n{text}" for text in texts])
-        for text, ids in zip(texts, after_break, strict=True):
-            if ids[:size] == self._line_break:
-                found.append(tuple(ids[size:]))
-            else:  # The line break became one token with what follows.
-                found.append(tuple(self._plain([text])[0]))
-        return found
+    name: str
+    group: Literal["ruler", "other", "shipped"]
+    haystack: str
+    asked: str
+    draw: Callable[[Material, int, random.Random], Draft]
 
 
 def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: random.Random) -> Sample:
@@ -166,16 +143,6 @@ def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: rando
     return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
 
 
-def cut(units: Units, size: int) -> Units:
-    """Cut units at the front, so that exactly `size` tokens are left."""
-    surplus = sum(map(len, units)) - size
-    at = 0
-    while surplus > 0 and surplus >= len(units[at]):
-        surplus -= len(units[at])
-        at += 1
-    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []
-
-
 def _plant(prompt: list[int], haystack: Units, planted: Units, rng: random.Random) -> tuple[tuple[int, int], ...]:
     """Add the haystack to the prompt, with the planted units at random depths; returns where they are."""
     size = sum(map(len, haystack))
@@ -202,11 +169,3 @@ def _check_answers(draft: Draft, target: Sequence[int], tokenizer: Any) -> None:
             f"The tokenizer can't write the answer: it makes {back!r} of {draft.continuation!r}.",
             fix="Choose tasks whose answers are made of what the tokenizer knows.",
         )
-
-
-def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the tokens that two sequences share at their start."""
-    for count, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return count
-    return min(len(first), len(second))

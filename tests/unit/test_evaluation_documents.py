@@ -1,4 +1,4 @@
-"""Tests of `patchattn.evaluation.tasks`."""
+"""Tests of `patchattn.evaluation.documents`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
-from patchattn.evaluation.tasks import is_test_key, make_document, tokenize_text
+from patchattn.evaluation.documents import is_test_key, make_document, tokenize_text
 
 KINDS = ("fact", "chain", "list", "note")
 SAMPLE = "".join(f"def function_{i}(argument):\n    return argument + {i}\n\n" for i in range(300))

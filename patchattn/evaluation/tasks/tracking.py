@@ -10,7 +10,7 @@ import random
 from itertools import pairwise
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
+from patchattn.evaluation.sample import Draft, Task
 from patchattn.evaluation.words import draw_letters, draw_number
 
 _HOPS = 4
@@ -57,3 +57,8 @@ def _after(value: str, names: list[str]) -> str:
         f"Question: Which variables stand for {value}, directly or through other variables?\n"
         f"Answer: These {len(names)} variables stand for {value}:"
     )
+
+
+_ASKED = "all five variables of a chain of assignments, after a solved example"
+
+TASKS = (Task("vt", "ruler", "noise", _ASKED, variable_tracking),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
 from patchattn.evaluation import GROUPS, TASKS, DocumentError, Material, make_sample
-from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks
-from patchattn.evaluation.samples import Encoder, cut, recall
+from patchattn.evaluation.material import Encoder, cut
+from patchattn.evaluation.sample import recall
+from patchattn.evaluation.tasks import DRAWN, TEXT_LOSS, chosen_tasks
 
 PROMPTS = tuple(task for task in TASKS if task != TEXT_LOSS)
 ANSWER_ONCE = (*(task for task in PROMPTS if task.startswith("niah")), "kv", "copy", "fact")
@@ -235,6 +237,12 @@ def test_stretches_do_not_overlap(length: int, most: int) -> None:
     for stretch in stretches:
         body = list(stretch[begin:])
         end += next(at for at in range(len(text) - end) if text[end + at : end + at + len(body)] == body) + len(body)
+
+
+def test_every_task_is_described() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text()
+    rows = [line for line in page.split("\n") if line.startswith("| `") and not line.startswith(f"| `{TEXT_LOSS}`")]
+    assert rows == [f"| `{task.name}` | {task.haystack} | {task.asked} |" for task in DRAWN.values()]
 
 
 def test_unknown_tasks_and_groups() -> None:

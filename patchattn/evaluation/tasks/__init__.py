@@ -1,40 +1,30 @@
-"""All tasks by name, and the groups they come in."""
+"""All tasks by name, and the groups they come in. A file of this folder is a family; it names its tasks in `TASKS`."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import get_args
+from collections.abc import Sequence
 
-from patchattn.evaluation.copying import few_shot, long_copy
-from patchattn.evaluation.frequencies import common_words, frequent_words
+from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.needles import NEEDLES, key_value
-from patchattn.evaluation.samples import DocumentError, Draft, Sample, finish
-from patchattn.evaluation.shipped import draft
-from patchattn.evaluation.tasks import Kind
-from patchattn.evaluation.tracking import variable_tracking
+from patchattn.evaluation.sample import Sample, finish
+from patchattn.evaluation.tasks import copying, frequencies, needles, pairs, planted, tracking
 
-_RULER: dict[str, Callable[[Material, int, random.Random], Draft]] = {
-    **NEEDLES,
-    "vt": variable_tracking,
-    "cwe": common_words,
-    "fwe": frequent_words,
-}
-_SHIPPED = {kind: partial(draft, kind) for kind in get_args(Kind)}
-_FAMILIES = {**_RULER, "kv": key_value, "copy": long_copy, "few_shot": few_shot, **_SHIPPED}
+_FAMILIES = (needles, tracking, frequencies, pairs, copying, planted)
+
+DRAWN = {task.name: task for family in _FAMILIES for task in family.TASKS}
+"""The tasks that ask a question, by name."""
 
 TEXT_LOSS = "text"
 """Name of the measurement that is no task: loss on the text by position."""
 
-TASKS: tuple[str, ...] = (*_FAMILIES, TEXT_LOSS)
+TASKS: tuple[str, ...] = (*DRAWN, TEXT_LOSS)
 """Names of all tasks."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "ruler": tuple(_RULER),
-    "shipped": (*_SHIPPED, TEXT_LOSS),
-    "all": (*_RULER, "kv", "copy", "few_shot", TEXT_LOSS),
+    "ruler": tuple(name for name, task in DRAWN.items() if task.group == "ruler"),
+    "shipped": (*(name for name, task in DRAWN.items() if task.group == "shipped"), TEXT_LOSS),
+    "all": (*(name for name, task in DRAWN.items() if task.group != "shipped"), TEXT_LOSS),
 }
 """Names for several tasks. `shipped` is what the shipped model was trained on, `all` what other models are asked."""
 
@@ -62,10 +52,10 @@ def make_sample(task: str, material: Material, *, length: int, seed: int | str =
         >>> len(sample.prompt) + sample.budget, len(sample.answers)
         (512, 1)
     """
-    if task not in _FAMILIES:
+    if task not in DRAWN:
         raise _unknown(task)
     rng = random.Random(f"{seed}/{task}/{length}")
-    return finish(task, _FAMILIES[task](material, length, rng), material.encoder, length=length, rng=rng)
+    return finish(task, DRAWN[task].draw(material, length, rng), material.encoder, length=length, rng=rng)
 
 
 def chosen_tasks(names: Sequence[str]) -> tuple[str, ...]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from typing import get_args
 
+from patchattn.evaluation.documents import DocumentError, Kind, PlantedTask, draw_task
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import DocumentError, Draft
-from patchattn.evaluation.tasks import Kind, PlantedTask, draw_task
+from patchattn.evaluation.sample import Draft, Task
 
 _FACTS_PER_1024_TOKENS = 6
-_OTHERS: tuple[Kind, ...] = ("chain", "list", "note")
+_ASKED: dict[Kind, str] = {
+    "fact": "the number of a key, as the shipped model was trained to look it up",
+    "chain": "the keys and the number behind three assignments that are far apart",
+    "list": "the words of a planted list, in order",
+    "note": "a planted line of the text",
+}
 
 
 def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Draft:
@@ -20,7 +27,7 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     n = max(1, length // 1024)
     others: list[Kind] = [kind] * (_FACTS_PER_1024_TOKENS * n - 1)
     if kind != "fact":
-        others = [*_OTHERS] * n
+        others = [other for other in get_args(Kind) if other != "fact"] * n
         others.remove(kind)
     asked = _draw(kind, material, rng)
     planted = [asked.planted]
@@ -53,3 +60,6 @@ def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:
     rng.shuffle(turns)
     waiting = [iter(lines) for lines in tasks]
     return [next(waiting[at]) for at in turns]
+
+
+TASKS = tuple(Task(kind, "shipped", "your text", asked, partial(draft, kind)) for kind, asked in _ASKED.items())

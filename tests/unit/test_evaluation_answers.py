@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from patchattn.evaluation.scores import Scores, score, wilson_interval
-from patchattn.evaluation.tasks import Document, Question
+from patchattn.evaluation.answers import Scores, teacher_forced
+from patchattn.evaluation.documents import Document, Question
 
 
 class Oracle:
@@ -34,7 +34,7 @@ def document() -> Document:
 
 
 def test_all_answer_tokens_must_be_right() -> None:
-    scores = score(Oracle(wrong_at=(14,)), [document(), document()])
+    scores = teacher_forced(Oracle(wrong_at=(14,)), [document(), document()])
     assert scores.right == {"fact": 0, "note": 2}
     assert scores.asked == {"fact": 2, "note": 2}
     assert scores.exact_match("note") == 1.0
@@ -45,11 +45,10 @@ def test_all_answer_tokens_must_be_right() -> None:
 @pytest.mark.parametrize(("wrong", "costs"), [(3, True), (8, True), (4, False), (7, False), (10, False), (15, False)])
 def test_text_loss_leaves_planted_lines_and_questions_out(wrong: int, costs: bool) -> None:
     # Of the 19 predicted tokens, 4 are planted and 10 belong to questions: 5 are text.
-    assert score(Oracle(wrong_at=(wrong,)), [document()]).text_loss == pytest.approx(20.0 if costs else 0.0, abs=1e-3)
+    assert teacher_forced(Oracle(wrong_at=(wrong,)), [document()]).text_loss == pytest.approx(
+        20.0 if costs else 0.0, abs=1e-3
+    )
 
 
-def test_wilson_interval() -> None:
-    low, high = wilson_interval(8, 10)
-    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10)[0] == pytest.approx(0.0)
+def test_without_questions_of_a_kind_nothing_is_right() -> None:
     assert Scores({}, {"fact": 4}, 0.0).exact_match() == 0.0

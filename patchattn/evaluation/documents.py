@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from patchattn.evaluation.samples import n_shared
+from patchattn.errors import PatchAttnError
 from patchattn.evaluation.words import draw_number, draw_word
+from patchattn.hf.context import check_context
 
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
@@ -36,6 +37,12 @@ FACT_PROMPTS = ("# {key} =", "# What is {key}? It is", "assert {key} ==", "# get
 
 _TEST_KEYS_ONE_IN = 8
 _NOTE_CHARACTERS = range(10, 49)
+
+
+class DocumentError(PatchAttnError, ValueError):
+    """A document that can't be made: too little text, more than fits, or a tokenizer that can't write the answer."""
+
+    code = "document"
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,15 @@ class PlantedTask:
     planted: tuple[str, ...]
     prompt: str
     answer: str
+
+
+def check_longest(model: Any, length: int) -> None:
+    """Refuse a document that is longer than the model's context.
+
+    Raises:
+        DocumentError: See above.
+    """
+    check_context(model, [length], DocumentError)
 
 
 def tokenize_text(text: str, tokenizer: Any) -> TokenizedText:
@@ -315,3 +331,11 @@ def _take_filling(text: TokenizedText, n_tokens: int, rng: random.Random) -> lis
         if not filling[0]:
             filling.pop(0)
     return filling
+
+
+def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Count the tokens that two sequences share at their start."""
+    for count, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return count
+    return min(len(first), len(second))

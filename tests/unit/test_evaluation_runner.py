@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -19,12 +20,13 @@ from transformers import AutoModel
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, demo
 from patchattn.errors import MissingPackageError, PatchStateError, PolicyError, ReportError, UnsupportedModelError
-from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, measure, named_policy
-from patchattn.evaluation.greedy import stop_tokens, write
+from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, named_policy, runner
+from patchattn.evaluation.answers import stop_tokens, write
+from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.loss import BINS, loss_by_position
 from patchattn.evaluation.policies import heads_by_oracle
-from patchattn.evaluation.results import PhaseCounts, append_cell, read_cells
-from patchattn.evaluation.tables import csv_text, markdown
+from patchattn.evaluation.results import csv_text, markdown
+from patchattn.evaluation.rows import Store
 
 TEXT = demo.sample_text()[:12_000]
 REGIONS: dict[str, int] = {"sink_size": 4, "window_size": 32, "min_bulk": 0}
@@ -83,8 +85,8 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 ) -> None:
     evaluation, checkpoint = found
     arguments: dict[str, Any] = {"text": TEXT, "lengths": [400], "samples": 3, "checkpoint": checkpoint}
-    monkeypatch.setattr(measure, "write", None)
-    monkeypatch.setattr(measure, "loss_by_position", None)
+    monkeypatch.setattr(runner, "written", None)
+    monkeypatch.setattr(runner, "loss_by_position", None)
     again = evaluate(*shipped, POLICIES, tasks=["fact", "text", "cwe"], **arguments)
     assert again == evaluation
     # The same policy under another name is the same measurement; another seed is not.
@@ -95,18 +97,18 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 
 
 def test_cells_survive_a_run_that_was_broken_off(tmp_path: Path) -> None:
-    path = tmp_path / "cells.jsonl"
+    store = Store(tmp_path / "cells.jsonl", Cell)
+    assert store.by("key") == {}
     cell = Cell("a", "fact", 9, (1.0, 0.5), counts={"decode": PhaseCounts(1, 2, 3, 4)}, key="k")
-    append_cell(path, cell)
-    with path.open("a") as file:
+    store.add(cell)
+    with store.path.open("a") as file:
         file.write('{"policy": "b", "ta')
-    assert read_cells(path) == {"k": cell}
-    append_cell(path, cell)
-    assert path.read_text().count("\n") == 2
-    path.write_text("# Notes\n")
+    assert store.by("key") == {"k": cell}
+    store.add(dataclasses.replace(cell, key="l"))
+    assert [found.key for found in store.rows()] == ["k", "l"]
+    store.path.write_text("# Notes\n")
     with pytest.raises(ReportError, match="not a file of results"):
-        read_cells(path)
-    assert read_cells(tmp_path / "none") == {}
+        store.rows()
 
 
 def test_progress_ends_at_all_tokens(shipped: tuple[Any, Any]) -> None:
@@ -155,7 +157,7 @@ def test_mistakes_are_refused_before_anything_is_measured(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(measure, "write", None)
+    monkeypatch.setattr(runner, "written", None)
     arguments: dict[str, Any] = {"policies": POLICIES, "text": TEXT, "lengths": [400], "tasks": ["fact"]}
     with pytest.raises(error, match=message):
         evaluate(*shipped, **arguments | change)

@@ -1,7 +1,7 @@
-"""Needles in a haystack and key-value retrieval: find what was said about a key, once, somewhere.
+"""Needles in a haystack: find what was said about a key, once, somewhere.
 
-Sources: RULER, arXiv 2404.06654, appendix B, for the needle's sentence, the haystacks and the numbers of keys, values
-and questions; "Lost in the Middle", arXiv 2307.03172, section 3, for the key-value pairs. Instructions are worded anew.
+Source: RULER, arXiv 2404.06654, appendix B, for the needle's sentence, the haystacks and the numbers of keys, values
+and questions. Instructions are worded anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import Draft
+from patchattn.evaluation.sample import Draft, Task
 from patchattn.evaluation.words import draw_name, draw_number, draw_uuid
 
 _DRAW: dict[str, Callable[[random.Random], str]] = {
@@ -85,34 +85,29 @@ class Needles:
         return material.stream(lambda: self._needle(other(self.key), other(self.value)))
 
 
-NEEDLES = {
-    "niah_single_1": Needles("noise"),
-    "niah_single_2": Needles("text"),
-    "niah_single_3": Needles("text", value="uuid"),
-    "niah_multikey_1": Needles("text", keys=4),
-    "niah_multikey_2": Needles("needles"),
-    "niah_multikey_3": Needles("needles", key="uuid", value="uuid"),
-    "niah_multivalue": Needles("text", values=4),
-    "niah_multiquery": Needles("text", keys=4, asked=4),
-}
-"""RULER's eight settings, by its names."""
-
-
-def key_value(material: Material, length: int, rng: random.Random) -> Draft:
-    """Draw a task that asks for the value of one key in a JSON object of UUIDs."""
-    del length
-    taken: set[str] = set()
-    key, value = (material.draw_new(lambda: draw_uuid(rng), taken) for _ in range(2))
-    return Draft(
-        before="The JSON object below maps keys to values. Find the value of one key.\n{\n",
-        after=f'}}\nKey: "{key}"\nThe value of this key is: "',
-        continuation=value,
-        answers=(value,),
-        haystack=material.stream(lambda: f'"{draw_uuid(rng)}": "{draw_uuid(rng)}",\n'),
-        planted=(f'"{key}": "{value}",\n',),
-    )
-
-
 def _joined(items: list[str] | tuple[str, ...]) -> str:
     """Join as a sentence does."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
+
+
+_TEXT, _NOISE, _OTHERS = "your text", "one line of noise, repeated", "needles with other keys"
+
+TASKS = tuple(
+    Task(name, "ruler", haystack, asked, needles)
+    for name, haystack, asked, needles in (
+        ("niah_single_1", _NOISE, "the 7-digit number of a key, planted once", Needles("noise")),
+        ("niah_single_2", _TEXT, "the same", Needles("text")),
+        ("niah_single_3", _TEXT, "a UUID in place of the number", Needles("text", value="uuid")),
+        ("niah_multikey_1", _TEXT, "one of four planted keys", Needles("text", keys=4)),
+        ("niah_multikey_2", _OTHERS, "the one key", Needles("needles")),
+        (
+            "niah_multikey_3",
+            _OTHERS,
+            "the same, where keys and values are UUIDs",
+            Needles("needles", key="uuid", value="uuid"),
+        ),
+        ("niah_multivalue", _TEXT, "the four numbers of one key", Needles("text", values=4)),
+        ("niah_multiquery", _TEXT, "the numbers of four keys", Needles("text", keys=4, asked=4)),
+    )
+)
+"""RULER's eight settings, by its names."""

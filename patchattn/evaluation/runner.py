@@ -7,27 +7,28 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import patchattn
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.evaluation.compare import check_longest
-from patchattn.evaluation.families import TEXT_LOSS, chosen_tasks, make_sample
-from patchattn.evaluation.greedy import stop_tokens, write
+from patchattn.evaluation.answers import written
+from patchattn.evaluation.cells import Cell, PhaseCounts
+from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
-from patchattn.evaluation.results import PHASES, Cell, Evaluation, PhaseCounts, append_cell, never_asked, read_cells
-from patchattn.evaluation.samples import DocumentError
+from patchattn.evaluation.results import Evaluation, never_asked
+from patchattn.evaluation.rows import Store
+from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
 from patchattn.hf.architecture import name_of
-from patchattn.hf.patching import PatchHandle
+from patchattn.hf.patching import PatchHandle, is_patched, patch
 from patchattn.hf.weights import kept_buffers
-from patchattn.policy import Policy
-from patchattn.report import GateReport
+from patchattn.policy import PHASES, Policy
+from patchattn.version import VERSION
 
 Progress = Callable[[str, int, int], None]
 """Called after each sample with what is being done, the tokens that are behind, and all tokens."""
@@ -59,7 +60,7 @@ def evaluate(
         policies: Policies by the names they have in the table; `dense` is measured without being named.
         text: Real text: haystack of some tasks, and what text loss is measured on.
         lengths: Tokens in prompt and answer together, one or more lengths.
-        tasks: Names of tasks or groups, see `patchattn.evaluation.families`.
+        tasks: Names of tasks or groups, see `patchattn.evaluation.tasks`.
         samples: Prompts of each task, and documents of text loss as far as the text goes.
         seed: Everything random follows from it.
         calibration: For policies that need one.
@@ -96,41 +97,37 @@ def evaluate(
         calibration = Calibration.from_pretrained(calibration)
     chosen = chosen_tasks(tasks)
     plan, notes = _plan(material, chosen, lengths, samples, seed)
-
-    def patched(policy: Policy) -> PatchHandle:
-        return patchattn.patch(model, policy, calibration=calibration, backend=backend)
-
+    patched = partial(patch, model, calibration=calibration, backend=backend)
     resolved: dict[str, Policy | None] = {DENSE: None}
     used = backend
     for policy_name, policy in policies.items():
         with patched(policy) as handle:  # What can't be patched is refused before anything is measured.
             resolved[policy_name], used = handle.policy, handle.backend
-    about = [
-        patchattn.__version__,
-        _about_model(model),
-        _sha(text),
-        samples,
-        seed,
-        used,
-        None if calibration is None else _sha(calibration.manifest.model_dump_json()),
-    ]
-    known = {} if checkpoint is None else read_cells(Path(checkpoint))
-    told = _Told(progress, len(resolved) * sum(part.tokens for part in plan))
-    runner = _Runner(model, tokenizer, samples, seed, told)
+    measured_on = None if calibration is None else _sha(calibration.manifest.model_dump_json())
+    about = [VERSION, _about_model(model), _sha(text), samples, seed, used, measured_on]
+    store = None if checkpoint is None else Store(checkpoint, Cell)
+    known = {} if store is None else store.by("key")
+    total, behind = len(resolved) * sum(part.tokens for part in plan), 0
     cells = []
     for policy_name, policy in resolved.items():
         plain = None if policy is None else policy.model_dump(mode="json")
         with contextlib.nullcontext() if policy is None else patched(policy) as handle:
             for part in plan:
                 key = _sha(json.dumps([*about, plain, part.task, part.length]))
-                told.begin(f"{policy_name}: {part.task}, {part.length:,} tokens", part.tokens)
+                tell = partial(progress or _silent, f"{policy_name}: {part.task}, {part.length:,} tokens")
+                tell(behind, total)
                 cell = known.get(key)
                 if cell is None:
-                    cell = runner.cell(policy_name, part, material, handle, key)
-                    if checkpoint is not None:
-                        append_cell(Path(checkpoint), cell)
+                    answers = []
+                    for answer in _answers(model, tokenizer, material, part, handle, seed):
+                        answers.append(answer)
+                        tell(behind + len(answers) * part.length, total)
+                    cell = _cell(policy_name, part, answers, handle, key)
+                    if store is not None:
+                        store.add(cell)
                 cells.append(dataclasses.replace(cell, policy=policy_name))
-                told.end()
+                behind += part.tokens
+                tell(behind, total)
     found = Evaluation(
         model=name or Path(name_of(model)).name,
         tasks=chosen,
@@ -147,11 +144,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Part:
-    """One task at one length, and the tokens that all its samples take."""
+    """One task at one length, with so many samples."""
 
     task: str
     length: int
-    tokens: int
+    samples: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
 
 
 def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], samples: int) -> None:
@@ -161,7 +162,7 @@ def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], s
             f"Expected policies by name, none of them {DENSE!r}; got {list(policies)}.",
             fix='Pass at least one, as in {"default": Policy()}; dense is measured anyway.',
         )
-    if patchattn.is_patched(model):
+    if is_patched(model):
         raise PatchStateError("The model is patched already.", fix="Call patchattn.unpatch(model) first.")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise UnsupportedModelError(
@@ -179,87 +180,52 @@ def _plan(
     material: Material, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
 ) -> tuple[list[_Part], list[str]]:
     """Find out which tasks fit which lengths; those that do not are left out, and the notes say why."""
-    plan, notes, problem = [], [], None
+    plan, notes, problem = [], [], DocumentError("No tasks were named.", fix="Name at least one.")
     for length, task in itertools.product(lengths, tasks):
-        count, reason = _fitting(material, task, length, samples, seed)
-        if reason is not None:
-            problem = reason
-            notes.append(f"Left out at {length:,} tokens: {reason.message}")
+        try:
+            if task == TEXT_LOSS:
+                count = len(material.stretches(length, samples))
+            else:
+                count = samples
+                make_sample(task, material, length=length, seed=f"{seed}/0")
+        except DocumentError as error:
+            problem = error
+            notes.append(f"Left out at {length:,} tokens: {error.message}")
             continue
-        plan.append(_Part(task, length, count * length))
+        plan.append(_Part(task, length, count))
         if count < samples:
             notes.append(f"Text loss at {length:,} tokens: over {count} documents, as the text has no more.")
     if not plan:
-        raise problem or DocumentError("No tasks were named.", fix="Name at least one.")
+        raise problem
     if material.n_tokens < max(lengths):
         notes.append(f"The text has {material.n_tokens:,} tokens; in longer prompts it is repeated.")
     return plan, notes
 
 
-def _fitting(material: Material, task: str, length: int, samples: int, seed: int) -> tuple[int, DocumentError | None]:
-    """Count the prompts that can be made; or say why none can."""
-    try:
-        if task == TEXT_LOSS:
-            return len(material.stretches(length, samples)), None
-        make_sample(task, material, length=length, seed=f"{seed}/0")
-    except DocumentError as error:
-        return 0, error
-    return samples, None
+def _answers(
+    model: Any, tokenizer: Any, material: Material, part: _Part, handle: PatchHandle | None, seed: int
+) -> Iterator[Any]:
+    """Yield what each sample gives: a score, or the losses of a stretch of text by position."""
+    if handle is not None:
+        handle.reset_report()
+    if part.task == TEXT_LOSS:
+        for tokens in material.stretches(part.length, part.samples):
+            yield tuple(loss_by_position(model, tokens))
+    else:
+        for at in range(part.samples):
+            sample = make_sample(part.task, material, length=part.length, seed=f"{seed}/{at}")
+            yield written(model, tokenizer, sample)
 
 
-class _Runner:
-    """Measures one cell."""
-
-    def __init__(self, model: Any, tokenizer: Any, samples: int, seed: int, told: _Told) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._samples, self._seed = samples, seed
-        self._told = told
-        self._stop = stop_tokens(model, tokenizer)
-
-    def cell(self, policy: str, part: _Part, material: Material, handle: PatchHandle | None, key: str) -> Cell:
-        if handle is not None:
-            handle.reset_report()
-        scores, losses = [], []
-        if part.task == TEXT_LOSS:
-            for tokens in material.stretches(part.length, self._samples):
-                losses.append(tuple(loss_by_position(self._model, tokens)))
-                self._told.step(part.length)
-        else:
-            for at in range(self._samples):
-                sample = make_sample(part.task, material, length=part.length, seed=f"{self._seed}/{at}")
-                written, _ = write(self._model, sample.prompt, None, sample.budget, stop=self._stop)
-                scores.append(sample.score(written, self._tokenizer))
-                self._told.step(part.length)
-        counts = {} if handle is None else _counts(handle.report())
-        return Cell(policy, part.task, part.length, tuple(scores), tuple(losses), counts, key)
+def _cell(policy: str, part: _Part, answers: list[Any], handle: PatchHandle | None, key: str) -> Cell:
+    what = "losses" if part.task == TEXT_LOSS else "scores"
+    report = None if handle is None else handle.report()
+    counts = {} if report is None else {phase: PhaseCounts.of(report, phase) for phase in PHASES}
+    return Cell(policy, part.task, part.length, **{what: tuple(answers)}, counts=counts, key=key)
 
 
-class _Told:
-    """Tells about progress in tokens; what was known already counts as done."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total = progress, total
-        self._behind, self._within, self._size, self._what = 0, 0, 0, ""
-
-    def begin(self, what: str, size: int) -> None:
-        self._what, self._size, self._within = what, size, 0
-        self._tell()
-
-    def step(self, tokens: int) -> None:
-        self._within += tokens
-        self._tell()
-
-    def end(self) -> None:
-        self._behind, self._within = self._behind + self._size, 0
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._progress is not None:
-            self._progress(self._what, self._behind + self._within, self._total)
-
-
-def _counts(report: GateReport) -> dict[str, PhaseCounts]:
-    return {phase: PhaseCounts.of(report, phase) for phase in PHASES}
+def _silent(what: str, done: int, total: int) -> None:
+    del what, done, total
 
 
 def _sha(text: str) -> str:

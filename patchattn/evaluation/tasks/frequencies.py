@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchattn.evaluation.material import Material
-from patchattn.evaluation.samples import DocumentError, Draft, Units
+from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.material import Material, Units
+from patchattn.evaluation.sample import Draft, Task
 from patchattn.evaluation.words import draw_letters, draw_word
 
 _COMMON = 10
@@ -182,3 +183,21 @@ def _too_short(task: str, enough: int) -> DocumentError:
         f"The task {task} needs more words than fit.",
         fix=f"Choose a length of {enough} tokens or more, or leave this task out.",
     )
+
+
+TASKS = (
+    Task(
+        "cwe",
+        "ruler",
+        "a numbered list of words",
+        "the ten most common ones: 30 times against 3, in short lists 6 times against once; after a solved example",
+        common_words,
+    ),
+    Task(
+        "fwe",
+        "ruler",
+        "coded words, zeta distribution with exponent 2",
+        "the three most frequent ones, apart from dots",
+        frequent_words,
+    ),
+)

@@ -1,0 +1,248 @@
+"""What the gates weigh up on documents that are read densely, reduced to one row for each document.
+
+`classification`, `gaussian` and `heads` are made of these rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
+from operator import getitem
+from typing import Any
+
+import numpy as np
+import torch
+from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Job, Measurement, calibration, document, load, tasks_of
+from torch import Tensor
+
+from patchattn.evaluation.margins import Margins, record_margins
+from patchattn.evaluation.statistics import Interval, bootstrap
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+DOCUMENTS = {1024: 16, 2048: 12, 4096: 4}
+PLACE = (4096, 256)
+"""Length and window that pages show in full."""
+
+DEFAULT = 0.6
+"""Threshold of the default gate."""
+
+_BINS = len(THRESHOLDS) + 1
+
+
+def bins(margin: Tensor) -> Tensor:
+    """Number of thresholds that close each pair, the lowest first; NaN and -inf close at none."""
+    edges = torch.tensor([math.log(t / (1 - t)) for t in THRESHOLDS], dtype=margin.dtype)
+    return torch.bucketize(margin.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf), edges, right=True)
+
+
+def reduce_layer(margins: Margins, task: Tensor) -> dict[str, Any]:
+    """Reduce one layer of one document.
+
+    Args:
+        margins: What was recorded.
+        task: [queries] int64; index into `TASKS`.
+
+    Returns:
+        By name, nested lists with heads first.
+        `joint`: by estimate, pairs [heads, oracle bins, gate bins].
+        `joint_answering`: by estimate, pairs that predict answers [oracle bins, gate bins], of all heads together.
+        `missed`: by estimate, sums of the bulk share [heads, bins].
+        `oracle_by_task`, `guarded_by_task`: pairs [heads, tasks, bins].
+        `margin_by_task`: count, sum and sum of squares of the exact margin [heads, tasks, 3].
+        `errors`: by estimate, the same of the estimated minus the exact log mass.
+        `ranks`: by estimate, Spearman correlation of the margins [heads].
+        `top_share`: sums of the share of the bulk mass on its top key, and of the bulk share [heads, tasks, 2].
+    """
+    exact = margins.local - margins.bulk
+    oracle, share = bins(exact), margins.bulk_share.double()
+    row: dict[str, Any] = {"joint": {}, "joint_answering": {}, "missed": {}, "errors": {}, "ranks": {}}
+    row["missed"]["oracle"] = _sums(oracle, share, _BINS).tolist()
+    for (source, estimate), mass in margins.estimates.items():
+        name = f"{source}/{estimate}"
+        gate = bins(margins.local - mass)
+        row["joint"][name] = _counts(oracle * _BINS + gate, _BINS * _BINS).unflatten(1, (_BINS, _BINS)).tolist()
+        row["missed"][name] = _sums(gate, share, _BINS).tolist()
+        pairs = (oracle * _BINS + gate)[:, task == TASKS.index("answer")].flatten()
+        row["joint_answering"][name] = _counts(pairs[None], _BINS * _BINS).view(_BINS, _BINS).tolist()
+        known = mass.isfinite() & margins.bulk.isfinite() & margins.local.isfinite()
+        error = torch.where(known, mass.double() - margins.bulk.double(), 0)
+        row["errors"][name] = _sums_by_task(torch.stack([known.double(), error, error.square()], -1), task)
+        row["ranks"][name] = [
+            spearman(exact[head, known[head]], (margins.local - mass)[head, known[head]]) for head in range(len(mass))
+        ]
+        if name == "prompt/guarded":
+            row["guarded_by_task"] = _by_task(gate, task)
+    row["oracle_by_task"] = _by_task(oracle, task)
+    top = (margins.top - margins.bulk).double().exp().nan_to_num()
+    finite = torch.where(exact.isfinite(), exact.double(), 0)
+    parts = torch.stack([exact.isfinite().double(), finite, finite.square()], -1)
+    row["margin_by_task"] = _sums_by_task(parts, task)
+    row["top_share"] = _sums_by_task(torch.stack([top, share], -1), task)
+    return row
+
+
+def spearman(first: Tensor, second: Tensor) -> float | None:
+    """Rank correlation of two samples without many ties; None for fewer than ten values."""
+    if len(first) < 10:
+        return None
+    ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _counts(index: Tensor, size: int) -> Tensor:
+    """Count values 0 .. size - 1 along the last axis, [heads, size]."""
+    return _sums(index, torch.ones_like(index, dtype=torch.double), size).long()
+
+
+def _sums(index: Tensor, weight: Tensor, size: int) -> Tensor:
+    return weight.new_zeros(len(index), size).scatter_add_(1, index, weight)
+
+
+def _sums_by_task(parts: Tensor, task: Tensor) -> list[list[list[float]]]:
+    """Sum [heads, queries, parts] over the queries of each task, [heads, tasks, parts]."""
+    one_hot = torch.nn.functional.one_hot(task, len(TASKS)).double()
+    return torch.einsum("hqc,qt->htc", parts, one_hot).tolist()
+
+
+def _by_task(bin_of: Tensor, task: Tensor) -> list[list[list[int]]]:
+    return _counts(task * _BINS + bin_of, len(TASKS) * _BINS).unflatten(1, (len(TASKS), _BINS)).tolist()
+
+
+@dataclass
+class Recording:
+    """One document.
+
+    Args:
+        length: Tokens.
+        document: Its number.
+        layers: By window, what `reduce_layer` gives for each layer.
+    """
+
+    length: int
+    document: int
+    layers: dict[int, list[Any]]
+
+
+def _jobs(_: Context) -> list[Job]:
+    return [(length, index) for length in LENGTHS for index in range(DOCUMENTS[length])]
+
+
+def _measure(_: Context, length: int, index: int) -> Recording:
+    one = document("facts", length, f"margins/{index}")
+    task = tasks_of(one)
+    found = record_margins(load()[0], one.token_ids, sink_size=SINK, windows=WINDOWS, calibration=calibration())
+    layers = {
+        window: [reduce_layer(margins, task[margins.positions]) for _, margins in sorted(of_window.items())]
+        for window, of_window in found.items()
+    }
+    return Recording(length, index, layers)
+
+
+MARGINS = Measurement("margins", Recording, ("length", "document"), _jobs, _measure)
+
+
+SHARES = {
+    "open": ((0, 1), (0, 1, 2, 3)),
+    "oracle open": ((0, 2), (0, 1, 2, 3)),
+    "accuracy": ((0, 3), (0, 1, 2, 3)),
+    "recall": ((0,), (0, 2)),
+    "precision": ((0,), (0, 1)),
+    "false negatives": ((2,), (0, 2)),
+    "false positives": ((1,), (1, 3)),
+}
+"""Measures as shares of some cells of `Confusion.counts` in others."""
+
+MISSED = "missed mass"
+"""Measure: mean over pairs of the bulk share that closed heads do not read."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How a gate's decisions compare with the oracle's, over some documents and heads; measures by name.
+
+    Args:
+        counts: [documents, 4] pairs: both open, only the gate, only the oracle, both closed.
+        missed: [documents] sum of the bulk shares of the pairs that the gate closes.
+    """
+
+    counts: np.ndarray
+    missed: np.ndarray
+
+    def value(self, measure: str) -> float:
+        """A measure over all documents."""
+        above, below = self._parts(measure)
+        return float(above.sum() / max(below.sum(), 1e-12))
+
+    def interval(self, measure: str) -> Interval:
+        """A measure with its interval, bootstrap over documents."""
+        above, below = self._parts(measure)
+        return bootstrap(self.counts, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
+
+    def _parts(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        if measure == MISSED:
+            return self.missed, self.counts.sum(1)
+        above, below = (self.counts[:, list(cells)].sum(1) for cells in SHARES[measure])
+        return above, below
+
+
+class Recorded:
+    """The rows of one length and window as arrays.
+
+    Args:
+        rows: Those of one length.
+        window: Tokens.
+    """
+
+    def __init__(self, rows: Sequence[Recording], window: int) -> None:
+        self.documents = [row.layers[window] for row in rows]
+        self.layers = len(self.documents[0])
+        self.estimates = tuple(self.documents[0][0]["joint"])
+
+    @cache  # noqa: B019 - lives as long as the rows
+    def array(self, *names: str) -> np.ndarray:
+        """Stack one entry over documents and layers, [documents, layers, heads, ...]."""
+        picked = [[reduce(getitem, names, layer) for layer in layers] for layers in self.documents]
+        return np.array(picked, dtype=float)
+
+    def confusion(
+        self,
+        estimate: str,
+        threshold: float,
+        *,
+        layer: int | None = None,
+        oracle: float | None = None,
+        answering: bool = False,
+    ) -> Confusion:
+        """Compare a gate with the oracle, at the same threshold unless `oracle` names another.
+
+        `answering` looks at the queries that predict answers only, for which the missed mass is not known.
+        """
+        # A pair opens at a threshold where no more than the thresholds below it close it.
+        at, oracle_at = THRESHOLDS.index(threshold) + 1, THRESHOLDS.index(oracle or threshold) + 1
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        if answering:
+            joint = self.array("joint_answering", estimate)[:, layers].sum(1)  # [documents, oracle bins, gate bins]
+            missed = np.full(len(joint), np.nan)
+        else:
+            joint = self.array("joint", estimate)[:, layers].sum((1, 2))
+            missed = self.array("missed", estimate)[:, layers].sum((1, 2))[:, at:].sum(-1)
+        opened, closed = joint[:, :oracle_at].sum(1), joint[:, oracle_at:].sum(1)  # [documents, gate bins]
+        cells = [part.sum(1) for part in (opened[:, :at], closed[:, :at], opened[:, at:], closed[:, at:])]
+        return Confusion(np.stack(cells, axis=1), missed)
+
+    def oracle(self, threshold: float) -> Confusion:
+        """The oracle against itself: what it misses."""
+        at = THRESHOLDS.index(threshold) + 1
+        joint = self.array("joint", self.estimates[0]).sum((1, 2, 4))  # [documents, oracle bins]
+        none = np.zeros(len(joint))
+        counts = np.stack([joint[:, :at].sum(1), none, none, joint[:, at:].sum(1)], axis=1)
+        return Confusion(counts, self.array("missed", "oracle").sum((1, 2))[:, at:].sum(-1))
+
+
+def recorded(context: Context) -> dict[tuple[int, int], Recorded]:
+    """Read what was recorded, by length and window."""
+    rows = MARGINS.rows(context)
+    of_length = {length: [row for row in rows if row.length == length] for length in LENGTHS}
+    return {(length, window): Recorded(of_length[length], window) for length in LENGTHS for window in WINDOWS}

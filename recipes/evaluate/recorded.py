@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Job, Measurement, calibration, document, load, tasks_of
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from patchattn.evaluation.margins import Margins, record_margins
@@ -83,12 +84,13 @@ def reduce_layer(margins: Margins, task: Tensor) -> dict[str, Any]:
     return row
 
 
-def spearman(first: Tensor, second: Tensor) -> float | None:
-    """Rank correlation of two samples without many ties; None for fewer than ten values."""
-    if len(first) < 10:
+def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Rank correlation of two samples without many ties, missing values left out; None for fewer than ten pairs."""
+    both = np.stack([np.asarray(first), np.asarray(second)], axis=1)
+    both = both[~np.isnan(both).any(1)]
+    if len(both) < 10:
         return None
-    ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    return float(np.corrcoef(both.argsort(0).argsort(0).T)[0, 1])
 
 
 def _counts(index: Tensor, size: int) -> Tensor:

@@ -1,0 +1,289 @@
+"""How good is the Gaussian estimate of the bulk mass, head by head, and what do the worst heads have in common?"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from context import SINK, TASKS, Context, Job, Measurement, document, load
+from matplotlib.figure import Figure
+from page import BLUE, ORANGE, RED, Page, csv_link, made_by, tidy
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, recorded, spearman
+from torch import Tensor
+
+from patchattn import OpenGate, Policy, patch
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import attention_scores
+from patchattn.evaluation.page import number, table
+from patchattn.hf.observe import observing
+from patchattn.measuring.collect import read_document
+from patchattn.moments.gaussian import CHUNK, KeyMoments
+
+SAMPLED_DOCUMENTS = 4
+QUERIES_PER_CHUNK = 3
+GRID = torch.arange(-8, 60.01, 0.1)
+"""Whitened scores that are counted between."""
+
+FEATURES = {
+    "layer": "layer",
+    "bulk_share": "bulk share of the attention",
+    "bulk_share_answering": "bulk share while answering",
+    "top_share": "share of the bulk mass on its top key",
+    "top_share_answering": "the same while answering",
+    "largest": "largest whitened score",
+    "skewness": "skewness of the scores",
+    "kurtosis": "excess kurtosis of the scores",
+    "frozen": "queries above the freezing point",
+}
+OUTCOMES = {
+    "rank_saturating": "rank correlation",
+    "spread_saturating": "spread",
+    "bias_saturating": "bias",
+    "recall": "recall at 0.6",
+}
+EVERY_HEAD = {
+    "bias": ("bias_saturating", "+.2f"),
+    "spread": ("spread_saturating", ".2f"),
+    "rank": ("rank_saturating", ".2f"),
+    "bias, guarded": ("bias_guarded", "+.2f"),
+    "spread, guarded": ("spread_guarded", ".2f"),
+    "rank, guarded": ("rank_guarded", ".2f"),
+    "bias answering": ("bias_answering", "+.2f"),
+    "recall at 0.6": ("recall", ".2f"),
+    "oracle opens": ("oracle_open", ".1%"),
+    "bulk share, answering": ("bulk_share_answering", ".0%"),
+    "top key's share": ("top_share", ".0%"),
+    "largest z": ("largest", ".1f"),
+    "frozen": ("frozen", ".0%"),
+}
+"""What the page shows of every head, and how."""
+
+_WORST = 6
+_COLOURS = {"best": BLUE, "median": ORANGE, "worst": RED}
+
+
+@dataclass
+class Whitened:
+    """Scores of sampled queries of one document, whitened by the mean and variance that the moments predict.
+
+    Args:
+        document: Its number.
+        counts: [layers][heads][grid] whitened scores up to each edge of the grid and beyond the last.
+        moments: [layers][heads] skewness and excess kurtosis of a query's bulk scores, its largest whitened score, and
+            the share of queries above the freezing point, all means over queries.
+    """
+
+    document: int
+    counts: list[Any]
+    moments: list[Any]
+
+
+def _documents(_: Context) -> list[Job]:
+    return [(index,) for index in range(SAMPLED_DOCUMENTS)]
+
+
+def _whiten(_: Context, index: int) -> Whitened:
+    model, _ = load()
+    rng = random.Random(f"gaussian/{index}")
+    counts, moments = [], []
+
+    def count(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+        heads = inputs.query.shape[1]
+        counted, shapes = torch.zeros(heads, len(GRID) + 1, dtype=torch.long), []
+        for whitened, variance in _samples(inputs, rng):
+            at = torch.bucketize(whitened, GRID).flatten(1)
+            counted.scatter_add_(1, at, torch.ones_like(at))
+            own = (whitened - whitened.mean(-1, keepdim=True)) / whitened.std(-1, keepdim=True, correction=0)
+            frozen = variance > 2 * math.log(whitened.shape[-1])
+            shape = [own.pow(3).mean(-1), own.pow(4).mean(-1) - 3, whitened.amax(-1), frozen]
+            shapes.append(torch.stack([part.double() for part in shape], dim=-1))
+        counts.append(counted.tolist())
+        moments.append(torch.cat(shapes, dim=1).mean(1).tolist())
+        return attend()
+
+    policy = Policy(sink_size=SINK, window_size=PLACE[1], min_bulk=0, gate=OpenGate())
+    with patch(model, policy, record=None) as handle, observing(handle, count):
+        read_document(model, torch.tensor(document("facts", PLACE[0], f"gaussian/{index}").token_ids))
+    return Whitened(index, counts, moments)
+
+
+def _samples(inputs: AttentionInputs, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield whitened bulk scores [heads, rows, keys] and predicted variance [heads, rows] of sampled queries."""
+    sink, window, length = inputs.regions.sink_size, inputs.regions.window_size, inputs.query.shape[2]
+    first = sink + window - 1
+    for chunks in range(1, (length - first) // CHUNK):
+        covered = KeyMoments.of(inputs.key[0, :, sink : sink + CHUNK * chunks])
+        rows = sorted(rng.sample(range(first + CHUNK * chunks, first + CHUNK * (chunks + 1)), QUERIES_PER_CHUNK))
+        sampled = replace(inputs, query=inputs.query[:, :, rows])
+        query = sampled.query[0].float().unflatten(0, (covered.mean.shape[0], -1)) * inputs.scale
+        mean = torch.einsum("hgrd,hd->hgr", query, covered.mean).flatten(0, 1)
+        variance = torch.einsum("hgrd,hde,hgre->hgr", query, covered.covariance, query).flatten(0, 1)
+        # The keys that are bulk for the first of the rows, so that all have as many.
+        bulk = attention_scores(sampled)[0, ..., sink : rows[0] + 1 - window]
+        yield (bulk - mean[..., None]) / variance.clamp(min=1e-12).sqrt()[..., None], variance
+
+
+WHITENED = Measurement("whitened", Whitened, ("document",), _documents, _whiten)
+MEASURED = (MARGINS, WHITENED)
+
+
+def per_head(place: Recorded, moments: np.ndarray) -> list[dict[str, Any]]:
+    """Join what was recorded and sampled, one row for each head.
+
+    Args:
+        place: What was recorded.
+        moments: [layers, heads, 4] means of `Whitened.moments`.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for short in ("saturating", "guarded"):
+        count, total, squares = np.moveaxis(place.array("errors", f"prompt/{short}").sum((0, 3)), -1, 0)
+        bias = total / count
+        columns[f"bias_{short}"] = bias
+        columns[f"spread_{short}"] = np.sqrt(np.maximum(squares / count - bias**2, 0))
+        columns[f"rank_{short}"] = np.nanmean(place.array("ranks", f"prompt/{short}"), axis=0)
+    answer, at = TASKS.index("answer"), THRESHOLDS.index(DEFAULT) + 1
+    n_answers, off, _ = np.moveaxis(place.array("errors", "prompt/saturating").sum(0)[:, :, answer], -1, 0)
+    joint = place.array("joint", "prompt/guarded").sum(0)  # [layers, heads, oracle bins, gate bins]
+    needed = joint[:, :, :at].sum((2, 3))
+    found = joint[:, :, :at, :at].sum((2, 3))
+    columns["bias_answering"] = off / n_answers
+    columns["recall"] = np.divide(found, needed, out=np.full_like(found, np.nan), where=needed > 0)
+    columns["oracle_open"] = needed / joint.sum((2, 3))
+    asked = place.array("margin_by_task").sum(0)[..., 0]  # [layers, heads, tasks]
+    top, bulk = np.moveaxis(place.array("top_share").sum(0), -1, 0)
+    columns["top_share"], columns["bulk_share"] = (share.sum(-1) / asked.sum(-1) for share in (top, bulk))
+    columns["bulk_share_answering"] = bulk[..., answer] / asked[..., answer]
+    columns["top_share_answering"] = top[..., answer] / asked[..., answer]
+    columns |= dict(zip(("skewness", "kurtosis", "largest", "frozen"), np.moveaxis(moments, -1, 0), strict=True))
+    return [
+        {"layer": layer, "head": head, **{name: float(values[layer, head]) for name, values in columns.items()}}
+        for layer, head in np.ndindex(needed.shape)
+    ]
+
+
+def correlations(heads: list[dict[str, Any]], certain: float) -> list[list[str]]:
+    """Write how properties of heads go with their errors, in bold beyond what is `certain`."""
+    rows = []
+    for feature, name in FEATURES.items():
+        values = [spearman([head[feature] for head in heads], [head[out] for head in heads]) for out in OUTCOMES]
+        rows.append(
+            [name, *(f"**{value:+.2f}**" if abs(value or 0) > certain else f"{value:+.2f}" for value in values)]
+        )
+    return rows
+
+
+def answering(heads: list[dict[str, Any]]) -> str:
+    """Say how far off the estimate is in heads that look up."""
+    look_up = [head for head in heads if head["bulk_share_answering"] > 0.9]
+    text = f"{len(look_up)} of {len(heads)} heads have more than 90% of their attention on bulk keys"
+    if not look_up:
+        return f"{text}."
+    off = [head["bias_answering"] for head in look_up]
+    each = ", ".join(f"{head['layer']}.{head['head']} {head['bias_answering']:+.1f}" for head in look_up)
+    return (
+        f"{text}; there the saturating estimate is off by {np.mean(off):+.1f} nats on average, from {min(off):+.1f} to "
+        f"{max(off):+.1f}: {each}."
+    )
+
+
+def page(context: Context) -> Page:
+    """Show what the worst heads have in common, and every head."""
+    place, samples = recorded(context)[PLACE], WHITENED.rows(context)
+    heads = per_head(place, np.mean([sample.moments for sample in samples], axis=0))
+    ordered = sorted(heads, key=lambda head: head["rank_saturating"])
+    chosen = {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]}
+    ranks, guarded = ([head[f"rank_{name}"] for head in heads] for name in ("saturating", "guarded"))
+    half = 1.96 / math.sqrt(len(heads) - 3)
+
+    def means(label: str, some: list[dict[str, Any]]) -> list[str]:
+        return [label, *(f"{np.mean([head[name] for head in some]):.2f}" for name in FEATURES)]
+
+    groups = [
+        means(f"the {_WORST} heads with the lowest rank correlation", ordered[:_WORST]),
+        means("the other heads", ordered[_WORST:]),
+    ]
+    every = [
+        [f"{head['layer']}.{head['head']}", *(number(head[name], how) for name, how in EVERY_HEAD.values())]
+        for head in heads
+    ]
+    markdown = f"""# The Gaussian estimate, head by head
+
+{len(place.documents)} documents of 4,096 tokens with facts, sink 16, window 256, dense activations of the shipped \
+model in float32, moments of the prompt. *Bias* and *spread* are the mean and the standard deviation of estimated minus \
+exact log mass of the bulk keys, in nats, of the saturating estimate, which has a value for every pair once a chunk is \
+full; *guarded* is the same over the pairs below the freezing point, where all estimates agree. *Rank* is the Spearman \
+correlation of estimated and exact margin over the queries of a document, mean over documents. {made_by("gaussian")}; \
+more digits and columns are in {csv_link("gaussian")}.
+
+Over {len(heads)} heads the rank correlation of the margin is {np.median(ranks):.2f} in the median, {min(ranks):.2f} to \
+{max(ranks):.2f}; below the freezing point {np.nanmedian(guarded):.2f}.
+
+![QQ plots and errors of the heads](gaussian.png)
+
+QQ plots ({", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items())}): bulk scores of \
+sampled queries less the predicted mean, over the predicted standard deviation. A Gaussian lies on the line; what lies \
+above it on the right are keys that match their query better than the moments allow for.
+
+## What the worst heads have in common
+
+Spearman correlation over the {len(heads)} heads; 95% intervals are about +-{half:.2f} wide around 0, so only larger \
+values, in bold, mean something.
+
+{table(["property of the head", *(f"with {name}" for name in OUTCOMES.values())], correlations(heads, half))}
+
+{table(["mean over", *FEATURES.values()], groups)}
+
+While answering, {answering(heads)}
+
+## Every head
+
+{table(["layer.head", *EVERY_HEAD], every)}
+"""
+    counts = np.sum([sample.counts for sample in samples], axis=0)
+    curves = {name: quantiles(counts[head["layer"], head["head"]]) for name, head in chosen.items()}
+    return Page(markdown, draw(heads, chosen, curves), {"gaussian": heads})
+
+
+SHARES = np.linspace(0.0005, 0.9995, 4000)
+"""Shares of the scores that QQ plots show."""
+
+
+def quantiles(counts: np.ndarray) -> np.ndarray:
+    """Read the quantiles for `SHARES` off the counts of a head's whitened scores."""
+    below = np.cumsum(counts.astype(float))[:-1]
+    return np.interp(SHARES, below / (below[-1] or 1), GRID.numpy())
+
+
+def draw(heads: list[dict[str, Any]], chosen: dict[str, dict[str, Any]], curves: dict[str, np.ndarray]) -> Figure:
+    """Draw QQ plots of three heads, and every head's rank correlation against its top key's share."""
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    axes: Any = figure.subplots(1, 4)
+    scatter = axes[3]
+    expected = [NormalDist().inv_cdf(share) for share in SHARES]
+    highest = max(5.0, *(float(curve[-1]) + 1 for curve in curves.values()))
+    every = [[head[name] for head in heads] for name in ("top_share", "rank_saturating")]
+    scatter.scatter(*every, c="lightgrey", edgecolors="dimgrey")
+    for (name, head), one in zip(chosen.items(), axes, strict=False):
+        place, rank = f"{head['layer']}.{head['head']}", head["rank_saturating"]
+        one.plot([-4, 4], [-4, 4], color="grey", lw=1)
+        one.plot(expected, curves[name], color=_COLOURS[name], lw=2.2)
+        one.set_title(f"{name}: layer {head['layer']}, head {head['head']}\nrank correlation {rank:.2f}", fontsize=10)
+        one.set_ylim(-6, highest)
+        one.set_xlabel("standard normal quantile")
+        one.text(-3.9, -2.6, "Gaussian", color="dimgrey", fontsize=8)
+        at = (head["top_share"], rank)
+        scatter.scatter(*at, color=_COLOURS[name], zorder=3)
+        scatter.annotate(f"{name} {place}", at, (5, 4), textcoords="offset points", fontsize=8)
+    axes[0].set_ylabel("whitened score")
+    scatter.set_xlabel("share of the bulk mass on its top key")
+    scatter.set_ylabel("rank correlation of the margin")
+    scatter.set_title("every head", fontsize=10)
+    for one in axes:
+        tidy(one)
+    return figure

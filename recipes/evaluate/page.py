@@ -1,9 +1,10 @@
-"""A study's page: its parts, the sentence about how it was made, and the look of its pictures."""
+"""A study's page: its parts, how its text is filled in, and the look of its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -39,26 +40,29 @@ class Page:
     """What a study shows.
 
     Args:
-        markdown: The text. It links the picture as `NAME.png`, a table by `csv_link`.
+        markdown: The text. It links the picture as `NAME.png`.
         picture: Saved as `NAME.png`; None for no picture.
-        tables: By name without suffix, rows that are saved as CSV, floats with five digits.
+        tables: By name without suffix, rows that are saved as CSV.
         dpi: Dots per inch of the picture.
+        formats: How the floats of the tables are written, see `csv_text`: `number`, and columns by name.
     """
 
     markdown: str
     picture: Figure | None = None
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     dpi: int = 120
+    formats: Mapping[str, str] = field(default_factory=dict)
 
 
-def made_by(study: str) -> str:
-    """Say how a page is made."""
-    return f"Made by `python recipes/evaluate/run.py {study}`"
+def filled(study: str, **values: object) -> str:
+    """Read the text of a page, `pages/STUDY.md`, and fill in its fields; `made_by` is how it is made."""
+    text = (Path(__file__).parent / "pages" / f"{study}.md").read_text(encoding="utf-8")
+    return text.format(made_by=f"Made by `python recipes/evaluate/run.py {study}`", **values)
 
 
-def csv_link(table: str) -> str:
-    """Link a table that lies beside the recipes."""
-    return f"[{table}.csv](../../recipes/evaluate/results/{table}.csv)"
+def lines(form: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write rows as lines of one form."""
+    return "\n".join(form.format_map(row) for row in rows)
 
 
 def label(family: str) -> str:

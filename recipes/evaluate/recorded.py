@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import getitem
@@ -84,13 +84,11 @@ def reduce_layer(margins: Margins, task: Tensor) -> dict[str, Any]:
     return row
 
 
-def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Rank correlation of two samples without many ties, missing values left out; None for fewer than ten pairs."""
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Rank correlation of two samples without many ties, missing values left out; NaN for fewer than ten pairs."""
     both = np.stack([np.asarray(first), np.asarray(second)], axis=1)
     both = both[~np.isnan(both).any(1)]
-    if len(both) < 10:
-        return None
-    return float(np.corrcoef(both.argsort(0).argsort(0).T)[0, 1])
+    return float(np.corrcoef(both.argsort(0).argsort(0).T)[0, 1]) if len(both) >= 10 else math.nan
 
 
 def _counts(index: Tensor, size: int) -> Tensor:
@@ -241,6 +239,15 @@ class Recorded:
         none = np.zeros(len(joint))
         counts = np.stack([joint[:, :at].sum(1), none, none, joint[:, at:].sum(1)], axis=1)
         return Confusion(counts, self.array("missed", "oracle").sum((1, 2))[:, at:].sum(-1))
+
+
+def by_head(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Turn values of heads, [layers, heads] each, into one row for each head."""
+    shape = next(iter(columns.values())).shape
+    return [
+        {"layer": layer, "head": head} | {name: float(values[layer, head]) for name, values in columns.items()}
+        for layer, head in np.ndindex(shape)
+    ]
 
 
 def recorded(context: Context) -> dict[tuple[int, int], Recorded]:

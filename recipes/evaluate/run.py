@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from context import ROOT, Context, Job, Measurement
@@ -35,14 +37,14 @@ def measure_missing(measurement: Measurement, context: Context, processes: int) 
     if not missing:
         return
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
-        for at, row in enumerate(pool.imap_unordered(partial(_measure, measurement, context), missing)):
+        for at, row in enumerate(pool.imap_unordered(partial(_measure, measurement.measure, context), missing)):
             measurement.store(context).add(row)
             print(f"\r{measurement.name}: {at + 1} of {len(missing)} rows", end="", flush=True)
     print()
 
 
-def _measure(measurement: Measurement, context: Context, job: Job) -> object:
-    return measurement.measure(context, *job)
+def _measure(measure: Callable[..., Any], context: Context, job: Job) -> Any:
+    return measure(context, *job)
 
 
 def write(page: Page, name: str, pages: Path, tables: Path) -> None:
@@ -53,7 +55,7 @@ def write(page: Page, name: str, pages: Path, tables: Path) -> None:
     if page.picture is not None:
         page.picture.savefig(pages / f"{name}.png", dpi=page.dpi)
     for table, rows in page.tables.items():
-        (tables / f"{table}.csv").write_text(csv_text(rows), encoding="utf-8")
+        (tables / f"{table}.csv").write_text(csv_text(rows, **page.formats), encoding="utf-8")
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from context import SINK, TASKS, Context, Job, Measurement, document, load
+from context import SINK, TASKS, Context, Measurement, document, load
 from matplotlib.figure import Figure
-from page import BLUE, ORANGE, RED, Page, csv_link, made_by, tidy
-from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, recorded, spearman
+from page import BLUE, ORANGE, RED, Page, filled, lines, tidy
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, recorded, spearman
 from torch import Tensor
 
 from patchattn import OpenGate, Policy, patch
@@ -41,29 +41,13 @@ FEATURES = {
     "kurtosis": "excess kurtosis of the scores",
     "frozen": "queries above the freezing point",
 }
-OUTCOMES = {
-    "rank_saturating": "rank correlation",
-    "spread_saturating": "spread",
-    "bias_saturating": "bias",
-    "recall": "recall at 0.6",
-}
-EVERY_HEAD = {
-    "bias": ("bias_saturating", "+.2f"),
-    "spread": ("spread_saturating", ".2f"),
-    "rank": ("rank_saturating", ".2f"),
-    "bias, guarded": ("bias_guarded", "+.2f"),
-    "spread, guarded": ("spread_guarded", ".2f"),
-    "rank, guarded": ("rank_guarded", ".2f"),
-    "bias answering": ("bias_answering", "+.2f"),
-    "recall at 0.6": ("recall", ".2f"),
-    "oracle opens": ("oracle_open", ".1%"),
-    "bulk share, answering": ("bulk_share_answering", ".0%"),
-    "top key's share": ("top_share", ".0%"),
-    "largest z": ("largest", ".1f"),
-    "frozen": ("frozen", ".0%"),
-}
-"""What the page shows of every head, and how."""
+OUTCOMES = ("rank_saturating", "spread_saturating", "bias_saturating", "recall")
 
+_ONE_HEAD = (
+    "| {layer}.{head} | {bias_saturating:+.2f} | {spread_saturating:.2f} | {rank_saturating:.2f} | "
+    "{bias_guarded:+.2f} | {spread_guarded:.2f} | {rank_guarded:.2f} | {bias_answering:+.2f} | {known_recall} | "
+    "{oracle_open:.1%} | {bulk_share_answering:.0%} | {top_share:.0%} | {largest:.1f} | {frozen:.0%} |"
+)
 _WORST = 6
 _COLOURS = {"best": BLUE, "median": ORANGE, "worst": RED}
 
@@ -82,10 +66,6 @@ class Whitened:
     document: int
     counts: list[Any]
     moments: list[Any]
-
-
-def _documents(_: Context) -> list[Job]:
-    return [(index,) for index in range(SAMPLED_DOCUMENTS)]
 
 
 def _whiten(_: Context, index: int) -> Whitened:
@@ -129,7 +109,9 @@ def _samples(inputs: AttentionInputs, rng: random.Random) -> Iterator[tuple[Tens
         yield (bulk - mean[..., None]) / variance.clamp(min=1e-12).sqrt()[..., None], variance
 
 
-WHITENED = Measurement("whitened", Whitened, ("document",), _documents, _whiten)
+WHITENED = Measurement(
+    "whitened", Whitened, ("document",), lambda _: [(index,) for index in range(SAMPLED_DOCUMENTS)], _whiten
+)
 MEASURED = (MARGINS, WHITENED)
 
 
@@ -161,34 +143,29 @@ def per_head(place: Recorded, moments: np.ndarray) -> list[dict[str, Any]]:
     columns["bulk_share_answering"] = bulk[..., answer] / asked[..., answer]
     columns["top_share_answering"] = top[..., answer] / asked[..., answer]
     columns |= dict(zip(("skewness", "kurtosis", "largest", "frozen"), np.moveaxis(moments, -1, 0), strict=True))
-    return [
-        {"layer": layer, "head": head, **{name: float(values[layer, head]) for name, values in columns.items()}}
-        for layer, head in np.ndindex(needed.shape)
-    ]
+    return by_head(columns)
 
 
-def correlations(heads: list[dict[str, Any]], certain: float) -> list[list[str]]:
+def correlations(heads: list[dict[str, Any]], certain: float) -> Iterator[str]:
     """Write how properties of heads go with their errors, in bold beyond what is `certain`."""
-    rows = []
     for feature, name in FEATURES.items():
-        values = [spearman([head[feature] for head in heads], [head[out] for head in heads]) for out in OUTCOMES]
-        rows.append(
-            [name, *(f"**{value:+.2f}**" if abs(value or 0) > certain else f"{value:+.2f}" for value in values)]
-        )
-    return rows
+        pairs = ([[head[name] for head in heads] for name in (feature, outcome)] for outcome in OUTCOMES)
+        values = [spearman(*pair) for pair in pairs]
+        cells = [f"**{value:+.2f}**" if abs(value) > certain else f"{value:+.2f}" for value in values]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def answering(heads: list[dict[str, Any]]) -> str:
     """Say how far off the estimate is in heads that look up."""
-    look_up = [head for head in heads if head["bulk_share_answering"] > 0.9]
-    text = f"{len(look_up)} of {len(heads)} heads have more than 90% of their attention on bulk keys"
-    if not look_up:
-        return f"{text}."
-    off = [head["bias_answering"] for head in look_up]
-    each = ", ".join(f"{head['layer']}.{head['head']} {head['bias_answering']:+.1f}" for head in look_up)
+    off = {f"{h['layer']}.{h['head']}": h["bias_answering"] for h in heads if h["bulk_share_answering"] > 0.9}
+    text = f"{len(off)} of {len(heads)} heads have more than 90% of their attention on bulk keys"
+    if not off:
+        return text
+    low, high, mean = min(off.values()), max(off.values()), np.mean(list(off.values()))
+    each = ", ".join(f"{head} {bias:+.1f}" for head, bias in off.items())
     return (
-        f"{text}; there the saturating estimate is off by {np.mean(off):+.1f} nats on average, from {min(off):+.1f} to "
-        f"{max(off):+.1f}: {each}."
+        f"{text}; there the saturating estimate is off by {mean:+.1f} nats on average, from {low:+.1f} to {high:+.1f}: "
+        f"{each}"
     )
 
 
@@ -198,53 +175,33 @@ def page(context: Context) -> Page:
     heads = per_head(place, np.mean([sample.moments for sample in samples], axis=0))
     ordered = sorted(heads, key=lambda head: head["rank_saturating"])
     chosen = {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]}
-    ranks, guarded = ([head[f"rank_{name}"] for head in heads] for name in ("saturating", "guarded"))
+    ranks = [head["rank_saturating"] for head in ordered]
     half = 1.96 / math.sqrt(len(heads) - 3)
-
-    def means(label: str, some: list[dict[str, Any]]) -> list[str]:
-        return [label, *(f"{np.mean([head[name] for head in some]):.2f}" for name in FEATURES)]
-
-    groups = [
-        means(f"the {_WORST} heads with the lowest rank correlation", ordered[:_WORST]),
-        means("the other heads", ordered[_WORST:]),
-    ]
-    every = [
-        [f"{head['layer']}.{head['head']}", *(number(head[name], how) for name, how in EVERY_HEAD.values())]
-        for head in heads
-    ]
-    markdown = f"""# The Gaussian estimate, head by head
-
-{len(place.documents)} documents of 4,096 tokens with facts, sink 16, window 256, dense activations of the shipped \
-model in float32, moments of the prompt. *Bias* and *spread* are the mean and the standard deviation of estimated minus \
-exact log mass of the bulk keys, in nats, of the saturating estimate, which has a value for every pair once a chunk is \
-full; *guarded* is the same over the pairs below the freezing point, where all estimates agree. *Rank* is the Spearman \
-correlation of estimated and exact margin over the queries of a document, mean over documents. {made_by("gaussian")}; \
-more digits and columns are in {csv_link("gaussian")}.
-
-Over {len(heads)} heads the rank correlation of the margin is {np.median(ranks):.2f} in the median, {min(ranks):.2f} to \
-{max(ranks):.2f}; below the freezing point {np.nanmedian(guarded):.2f}.
-
-![QQ plots and errors of the heads](gaussian.png)
-
-QQ plots ({", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items())}): bulk scores of \
-sampled queries less the predicted mean, over the predicted standard deviation. A Gaussian lies on the line; what lies \
-above it on the right are keys that match their query better than the moments allow for.
-
-## What the worst heads have in common
-
-Spearman correlation over the {len(heads)} heads; 95% intervals are about +-{half:.2f} wide around 0, so only larger \
-values, in bold, mean something.
-
-{table(["property of the head", *(f"with {name}" for name in OUTCOMES.values())], correlations(heads, half))}
-
-{table(["mean over", *FEATURES.values()], groups)}
-
-While answering, {answering(heads)}
-
-## Every head
-
-{table(["layer.head", *EVERY_HEAD], every)}
-"""
+    groups = {
+        f"the {_WORST} heads with the lowest rank correlation": ordered[:_WORST],
+        "the other heads": ordered[_WORST:],
+    }
+    markdown = filled(
+        "gaussian",
+        documents=len(place.documents),
+        heads=len(heads),
+        median=np.median(ranks),
+        lowest=ranks[0],
+        highest=ranks[-1],
+        guarded=np.nanmedian([head["rank_guarded"] for head in heads]),
+        chosen=", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items()),
+        half=half,
+        correlations="\n".join(correlations(heads, half)),
+        means=table(
+            ["mean over", *FEATURES.values()],
+            [
+                [name, *(f"{np.mean([h[feature] for h in some]):.2f}" for feature in FEATURES)]
+                for name, some in groups.items()
+            ],
+        ),
+        answering=answering(heads),
+        every_head=lines(_ONE_HEAD, [head | {"known_recall": number(head["recall"], ".2f")} for head in heads]),
+    )
     counts = np.sum([sample.counts for sample in samples], axis=0)
     curves = {name: quantiles(counts[head["layer"], head["head"]]) for name, head in chosen.items()}
     return Page(markdown, draw(heads, chosen, curves), {"gaussian": heads})

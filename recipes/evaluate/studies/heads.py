@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from context import LENGTHS, TASKS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, csv_link, made_by, tidy
-from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Confusion, Recorded, recorded
+from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, lines, tidy
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Confusion, Recorded, by_head, recorded
 
 from patchattn.evaluation.page import table, with_interval
 
@@ -18,67 +18,41 @@ GATES = {"oracle": "oracle_by_task", "default": "guarded_by_task"}
 SWINGS = (0.1, 0.9)
 """A head swings where its open fraction lies between these: neither always local nor always long."""
 
-HEAD_COLUMNS = (
-    "layer.head", "oracle", "default", "oracle: plain text", "oracle: answer", "default: plain text", "default: answer",
-    "margin",
-)  # fmt: skip
-
-_AT = THRESHOLDS.index(DEFAULT) + 1
-_TASK_COLOURS = (BLACK, ORANGE, GREEN, RED)
+_ONE_HEAD = (
+    "| {layer}.{head} | {oracle_all:.1%} ({oracle_variance:.3f}) | {default_all:.1%} ({default_variance:.3f}) | "
+    "{oracle_plain_text:.1%} | {oracle_answer:.1%} | {default_plain_text:.1%} | {default_answer:.1%} | "
+    "{margin_sd:.1f} |"
+)
 
 
-def open_fractions(place: Recorded, gate: str) -> np.ndarray:
-    """Open fraction of each head by task, [layers, heads, tasks + 1]; the last entry is over all queries."""
-    pairs = place.array(GATES[gate]).sum(0)  # [layers, heads, tasks, bins]
-    opened, asked = pairs[..., :_AT].sum(-1), pairs.sum(-1)
-    by_task = opened / asked
-    return np.concatenate([by_task, (opened.sum(-1) / asked.sum(-1))[..., None]], axis=-1)
-
-
-def swing(place: Recorded, gate: str) -> np.ndarray:
-    """Split the variance of each head's decisions over queries, [layers, heads, 2].
-
-    Returns:
-        The variance p (1 - p), 0.25 at most, and the part of it that lies between tasks.
-    """
-    pairs = place.array(GATES[gate]).sum(0)
-    weight = pairs.sum(-1) / pairs.sum((-1, -2))[..., None]
-    fractions = open_fractions(place, gate)
-    mean = fractions[..., -1]
-    between = (weight * (fractions[..., :-1] - mean[..., None]) ** 2).sum(-1)
-    return np.stack([mean * (1 - mean), between], axis=-1)
-
-
-def margin_spread(place: Recorded) -> np.ndarray:
-    """Standard deviation of each head's exact margin over queries, [layers, heads] nats."""
-    count, total, squares = np.moveaxis(place.array("margin_by_task").sum((0, 3)), -1, 0)
-    return np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+def open_fractions(pairs: np.ndarray) -> np.ndarray:
+    """Open fraction by task from pairs [..., tasks, bins], [..., tasks + 1]; the last entry is over all queries."""
+    pairs = np.concatenate([pairs, pairs.sum(-2, keepdims=True)], axis=-2)
+    return pairs[..., : THRESHOLDS.index(DEFAULT) + 1].sum(-1) / pairs.sum(-1)
 
 
 def per_head(place: Recorded) -> list[dict[str, Any]]:
-    """List what is known of each head; columns of the table that is saved."""
-    spread = margin_spread(place)
-    names = [task.replace(" ", "_") for task in (*TASKS, "all")] + ["variance", "variance_between_tasks"]
-    found = {gate: np.concatenate([open_fractions(place, gate), swing(place, gate)], axis=-1) for gate in GATES}
-    rows = []
-    for layer, head in np.ndindex(spread.shape):
-        row: dict[str, Any] = {"layer": layer, "head": head}
-        for gate, values in found.items():
-            row |= dict(zip((f"{gate}_{name}" for name in names), values[layer, head], strict=True))
-        rows.append(row | {"margin_sd": spread[layer, head]})
-    return rows
+    """List for each head open fractions by task, the variance of its decisions, 0.25 at most, and of its margin.
 
-
-def by_task(place: Recorded, gate: str, layer: int | None = None) -> list[str]:
-    """Write the open fraction over all tasks, then by task, of one layer or all."""
-    layers = slice(None) if layer is None else slice(layer, layer + 1)
-    pairs = place.array(GATES[gate])[:, layers].sum((0, 1, 2))  # [tasks, bins]
-    opened, asked = pairs[:, :_AT].sum(-1), pairs.sum(-1)
-    return [f"{value:.1%}" for value in (opened.sum() / asked.sum(), *(opened / asked))]
+    `variance_between_tasks` is the part of the variance p (1 - p) over queries that lies between tasks; `margin_sd` is
+    the standard deviation of the exact margin over queries, in nats.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for gate, recorded_as in GATES.items():
+        pairs = place.array(recorded_as).sum(0)  # [layers, heads, tasks, bins]
+        fractions = open_fractions(pairs)
+        mean = fractions[..., -1]
+        columns |= {f"{gate}_{task.replace(' ', '_')}": fractions[..., at] for at, task in enumerate((*TASKS, "all"))}
+        columns[f"{gate}_variance"] = mean * (1 - mean)
+        weight = pairs.sum(-1) / pairs.sum((-1, -2))[..., None]
+        columns[f"{gate}_variance_between_tasks"] = (weight * (fractions[..., :-1] - mean[..., None]) ** 2).sum(-1)
+    count, total, squares = np.moveaxis(place.array("margin_by_task").sum((0, 3)), -1, 0)
+    columns["margin_sd"] = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+    return by_head(columns)
 
 
 def decisions(place: Recorded, gate: str) -> Confusion:
-    """Take what one of the gates opens at the default threshold."""
+    """Take what a gate opens at the default threshold."""
     return place.oracle(DEFAULT) if gate == "oracle" else place.confusion(f"prompt/{gate}", DEFAULT)
 
 
@@ -86,107 +60,76 @@ def page(context: Context) -> Page:
     """Show heads by layer and task, one by one, and by length and window."""
     found = recorded(context)
     place, heads = found[PLACE], per_head(found[PLACE])
-    swinging = {gate: sum(SWINGS[0] < head[f"{gate}_all"] < SWINGS[1] for head in heads) for gate in GATES}
-    varied = {
-        gate: sum(head[f"{gate}_variance_between_tasks"] for head in heads)
-        / sum(head[f"{gate}_variance"] for head in heads)
-        for gate in GATES
-    }
-    layers = [[str(layer), gate, *by_task(place, gate, layer)] for layer in range(place.layers) for gate in GATES] + [
-        ["**all**", gate, *by_task(place, gate)] for gate in GATES
-    ]
-    one_by_one = [
-        [
-            f"{head['layer']}.{head['head']}",
-            *(f"{head[f'{gate}_all']:.1%} ({head[f'{gate}_variance']:.3f})" for gate in GATES),
-            *(f"{head[f'{gate}_{task}']:.1%}" for gate in GATES for task in ("plain_text", "answer")),
-            f"{head['margin_sd']:.1f}",
-        ]
-        for head in heads
-    ]
+
+    def layer(name: str, layers: slice) -> list[list[str]]:
+        pairs = {gate: place.array(recorded_as)[:, layers].sum((0, 1, 2)) for gate, recorded_as in GATES.items()}
+        by_task = {gate: [f"{value:.1%}" for value in open_fractions(of_gate)] for gate, of_gate in pairs.items()}
+        return [[name, gate, values[-1], *values[:-1]] for gate, values in by_task.items()]
+
+    layers = [row for at in range(place.layers) for row in layer(str(at), slice(at, at + 1))]
     places = [
-        [f"{length:,}", label]
-        + [with_interval(decisions(found[length, window], gate).interval("open"), ".1%") for window in WINDOWS]
+        [
+            f"{length:,}",
+            name,
+            *(with_interval(decisions(found[length, w], gate).interval("open"), ".1%") for w in WINDOWS),
+        ]
         for length in LENGTHS
-        for label, gate in (("oracle", "oracle"), ("default", "guarded"), ("saturating", "saturating"))
+        for name, gate in (("oracle", "oracle"), ("default", "guarded"), ("saturating", "saturating"))
     ]
-    markdown = f"""# Which heads open, and when
-
-Dense activations of the shipped model in float32, sink 16, threshold {DEFAULT}; {len(place.documents)} documents of \
-4,096 tokens, window 256, unless said otherwise. *Oracle* opens by the exact local share, *default* by the guarded \
-estimate with moments of the prompt. {made_by("heads")}; every head is in {csv_link("heads")}.
-
-Between {SWINGS[0]:.0%} and {SWINGS[1]:.0%} open, so swinging with the query: {swinging["oracle"]} of {len(heads)} \
-heads by the oracle, {swinging["default"]} by the default gate. Of the variance of the decisions over queries, \
-{varied["oracle"]:.0%} (oracle) and {varied["default"]:.0%} (default) lies between the four tasks, the rest within them.
-
-![open fraction by head, by task, by length and window](heads.png)
-
-## By layer and task
-
-Open fraction of all heads. Tasks: plain text, a planted line being read, the text of a question, and the queries that \
-predict an answer.
-
-{table(["layer", "gate", "all", *TASKS], layers)}
-
-## By head
-
-Open fraction, and in brackets the variance of the decision over queries (0.25 is the most there can be). *Margin* is \
-the standard deviation of the exact margin over queries, in nats.
-
-{table(HEAD_COLUMNS, one_by_one)}
-
-## By length and window
-
-Open fraction (95% by bootstrap over documents).
-
-{table(["tokens", "gate", *(f"window {window}" for window in WINDOWS)], places)}
-"""
-    return Page(markdown, draw(found), {"heads": heads})
+    sums = {name: sum(head[name] for head in heads) for name in heads[0]}
+    markdown = filled(
+        "heads",
+        threshold=DEFAULT,
+        documents=len(place.documents),
+        heads=len(heads),
+        swings=SWINGS,
+        swinging={gate: sum(SWINGS[0] < head[f"{gate}_all"] < SWINGS[1] for head in heads) for gate in GATES},
+        between={gate: sums[f"{gate}_variance_between_tasks"] / sums[f"{gate}_variance"] for gate in GATES},
+        layers=table(["layer", "gate", "all", *TASKS], layers + layer("**all**", slice(None))),
+        one_by_one=lines(_ONE_HEAD, heads),
+        places=table(["tokens", "gate", *(f"window {window}" for window in WINDOWS)], places),
+    )
+    return Page(markdown, draw(found, heads), {"heads": heads})
 
 
-def draw(found: dict[tuple[int, int], Recorded]) -> Figure:
+def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) -> Figure:
     """Draw heads by task above, heat maps and lengths below."""
-    place = found[PLACE]
     figure = Figure(figsize=(13, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     dots: Any = upper.subplots(2, 1, sharex=True)
-    fractions = {gate: open_fractions(place, gate) for gate in GATES}
-    layers, heads = fractions["oracle"].shape[:2]
-    order = np.argsort(-fractions["oracle"][..., -1].flatten(), kind="stable")
-    labels = [f"{index // heads}.{index % heads}" for index in order]
-    for axes, (gate, values) in zip(dots, fractions.items(), strict=True):
-        flat = 100 * values.reshape(-1, values.shape[-1])[order]
-        axes.vlines(range(len(order)), flat[:, :-1].min(1), flat[:, :-1].max(1), color="lightgrey", lw=3, zorder=0)
-        for task, (name, colour) in enumerate(zip(TASKS, _TASK_COLOURS, strict=True)):
-            axes.scatter(range(len(order)), flat[:, task], color=colour, s=26, marker="osD^"[task], label=name)
+    ordered = sorted(heads, key=lambda head: -head["oracle_all"])
+    x = range(len(ordered))
+    for axes, gate in zip(dots, GATES, strict=True):
+        tasks = [[100 * head[f"{gate}_{task.replace(' ', '_')}"] for head in ordered] for task in TASKS]
+        axes.vlines(x, np.min(tasks, axis=0), np.max(tasks, axis=0), color="lightgrey", lw=3, zorder=0)
+        for name, y, colour, marker in zip(TASKS, tasks, (BLACK, ORANGE, GREEN, RED), "osD^", strict=True):
+            axes.scatter(x, y, color=colour, s=26, marker=marker, label=name)
         axes.set_ylabel(f"{gate}:\nopen, %")
-        axes.set_xticks(range(len(order)), labels, fontsize=8)
-        axes.set_xlim(-0.7, len(order) - 0.3)
+        axes.set_xticks(x, [f"{head['layer']}.{head['head']}" for head in ordered], fontsize=8)
+        axes.set_xlim(-0.7, len(ordered) - 0.3)
         axes.set_ylim(-4, 104)
         tidy(axes, grid="y")
     dots[1].set_xlabel("layer.head, the one that the oracle opens most often first")
     dots[0].legend(ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0))
     maps: Any = lower.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for axes, (gate, values) in zip(maps, fractions.items(), strict=False):
-        axes.imshow(100 * values[..., -1], vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        for layer in range(layers):
-            for head in range(heads):
-                value = 100 * values[layer, head, -1]
-                axes.text(head, layer, f"{value:.0f}", ha="center", va="center", color="w" if value < 55 else "k")
+    n_layers = found[PLACE].layers
+    for axes, gate in zip(maps, GATES, strict=False):
+        values = np.array([100 * head[f"{gate}_all"] for head in heads]).reshape(n_layers, -1)
+        axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for (layer, head), value in np.ndenumerate(values):
+            axes.text(head, layer, f"{value:.0f}", ha="center", va="center", color="w" if value < 55 else "k")
         axes.set_title(f"{gate}: open pairs, %", fontsize=10)
         axes.set_xlabel("query head")
-        axes.set_xticks(range(heads))
-        axes.set_yticks(range(layers))
+        axes.set_xticks(range(values.shape[1]))
+        axes.set_yticks(range(n_layers))
     maps[0].set_ylabel("layer")
     lengths = maps[2]
     for window, colour in zip(WINDOWS, (SKY, BLUE, BLACK), strict=True):
         for name, gate, line in (("oracle", "oracle", "--"), ("default", "guarded", "-")):
             y = [100 * decisions(found[length, window], gate).value("open") for length in LENGTHS]
             lengths.plot(LENGTHS, y, line, marker="o", ms=4, color=colour)
-            lengths.annotate(
-                f"{name}, {window}", (LENGTHS[-1], y[-1]), (6, -3), textcoords="offset points", color=colour, fontsize=9
-            )
+            style = {"textcoords": "offset points", "color": colour, "fontsize": 9}
+            lengths.annotate(f"{name}, {window}", (LENGTHS[-1], y[-1]), (6, -3), **style)
     lengths.set_xscale("log", base=2)
     lengths.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     lengths.set_xlim(950, 7500)

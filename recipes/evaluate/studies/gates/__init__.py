@@ -7,7 +7,7 @@ from typing import Any
 
 from context import LENGTHS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, csv_link, label, made_by, open_axis
+from page import STYLES, Page, filled, label, open_axis
 from studies.gates import ranking
 from studies.gates.grid import DOCUMENTS, FULL, SCORED
 from studies.gates.ranking import RANKINGS, rankings
@@ -32,107 +32,30 @@ _WITHOUT_MOMENTS = ("oracle", "static", "static, answering", "random heads", "ra
 _KINDS = ("chain", "list")
 
 
-def page(context: Context) -> Page:
-    """Show goals, all gates at one length and window, and what else was asked."""
-    rows, ranked = SCORED.rows(context), rankings(context)
-    listed = summaries(rows)
-    others = [one for kind in _KINDS for one in summaries(rows, kind=kind)]
-    full = [one for one in listed if one.place == FULL]
-    floors = [
-        [f"{length:,}"]
-        + [
-            " / ".join(percent(ranked[length, window].floor[f"prompt/{name}"]) for name in ("saturating", "guarded"))
-            for window in WINDOWS
-        ]
-        for length in LENGTHS
-    ]
-    counts = ", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS)
-    columns = [f"window {window}" for window in WINDOWS]
-    lean = "\n\n".join(
-        across(
-            [one for one in listed if one.place[:2] == ("facts", length)],
-            [f"{length:,} tokens", "setting", *columns],
-            [("facts", length, window) for window in WINDOWS],
-            lambda one: f"{percent(one.open_fraction)} / {one.exact.value:.3f} / {one.rise.value:+.2%}",
-            # The gates at `FULL` have their own table: here only what the other windows have too.
-            least=2 if length == FULL[1] else 1,
-        )
-        for length in LENGTHS
-    )
-    kinds = across(
-        others,
-        ["gate", "setting", *(f"{kind}, {length:,}" for kind in _KINDS for length in LENGTHS)],
-        [(kind, length, 256) for kind in _KINDS for length in LENGTHS],
-        lambda one: f"{one.right} of {one.asked}" + f" ({-one.lost.value:+.0f})" * (one.family != "open"),
-    )
-    markdown = f"""# Quality against open fraction
-
-How much of the answers and of the text is kept when a gate opens few pairs? The shipped model in float32, sink 16,
-`min_bulk=0`, held-out documents with nine planted facts in every 1,024 tokens, all asked at the end; at 4,096 tokens
-and window 256 {min(one.documents for one in full)} documents for every gate and \
-{max(one.documents for one in full)} for those that goals are stated for. Made by
-{made_by("gates").removeprefix("Made by ")}; every row with its intervals is in {csv_link("gates")}.
-
-- *Exact*: every token of the answer is the most likely one, given the true tokens before it. Wilson intervals, and the
-  number of questions. *Points against dense* and *text loss* are paired with dense attention on the same documents;
-  intervals by bootstrap over documents. Text loss is in nats per token, over what is neither planted nor asked.
-- *Open* is the share of (query head, query) pairs with bulk keys that opened. *Density* is the share of causal keys
-  that the CPU backend scored.
-- *For 10%*: the threshold below which 10% of the margins of other documents lie, so the fraction is hit only nearly:
-  gated layers change what the next layers see. *Static*: the heads that the oracle opens most often on the same other
-  documents; *static, answering*: those with most of their attention on bulk keys while they predict answers there, so
-  chosen for this task ({", ".join(f"{count} of {length:,} tokens" for length, count in ranking.DOCUMENTS.items())}).
-  One head is {percent(1 / 30)} of the pairs. *Random heads* and *pairs* are drawn anew for each document.
-- *Prompt* moments are those of the document's own keys, *calibration moments* those of
-  [the shipped calibration](../../calibrations/patchattn-demo/README.md), as are thresholds for *risk* and *budget*. It
-  was measured in bfloat16 on 64 other documents of 4,096 tokens for window 256: for other windows it can't be used, and
-  at 1,024 and 2,048 tokens its risks are no promise.
+def best(listed: Sequence[Summary], most_open: float) -> Summary:
+    """Return the gate that needs no exact mass with the best answers at an open fraction; text loss breaks ties."""
+    known = (*_WITHOUT_MOMENTS, "stock", "open", "closed")
+    fitting = [one for one in listed if one.family not in known and one.open_fraction <= most_open]
+    return min(fitting, key=lambda one: (one.lost.value, one.rise.value))
 
 
-## Goals
+def goals(full: Sequence[Summary]) -> dict[str, Summary]:
+    """Name the gates that are compared with the goals."""
+    named = {(one.family, one.setting): one for one in full}
+    return {
+        "best moment gate, at least 85% closed": best(full, 0.155),
+        "best moment gate, at least 70% closed": best(full, 0.305),
+        "best moment gate, any": best(full, 1.0),
+        "the default": named["prompt/guarded", "0.6"],
+        "exact mass, 85% closed": named["oracle", "for 15%"],
+        "static heads": named["static", "5 heads"],
+        "static heads that answer": named["static, answering", "5 heads"],
+    }
 
-{verdict(full)}
-{goals(full)}
 
-## All gates at 4,096 tokens, window 256
-
-{every_gate(full)}
-
-![exact match and text loss against open fraction](gates.png)
-
-## Area between each curve and dense attention
-
-The distance from dense attention, averaged over the logarithm of the open fraction between {percent(AREA[0], 0)} and
-{percent(AREA[1], 0)}: the area between the curve and the dense line, divided by its width. Straight lines between
-points; 95% by bootstrap over documents. Curves that do not reach both ends have none.
-
-{area_table(areas(rows, FULL))}
-
-## What can't be reached
-
-Moments of the prompt need a full chunk of 128 bulk keys: the first 127 queries with bulk keys open. The guarded \
-estimate also opens every pair above its freezing point. So one threshold for all heads can't open less than this \
-(saturating and log-normal / guarded); thresholds per head, as *risk* and *budget* choose them, close whole heads and \
-can.
-
-{table(["tokens", *columns], floors)}
-
-## Other lengths and windows
-
-{counts} tokens. In each cell: open / facts exact / text loss above dense. A gate that can't open so few pairs at a \
-length and window is left out; intervals are in gates.csv.
-
-{lean}
-
-## Other questions
-
-Chains of three assignments and lists to repeat, three of each in every 1,024 tokens, window 256. In each cell: right \
-of asked (points against dense). Copying a line is left out: the model does it in 16 to 43% of cases.
-
-{kinds}
-"""
-    rows_of_csv = sorted([*listed, *others], key=lambda one: (one.place, one.family, one.open_fraction, one.setting))
-    return Page(markdown, draw(full), {"gates": [one.columns() for one in rows_of_csv]})
+def meets_goals(one: Summary) -> bool:
+    """Say whether a gate is within one point and two percent of dense attention."""
+    return one.lost.value <= 1 and one.rise.value <= 0.02
 
 
 def points(interval: Interval) -> str:
@@ -140,17 +63,31 @@ def points(interval: Interval) -> str:
     return f"{-interval.value:+.1f} ({-interval.high:+.1f} to {-interval.low:+.1f})"
 
 
-def every_gate(listed: Sequence[Summary]) -> str:
-    """Write one line for each gate."""
-    rows = []
-    for one in listed:
-        dense = one.family in ("stock", "open")
+def goal_line(goal: str, one: Summary) -> str:
+    """Write how far a gate is from a goal."""
+    return (
+        f"| {goal} | {one.name}, {one.setting} | {percent(one.open_fraction)} | {points(one.lost)} | "
+        f"{one.rise.value:+.2%} | {'yes' if meets_goals(one) else 'no'} |"
+    )
+
+
+def gate_line(one: Summary) -> str:
+    """Write everything about a gate; what dense attention lost against itself is left out."""
+    lost, rise = "", ""
+    if one.family not in ("stock", "open"):
+        lost = points(one.lost)
         rise = f", {one.rise.value:+.2%} ({100 * one.rise.low:+.2f} to {100 * one.rise.high:+.2f})"
-        cells = [one.name, one.setting, percent(one.open_fraction), percent(one.density)]
-        cells += [f"{with_interval(one.exact, '.3f')}, {one.asked}", "" if dense else points(one.lost)]
-        rows.append([*cells, f"{one.loss:.4f}{'' if dense else rise}"])
-    head = ["gate", "setting", "open", "density", "facts exact (95%)", "points against dense (95%)", "text loss (95%)"]
-    return table(head, rows)
+    return (
+        f"| {one.name} | {one.setting} | {percent(one.open_fraction)} | {percent(one.density)} | "
+        f"{with_interval(one.exact, '.3f')}, {one.asked} | {lost} | {one.loss:.4f}{rise} |"
+    )
+
+
+def area_line(one: Area) -> str:
+    """Write the area of a curve."""
+    lost = one.lost and with_interval(one.lost, ".1f", between=" to ")
+    rise = one.rise and with_interval(one.rise, ".2f", between=" to ")
+    return f"| {label(one.family)} | {lost or ''} | {rise or ''} | {one.span[0]:.1%} to {one.span[1]:.1%} |"
 
 
 def across(
@@ -158,81 +95,67 @@ def across(
     head: Sequence[str],
     places: Sequence[Any],
     cell: Callable[[Summary], str],
-    *,
     least: int = 1,
 ) -> str:
     """Write gates down and places across; leaves out gates that fewer than `least` places have."""
     at: dict[tuple[str, str], dict[Any, str]] = {}
     for one in listed:
-        at.setdefault((label(one.family), one.setting), {})[one.place] = cell(one)
-    return table(
-        head,
-        [[*gate, *(found.get(place, "") for place in places)] for gate, found in at.items() if len(found) >= least],
-    )
-
-
-def best(listed: Sequence[Summary], most_open: float) -> Summary | None:
-    """Return the gate that needs no exact mass with the best answers at an open fraction; text loss breaks ties."""
-    known = (*_WITHOUT_MOMENTS, "stock", "open", "closed")
-    fitting = [one for one in listed if one.family not in known and one.open_fraction <= most_open]
-    return min(fitting, key=lambda one: (one.lost.value, one.rise.value), default=None)
-
-
-def meets_goal(one: Summary) -> bool:
-    """Say whether a gate is within one point and two percent of dense attention."""
-    return one.lost.value <= 1 and one.rise.value <= 0.02
-
-
-def verdict(full: Sequence[Summary]) -> str:
-    """Say whether the goal is met, and why not."""
-    found = best(full, 0.155)
-    if found is None:
-        return ""
-    return f"""The best moment gate within 1 point of exact match and +2% of text loss at 85% closed:
-**{"met" if meets_goal(found) else "missed"}** - {found.name} {found.setting} is {points(found.lost)} points from dense \
-attention and
-{found.rise.value:+.2%} in text loss with {percent(1 - found.open_fraction)} closed. Text loss is within the goal
-for nearly every gate from 10% open on; answers decide. Look-ups rest on single keys, which mean and covariance can't
-see: below the freezing point the estimates agree, above it the saturating and the log-normal one close look-ups and
-lose the answers, and the guarded one opens all pairs there, which costs more than 15% by itself (see
-[what can't be reached](#what-cant-be-reached) and [the estimate, head by head](gaussian.md)). Thresholds per head
-(*risk*) close the heads in which that is waste.
-"""
-
-
-def goals(full: Sequence[Summary]) -> str:
-    """Compare the gates with the goals."""
-    named = {(one.family, one.setting): one for one in full}
-    chosen = {
-        "best moment gate, at least 85% closed": best(full, 0.155),
-        "best moment gate, at least 70% closed": best(full, 0.305),
-        "best moment gate, any": best(full, 1.0),
-        "the default": named.get(("prompt/guarded", "0.6")),
-        "exact mass, 85% closed": named.get(("oracle", "for 15%")),
-        "static heads": named.get(("static", "5 heads")),
-        "static heads that answer": named.get(("static, answering", "5 heads")),
-    }
-    rows = [
-        [goal, f"{one.name}, {one.setting}", percent(one.open_fraction), points(one.lost), f"{one.rise.value:+.2%}"]
-        + ["yes" if meets_goal(one) else "no"]
-        for goal, one in chosen.items()
-        if one is not None
-    ]
-    head = ["goal", "gate", "open", "points against dense (95%)", "text loss", "within 1 point and +2%"]
+        at.setdefault((one.name, one.setting), {})[one.place] = cell(one)
+    rows = ([*gate, *(found.get(place, "") for place in places)] for gate, found in at.items() if len(found) >= least)
     return table(head, rows)
 
 
-def area_table(listed: Iterable[Area]) -> str:
-    """Write the areas."""
+def page(context: Context) -> Page:
+    """Show goals, all gates at one length and window, and what else was asked."""
+    rows, ranked = SCORED.rows(context), rankings(context)
+    listed = summaries(rows)
+    others = [one for kind in _KINDS for one in summaries(rows, kind=kind)]
+    full = [one for one in listed if one.place == FULL]
+    compared = goals(full)
+    first = next(iter(compared.values()))
+    columns = [f"window {window}" for window in WINDOWS]
 
-    def write(interval: Interval | None, how: str) -> str:
-        return "" if interval is None else with_interval(interval, how, between=" to ")
+    def floor(length: int, window: int) -> str:
+        found = ranked[length, window].floor
+        return f"{found['prompt/saturating']:.1%} / {found['prompt/guarded']:.1%}"
 
-    rows = [
-        [label(one.family), write(one.lost, ".1f"), write(one.rise, ".2f"), " to ".join(map(percent, one.span))]
-        for one in listed
-    ]
-    return table(["gate", "facts: points below dense", "text loss: % above dense", "open fractions measured"], rows)
+    def lean(length: int) -> str:
+        return across(
+            [one for one in listed if one.place[:2] == ("facts", length)],
+            [f"{length:,} tokens", "setting", *columns],
+            [("facts", length, window) for window in WINDOWS],
+            lambda one: f"{percent(one.open_fraction)} / {one.exact.value:.3f} / {one.rise.value:+.2%}",
+            # The gates at `FULL` have their own table: here only what the other windows have too.
+            least=2 if length == FULL[1] else 1,
+        )
+
+    markdown = filled(
+        "gates",
+        documents=(min(one.documents for one in full), max(one.documents for one in full)),
+        ranked=", ".join(f"{count} of {length:,} tokens" for length, count in ranking.DOCUMENTS.items()),
+        one_head=1 / len(ranked[FULL[1:]].heads),
+        met="met" if meets_goals(first) else "missed",
+        best=first,
+        lost=points(first.lost),
+        closed=1 - first.open_fraction,
+        goals="\n".join(goal_line(goal, one) for goal, one in compared.items()),
+        full="\n".join(map(gate_line, full)),
+        area=AREA,
+        areas="\n".join(map(area_line, areas(rows, FULL))),
+        floors=table(
+            ["tokens", *columns], [[f"{length:,}", *(floor(length, w) for w in WINDOWS)] for length in LENGTHS]
+        ),
+        counts=", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS),
+        lean="\n\n".join(map(lean, LENGTHS)),
+        kinds=across(
+            others,
+            ["gate", "setting", *(f"{kind}, {length:,}" for kind in _KINDS for length in LENGTHS)],
+            [(kind, length, 256) for kind in _KINDS for length in LENGTHS],
+            lambda one: f"{one.right} of {one.asked}" + f" ({-one.lost.value:+.0f})" * (one.family != "open"),
+        ),
+    )
+    ordered = sorted([*listed, *others], key=lambda one: (one.place, one.family, one.open_fraction, one.setting))
+    return Page(markdown, draw(full), {"gates": [one.columns() for one in ordered]})
 
 
 def draw(full: Sequence[Summary]) -> Figure:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from context import LENGTHS, SINK, WINDOWS, Context, Job, Measurement, calibration, document, load
 from studies.gates.ranking import FRACTIONS, Ranking, rankings
 
-from patchattn import (
-    ClosedGate,
-    MomentGate,
-    OpenFractionTarget,
-    OpenGate,
-    OracleGate,
-    Policy,
-    RiskTarget,
-    StaticGate,
-    patch,
-)
+import patchattn
+from patchattn import MomentGate, OpenGate, Policy, StaticGate
 from patchattn.evaluation.scores import score
 from patchattn.policy import Gate
 from patchattn.testing.replay import replay_gates
@@ -43,20 +35,20 @@ _FACTS_ONLY = ("static", "random pairs", "calibration/saturating", "budget, guar
 
 @dataclass(frozen=True)
 class Case:
-    """One gate.
+    """One gate: a point, `setting`, of a curve, `family`.
 
     Args:
-        family: Name of the curve that it is a point of.
+        family: Name of the curve.
         setting: Which point.
         gate: The gate; None for the model without patchattn.
-        random: Share of the pairs, or number of heads, to open at random in each document; None for no.
+        random: Share of the pairs, or number of heads, to open at random in each document; 0 for no.
         headline: Whether goals are stated for it.
     """
 
     family: str
     setting: str
     gate: Gate | None = None
-    random: float | None = None
+    random: float = 0
     headline: bool = False
 
 
@@ -71,7 +63,7 @@ def cases(place: Place, found: Ranking) -> list[Case]:
 
 def _without_moments(found: Ranking, *, full: bool) -> Iterator[Case]:
     yield Case("open", "", OpenGate(), headline=True)
-    yield Case("closed", "", ClosedGate(), headline=True)
+    yield Case("closed", "", patchattn.ClosedGate(), headline=True)
     if full:
         yield Case("stock", "")
     for count in (1, 2, 3, 5, 6, 9) if full else (3, 6):
@@ -87,9 +79,11 @@ def _without_moments(found: Ranking, *, full: bool) -> Iterator[Case]:
     for fraction in FRACTIONS if full else (0.1, 0.2):
         share = found.threshold("oracle", fraction)
         if share is not None:
-            yield Case("oracle", f"for {fraction:.0%}", OracleGate(threshold=share), headline=fraction == 0.15)
+            yield Case(
+                "oracle", f"for {fraction:.0%}", patchattn.OracleGate(threshold=share), headline=fraction == 0.15
+            )
     if full:
-        yield Case("oracle", "0.6", OracleGate(threshold=0.6))
+        yield Case("oracle", "0.6", patchattn.OracleGate(threshold=0.6))
 
 
 def _moment_gates(found: Ranking, *, full: bool) -> Iterator[Case]:
@@ -114,36 +108,26 @@ def _moment_gates(found: Ranking, *, full: bool) -> Iterator[Case]:
 
 def _targets(*, full: bool) -> Iterator[Case]:
     for alpha in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3) if full else ():
-        gate = MomentGate(threshold=RiskTarget(alpha=alpha))
+        gate = MomentGate(threshold=patchattn.RiskTarget(alpha=alpha))
         yield Case("risk, each head", f"{alpha}", gate, headline=0.1 <= alpha <= 0.25)
     for alpha in (0.05, 0.1, 0.15, 0.2) if full else ():
-        yield Case("risk, mean over heads", f"{alpha}", MomentGate(threshold=RiskTarget(alpha=alpha, scope="model")))
+        yield Case(
+            "risk, mean over heads", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha, scope="model"))
+        )
     for estimate in ("guarded", "saturating"):
         for fraction in FRACTIONS[1:] if full else (0.1, 0.2):
-            gate = MomentGate(threshold=OpenFractionTarget(fraction=fraction), estimate=estimate)
+            gate = MomentGate(threshold=patchattn.OpenFractionTarget(fraction=fraction), estimate=estimate)
             yield Case(f"budget, {estimate}", f"{fraction:.0%}", gate, headline=fraction == 0.15)
 
 
 @dataclass
 class Scored:
-    """One gate on one document.
+    """One gate on one document: right answers and questions by kind, and text loss in nats per token.
 
-    Args:
-        kinds: What is asked for.
-        length: Tokens.
-        window: Tokens.
-        family: Which curve the gate is a point of.
-        setting: Which point.
-        document: Its number.
-        counts: Open pairs, pairs asked, keys scored and causal keys, in prefill.
-        right: Right answers by kind of question.
-        asked: Questions by kind.
-        loss: Text loss, nats per token.
+    `counts` are open pairs, pairs asked, keys scored and causal keys, in prefill.
     """
 
-    kinds: str
-    length: int
-    window: int
+    place: Place
     family: str
     setting: str
     document: int
@@ -152,42 +136,31 @@ class Scored:
     asked: dict[str, int]
     loss: float
 
-    @property
-    def place(self) -> Place:
-        """Where it was scored."""
-        return self.kinds, self.length, self.window
-
 
 def _jobs(context: Context) -> list[Job]:
     found = rankings(context)
-    listed = {place: cases(place, found[place[1:]]) for place in PLACES}
-    every = {place: DOCUMENTS_OF_FULL if place == FULL else DOCUMENTS[place[1]] for place in PLACES}
-    jobs = [
-        (*place, case.family, case.setting, index)
-        for place in PLACES
-        for index in every[place]
-        for case in listed[place]
-    ]
-    more = [index for index in HEADLINE_DOCUMENTS if index not in DOCUMENTS_OF_FULL]
-    headline = [case for case in listed[FULL] if case.headline]
-    return jobs + [(*FULL, case.family, case.setting, index) for index in more for case in headline]
+    jobs, listed = [], {place: cases(place, found[place[1:]]) for place in PLACES}
+    for place in PLACES:
+        for index in DOCUMENTS_OF_FULL if place == FULL else DOCUMENTS[place[1]]:
+            jobs += [(place, case.family, case.setting, index) for case in listed[place]]
+    for index in HEADLINE_DOCUMENTS[len(DOCUMENTS_OF_FULL) :]:
+        jobs += [(FULL, case.family, case.setting, index) for case in listed[FULL] if case.headline]
+    return jobs
 
 
-def _measure(context: Context, kinds: str, length: int, window: int, family: str, setting: str, index: int) -> Scored:
-    model, _ = load()
+def _measure(context: Context, place: Place, family: str, setting: str, index: int) -> Scored:
+    model, (kinds, length, window) = load()[0], place
     one = document(kinds, length, f"gates/{index}")
-    listed = cases((kinds, length, window), rankings(context)[length, window])
+    listed = cases(place, rankings(context)[length, window])
     case = next(case for case in listed if (case.family, case.setting) == (family, setting))
-    counts = (0, 0, 0, 0)
     if case.gate is None:
-        found = score(model, [one])
+        found, counts = score(model, [one]), (0, 0, 0, 0)
     else:
         policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
         measured = calibration() if window == calibration().manifest.window_size else None
-        with patch(model, policy, calibration=measured) as handle:
-            if case.random is not None:
-                seed = f"{family}/{setting}/{(kinds, length, window)}/{index}"
-                replay_gates(handle, at_random(model.config, case.random, length, window, seed))
+        with patchattn.patch(model, policy, calibration=measured) as handle:
+            if case.random:
+                replay_gates(handle, at_random(model, case.random, place, f"{family}/{setting}/{place}/{index}"))
             found = score(model, [one])
         layers = [phases["prefill"] for phases in handle.report().layers.values()]
         counts = (
@@ -196,13 +169,13 @@ def _measure(context: Context, kinds: str, length: int, window: int, family: str
             sum(layer.scored_keys for layer in layers),
             sum(layer.causal_keys for layer in layers),
         )
-    return Scored(kinds, length, window, family, setting, index, counts, found.right, found.asked, found.text_loss)
+    return Scored(place, family, setting, index, counts, found.right, found.asked, found.text_loss)
 
 
-def at_random(config: object, how_many: float, length: int, window: int, seed: str) -> dict[int, list[torch.Tensor]]:
+def at_random(model: Any, how_many: float, place: Place, seed: str) -> dict[int, list[torch.Tensor]]:
     """Draw the decisions for one document: a number of whole heads, or a share of single pairs."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    asked = torch.arange(length) >= SINK + window
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    _, length, window = place
     if how_many >= 1:
         opened = torch.zeros(layers * heads, dtype=torch.bool)
         opened[random.Random(seed).sample(range(layers * heads), int(how_many))] = True
@@ -210,7 +183,7 @@ def at_random(config: object, how_many: float, length: int, window: int, seed: s
     else:
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(32))
         drawn = torch.rand((layers, 1, heads, length), generator=generator) < how_many
-    return {layer: [drawn[layer] & asked] for layer in range(layers)}
+    return {layer: [drawn[layer] & (torch.arange(length) >= SINK + window)] for layer in range(layers)}
 
 
-SCORED = Measurement("gates", Scored, ("kinds", "length", "window", "family", "setting", "document"), _jobs, _measure)
+SCORED = Measurement("gates", Scored, ("place", "family", "setting", "document"), _jobs, _measure)

@@ -20,16 +20,16 @@ FAMILIES = ("stock", "open", "closed", *STYLES)
 
 @dataclass(frozen=True)
 class Summary:
-    """One gate in one place.
+    """One gate in one place, which names the kind of question where only that is counted.
 
     Args:
-        place: What was asked for, or the kind of question that was counted; length and window.
+        place: What was asked for, length and window.
         family: Which curve.
         setting: Which point of it.
         documents: Documents scored.
-        open_fraction: Open pairs over pairs asked; NaN for the stock model.
-        density: Realised density; NaN for the stock model.
-        right: Right answers.
+        open_fraction: Open pairs over pairs asked; NaN for the stock model, as is `density`.
+        density: Realised density.
+        right: Right answers of those asked.
         asked: Questions.
         lost: Exact match below dense attention on the same documents, in points; bootstrap over documents.
         loss: Mean text loss over documents, nats per token.
@@ -60,15 +60,13 @@ class Summary:
 
     def columns(self) -> dict[str, Any]:
         """Columns of the table that is saved."""
-        about = dict(zip(("kinds", "length", "window"), self.place, strict=True))
-        about |= {"gate": self.name, "setting": self.setting, "documents": self.documents}
-        about |= {"open_fraction": self.open_fraction, "realised_density": self.density}
-        about |= {"right": self.right, "asked": self.asked}
-        about |= dict(zip(("exact", "exact_low", "exact_high"), self.exact, strict=True))
-        about |= dict(zip(("points_below_dense", "points_low", "points_high"), self.lost, strict=True))
-        return about | dict(
-            zip(("text_loss", "loss_rise", "rise_low", "rise_high"), (self.loss, *self.rise), strict=True)
+        names = (
+            "kinds,length,window,gate,setting,documents,open_fraction,realised_density,right,asked,exact,exact_low,"
+            "exact_high,points_below_dense,points_low,points_high,text_loss,loss_rise,rise_low,rise_high"
         )
+        about = (*self.place, self.name, self.setting, self.documents, self.open_fraction, self.density)
+        answers = (self.right, self.asked, *self.exact, *self.lost, self.loss, *self.rise)
+        return dict(zip(names.split(","), about + answers, strict=True))
 
 
 def _by_gate(rows: Iterable[Scored]) -> dict[tuple[Place, str, str], dict[int, Scored]]:

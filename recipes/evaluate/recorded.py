@@ -46,42 +46,40 @@ def reduce_layer(margins: Margins, task: Tensor) -> dict[str, Any]:
         task: [queries] int64; index into `TASKS`.
 
     Returns:
-        By name, nested lists with heads first.
-        `joint`: by estimate, pairs [heads, oracle bins, gate bins].
-        `joint_answering`: by estimate, pairs that predict answers [oracle bins, gate bins], of all heads together.
-        `missed`: by estimate, sums of the bulk share [heads, bins].
-        `oracle_by_task`, `guarded_by_task`: pairs [heads, tasks, bins].
-        `margin_by_task`: count, sum and sum of squares of the exact margin [heads, tasks, 3].
-        `errors`: by estimate, the same of the estimated minus the exact log mass.
-        `ranks`: by estimate, Spearman correlation of the margins [heads].
-        `top_share`: sums of the share of the bulk mass on its top key, and of the bulk share [heads, tasks, 2].
+        Nested lists, heads first, by name; all but `of_task` also by estimate.
+        `pairs`: numbers of pairs [heads, tasks, oracle bins, gate bins].
+        `missed`: sums of the bulk share [heads, bins]; also by "oracle".
+        `errors`: number, sum and sum of squares of the estimated minus the exact log mass [heads, tasks, 3].
+        `ranks`: Spearman correlation of the exact and the estimated margin [heads].
+        `of_task`: number, sum and sum of squares of the exact margin; sum of the share of the bulk mass on its top key,
+        and sum of the bulk share [heads, tasks, 5].
     """
     exact = margins.local - margins.bulk
     oracle, share = bins(exact), margins.bulk_share.double()
-    row: dict[str, Any] = {"joint": {}, "joint_answering": {}, "missed": {}, "errors": {}, "ranks": {}}
-    row["missed"]["oracle"] = _sums(oracle, share, _BINS).tolist()
-    for (source, estimate), mass in margins.estimates.items():
-        name = f"{source}/{estimate}"
-        gate = bins(margins.local - mass)
-        row["joint"][name] = _counts(oracle * _BINS + gate, _BINS * _BINS).unflatten(1, (_BINS, _BINS)).tolist()
-        row["missed"][name] = _sums(gate, share, _BINS).tolist()
-        pairs = (oracle * _BINS + gate)[:, task == TASKS.index("answer")].flatten()
-        row["joint_answering"][name] = _counts(pairs[None], _BINS * _BINS).view(_BINS, _BINS).tolist()
-        known = mass.isfinite() & margins.bulk.isfinite() & margins.local.isfinite()
-        error = torch.where(known, mass.double() - margins.bulk.double(), 0)
-        row["errors"][name] = _sums_by_task(torch.stack([known.double(), error, error.square()], -1), task)
-        row["ranks"][name] = [
-            spearman(exact[head, known[head]], (margins.local - mass)[head, known[head]]) for head in range(len(mass))
-        ]
-        if name == "prompt/guarded":
-            row["guarded_by_task"] = _by_task(gate, task)
-    row["oracle_by_task"] = _by_task(oracle, task)
-    top = (margins.top - margins.bulk).double().exp().nan_to_num()
-    finite = torch.where(exact.isfinite(), exact.double(), 0)
-    parts = torch.stack([exact.isfinite().double(), finite, finite.square()], -1)
-    row["margin_by_task"] = _sums_by_task(parts, task)
-    row["top_share"] = _sums_by_task(torch.stack([top, share], -1), task)
+    known = torch.where(exact.isfinite(), exact, torch.nan)
+    by_task = torch.nn.functional.one_hot(task, len(TASKS)).double()
+
+    def summed(x: Tensor, *more: Tensor) -> list[Any]:
+        finite = x.isfinite()
+        x = torch.where(finite, x.double(), 0)
+        return torch.einsum("hqc,qt->htc", torch.stack([finite.double(), x, x.square(), *more], -1), by_task).tolist()
+
+    row: dict[str, Any] = {"pairs": {}, "missed": {"oracle": _sums(oracle, share, (_BINS,))}, "errors": {}, "ranks": {}}
+    for name, mass in margins.estimates.items():
+        estimate, gate = "/".join(name), bins(margins.local - mass)
+        cell = (task * _BINS + oracle) * _BINS + gate
+        row["pairs"][estimate] = _sums(cell, torch.ones_like(cell), (len(TASKS), _BINS, _BINS))
+        row["missed"][estimate] = _sums(gate, share, (_BINS,))
+        row["errors"][estimate] = summed(torch.where(known.isnan(), torch.nan, mass.double() - margins.bulk.double()))
+        guess = torch.where(mass.isfinite(), margins.local - mass, torch.nan)
+        row["ranks"][estimate] = [spearman(*pair) for pair in zip(known, guess, strict=True)]
+    row["of_task"] = summed(known, (margins.top - margins.bulk).double().exp().nan_to_num(), share)
     return row
+
+
+def _sums(cell: Tensor, weight: Tensor, shape: tuple[int, ...]) -> list[Any]:
+    """Sum weights [heads, queries] by cell, a flat index into [heads, *shape]."""
+    return weight.new_zeros(len(cell), math.prod(shape)).scatter_add_(1, cell, weight).unflatten(1, shape).tolist()
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
@@ -91,34 +89,9 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
     return float(np.corrcoef(both.argsort(0).argsort(0).T)[0, 1]) if len(both) >= 10 else math.nan
 
 
-def _counts(index: Tensor, size: int) -> Tensor:
-    """Count values 0 .. size - 1 along the last axis, [heads, size]."""
-    return _sums(index, torch.ones_like(index, dtype=torch.double), size).long()
-
-
-def _sums(index: Tensor, weight: Tensor, size: int) -> Tensor:
-    return weight.new_zeros(len(index), size).scatter_add_(1, index, weight)
-
-
-def _sums_by_task(parts: Tensor, task: Tensor) -> list[list[list[float]]]:
-    """Sum [heads, queries, parts] over the queries of each task, [heads, tasks, parts]."""
-    one_hot = torch.nn.functional.one_hot(task, len(TASKS)).double()
-    return torch.einsum("hqc,qt->htc", parts, one_hot).tolist()
-
-
-def _by_task(bin_of: Tensor, task: Tensor) -> list[list[list[int]]]:
-    return _counts(task * _BINS + bin_of, len(TASKS) * _BINS).unflatten(1, (len(TASKS), _BINS)).tolist()
-
-
 @dataclass
 class Recording:
-    """One document.
-
-    Args:
-        length: Tokens.
-        document: Its number.
-        layers: By window, what `reduce_layer` gives for each layer.
-    """
+    """One document: what `reduce_layer` gives for each layer, by window."""
 
     length: int
     document: int
@@ -198,7 +171,7 @@ class Recorded:
     def __init__(self, rows: Sequence[Recording], window: int) -> None:
         self.documents = [row.layers[window] for row in rows]
         self.layers = len(self.documents[0])
-        self.estimates = tuple(self.documents[0][0]["joint"])
+        self.estimates = tuple(self.documents[0][0]["pairs"])
 
     @cache  # noqa: B019 - lives as long as the rows
     def array(self, *names: str) -> np.ndarray:
@@ -221,24 +194,20 @@ class Recorded:
         """
         # A pair opens at a threshold where no more than the thresholds below it close it.
         at, oracle_at = THRESHOLDS.index(threshold) + 1, THRESHOLDS.index(oracle or threshold) + 1
-        layers = slice(None) if layer is None else slice(layer, layer + 1)
-        if answering:
-            joint = self.array("joint_answering", estimate)[:, layers].sum(1)  # [documents, oracle bins, gate bins]
-            missed = np.full(len(joint), np.nan)
-        else:
-            joint = self.array("joint", estimate)[:, layers].sum((1, 2))
-            missed = self.array("missed", estimate)[:, layers].sum((1, 2))[:, at:].sum(-1)
-        opened, closed = joint[:, :oracle_at].sum(1), joint[:, oracle_at:].sum(1)  # [documents, gate bins]
+        layers = slice(layer, None if layer is None else layer + 1)
+        tasks = slice(TASKS.index("answer") if answering else 0, None)
+        pairs = self.array("pairs", estimate)[:, layers, :, tasks].sum((1, 2, 3))  # [documents, oracle bins, gate bins]
+        missed = self.array("missed", estimate)[:, layers, :, at:].sum((1, 2, 3))
+        opened, closed = pairs[:, :oracle_at].sum(1), pairs[:, oracle_at:].sum(1)  # [documents, gate bins]
         cells = [part.sum(1) for part in (opened[:, :at], closed[:, :at], opened[:, at:], closed[:, at:])]
-        return Confusion(np.stack(cells, axis=1), missed)
+        return Confusion(np.stack(cells, axis=1), np.full_like(missed, np.nan) if answering else missed)
 
     def oracle(self, threshold: float) -> Confusion:
         """The oracle against itself: what it misses."""
-        at = THRESHOLDS.index(threshold) + 1
-        joint = self.array("joint", self.estimates[0]).sum((1, 2, 4))  # [documents, oracle bins]
-        none = np.zeros(len(joint))
-        counts = np.stack([joint[:, :at].sum(1), none, none, joint[:, at:].sum(1)], axis=1)
-        return Confusion(counts, self.array("missed", "oracle").sum((1, 2))[:, at:].sum(-1))
+        found, at = self.confusion(self.estimates[0], threshold), THRESHOLDS.index(threshold) + 1
+        opened, closed = found.counts[:, [0, 2]].sum(1), found.counts[:, [1, 3]].sum(1)
+        counts = np.stack([opened, 0 * opened, 0 * opened, closed], axis=1)
+        return Confusion(counts, self.array("missed", "oracle")[..., at:].sum((1, 2, 3)))
 
 
 def by_head(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -131,14 +131,12 @@ def per_head(place: Recorded, moments: np.ndarray) -> list[dict[str, Any]]:
         columns[f"rank_{short}"] = np.nanmean(place.array("ranks", f"prompt/{short}"), axis=0)
     answer, at = TASKS.index("answer"), THRESHOLDS.index(DEFAULT) + 1
     n_answers, off, _ = np.moveaxis(place.array("errors", "prompt/saturating").sum(0)[:, :, answer], -1, 0)
-    joint = place.array("joint", "prompt/guarded").sum(0)  # [layers, heads, oracle bins, gate bins]
-    needed = joint[:, :, :at].sum((2, 3))
-    found = joint[:, :, :at, :at].sum((2, 3))
+    pairs = place.array("pairs", "prompt/guarded").sum((0, 3))  # [layers, heads, oracle bins, gate bins]
+    needed, found = pairs[:, :, :at].sum((2, 3)), pairs[:, :, :at, :at].sum((2, 3))
     columns["bias_answering"] = off / n_answers
     columns["recall"] = np.divide(found, needed, out=np.full_like(found, np.nan), where=needed > 0)
-    columns["oracle_open"] = needed / joint.sum((2, 3))
-    asked = place.array("margin_by_task").sum(0)[..., 0]  # [layers, heads, tasks]
-    top, bulk = np.moveaxis(place.array("top_share").sum(0), -1, 0)
+    columns["oracle_open"] = needed / pairs.sum((2, 3))
+    asked, _, _, top, bulk = np.moveaxis(place.array("of_task").sum(0), -1, 0)  # [layers, heads, tasks] each
     columns["top_share"], columns["bulk_share"] = (share.sum(-1) / asked.sum(-1) for share in (top, bulk))
     columns["bulk_share_answering"] = bulk[..., answer] / asked[..., answer]
     columns["top_share_answering"] = top[..., answer] / asked[..., answer]

@@ -14,7 +14,9 @@ from patchattn.evaluation.page import table, with_interval
 
 MEASURED = (MARGINS,)
 
-GATES = {"oracle": "oracle_by_task", "default": "guarded_by_task"}
+GATES = {"oracle": -1, "default": -2}
+"""Axis of recorded pairs with the bins of the other gate."""
+
 SWINGS = (0.1, 0.9)
 """A head swings where its open fraction lies between these: neither always local nor always long."""
 
@@ -38,15 +40,15 @@ def per_head(place: Recorded) -> list[dict[str, Any]]:
     the standard deviation of the exact margin over queries, in nats.
     """
     columns: dict[str, np.ndarray] = {}
-    for gate, recorded_as in GATES.items():
-        pairs = place.array(recorded_as).sum(0)  # [layers, heads, tasks, bins]
+    for gate, other in GATES.items():
+        pairs = place.array("pairs", "prompt/guarded").sum((0, other))  # [layers, heads, tasks, bins]
         fractions = open_fractions(pairs)
         mean = fractions[..., -1]
         columns |= {f"{gate}_{task.replace(' ', '_')}": fractions[..., at] for at, task in enumerate((*TASKS, "all"))}
         columns[f"{gate}_variance"] = mean * (1 - mean)
         weight = pairs.sum(-1) / pairs.sum((-1, -2))[..., None]
         columns[f"{gate}_variance_between_tasks"] = (weight * (fractions[..., :-1] - mean[..., None]) ** 2).sum(-1)
-    count, total, squares = np.moveaxis(place.array("margin_by_task").sum((0, 3)), -1, 0)
+    count, total, squares = np.moveaxis(place.array("of_task").sum((0, 3))[..., :3], -1, 0)
     columns["margin_sd"] = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
     return by_head(columns)
 
@@ -62,7 +64,10 @@ def page(context: Context) -> Page:
     place, heads = found[PLACE], per_head(found[PLACE])
 
     def layer(name: str, layers: slice) -> list[list[str]]:
-        pairs = {gate: place.array(recorded_as)[:, layers].sum((0, 1, 2)) for gate, recorded_as in GATES.items()}
+        pairs = {
+            gate: place.array("pairs", "prompt/guarded")[:, layers].sum((0, 1, 2, other))
+            for gate, other in GATES.items()
+        }
         by_task = {gate: [f"{value:.1%}" for value in open_fractions(of_gate)] for gate, of_gate in pairs.items()}
         return [[name, gate, values[-1], *values[:-1]] for gate, values in by_task.items()]
 

@@ -180,13 +180,7 @@ class Recorded:
         return np.array(picked, dtype=float)
 
     def confusion(
-        self,
-        estimate: str,
-        threshold: float,
-        *,
-        layer: int | None = None,
-        oracle: float | None = None,
-        answering: bool = False,
+        self, estimate: str, threshold: float, *, layer: int | None = None, oracle: float = 0, answering: bool = False
     ) -> Confusion:
         """Compare a gate with the oracle, at the same threshold unless `oracle` names another.
 

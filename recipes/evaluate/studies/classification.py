@@ -126,10 +126,9 @@ def draw(place: Recorded) -> Figure:
     x, y = ([100 * point.value(measure) for point in points] for measure in ("open", MISSED))
     missed.plot(x, y, "k--o", ms=4)
     missed.annotate("oracle", (x[5], y[5]), (-12, -14), textcoords="offset points", ha="right")
-    recall.axhline(GOAL, color="grey", lw=0.8)
     recall.text(2.2, GOAL + 0.01, f"goal: {GOAL}", color="dimgrey", fontsize=9)
-    recall.set_ylabel(f"recall of the oracle's open pairs at {DEFAULT}")
-    missed.set_ylabel("missed mass, % of the attention")
+    recall.set(ylabel=f"recall of the oracle's open pairs at {DEFAULT}")
+    missed.set(ylabel="missed mass, % of the attention")
     for one in (recall, missed):
         open_axis(one, low=2)
     recall.legend(frameon=False, fontsize=9, loc="center left")
@@ -137,9 +136,9 @@ def draw(place: Recorded) -> Figure:
     for layer in range(place.layers):
         y = [place.confusion(GUARDED, threshold, layer=layer).value("recall") for threshold in THRESHOLDS]
         layers.plot(THRESHOLDS, y, "o-", ms=4, color=shades[layer % len(shades)], label=f"layer {layer}")
-    layers.axhline(GOAL, color="grey", lw=0.8)
-    layers.set_xlabel("threshold of gate and oracle")
-    layers.set_ylabel("recall of each layer, default estimate")
+    for one in (recall, layers):
+        one.axhline(GOAL, color="grey", lw=0.8)
+    layers.set(xlabel="threshold of gate and oracle", ylabel="recall of each layer, default estimate")
     tidy(layers)
     layers.legend(frameon=False, fontsize=9)
     return figure

@@ -109,12 +109,10 @@ def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) ->
         axes.vlines(x, np.min(tasks, axis=0), np.max(tasks, axis=0), color="lightgrey", lw=3, zorder=0)
         for name, y, colour, marker in zip(TASKS, tasks, (BLACK, ORANGE, GREEN, RED), "osD^", strict=True):
             axes.scatter(x, y, color=colour, s=26, marker=marker, label=name)
-        axes.set_ylabel(f"{gate}:\nopen, %")
         axes.set_xticks(x, [f"{head['layer']}.{head['head']}" for head in ordered], fontsize=8)
-        axes.set_xlim(-0.7, len(ordered) - 0.3)
-        axes.set_ylim(-4, 104)
+        axes.set(ylabel=f"{gate}:\nopen, %", xlim=(-0.7, len(ordered) - 0.3), ylim=(-4, 104))
         tidy(axes, grid="y")
-    dots[1].set_xlabel("layer.head, the one that the oracle opens most often first")
+    dots[1].set(xlabel="layer.head, the one that the oracle opens most often first")
     dots[0].legend(ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0))
     maps: Any = lower.subplots(1, 3, width_ratios=(1, 1, 1.25))
     n_layers = found[PLACE].layers
@@ -124,10 +122,8 @@ def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) ->
         for (layer, head), value in np.ndenumerate(values):
             axes.text(head, layer, f"{value:.0f}", ha="center", va="center", color="w" if value < 55 else "k")
         axes.set_title(f"{gate}: open pairs, %", fontsize=10)
-        axes.set_xlabel("query head")
-        axes.set_xticks(range(values.shape[1]))
-        axes.set_yticks(range(n_layers))
-    maps[0].set_ylabel("layer")
+        axes.set(xlabel="query head", xticks=range(values.shape[1]), yticks=range(n_layers))
+    maps[0].set(ylabel="layer")
     lengths = maps[2]
     for window, colour in zip(WINDOWS, (SKY, BLUE, BLACK), strict=True):
         for name, gate, line in (("oracle", "oracle", "--"), ("default", "guarded", "-")):
@@ -137,9 +133,7 @@ def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) ->
             lengths.annotate(f"{name}, {window}", (LENGTHS[-1], y[-1]), (6, -3), **style)
     lengths.set_xscale("log", base=2)
     lengths.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
-    lengths.set_xlim(950, 7500)
-    lengths.set_ylim(bottom=0)
-    lengths.set_xlabel("tokens")
+    lengths.set(xlabel="tokens", xlim=(950, 7500), ylim=(0, None))
     lengths.set_title("open pairs, %, by gate and window", fontsize=10)
     tidy(lengths)
     return figure

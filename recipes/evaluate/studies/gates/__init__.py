@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from page import STYLES, Page, filled, label, open_axis
 from studies.gates import ranking
 from studies.gates.grid import DOCUMENTS, FULL, SCORED
-from studies.gates.ranking import RANKINGS, rankings
+from studies.gates.ranking import RANKINGS
 from studies.gates.summary import AREA, Area, Summary, areas, summaries
 
 from patchattn.evaluation.page import percent, table, with_interval
@@ -107,7 +107,7 @@ def across(
 
 def page(context: Context) -> Page:
     """Show goals, all gates at one length and window, and what else was asked."""
-    rows, ranked = SCORED.rows(context), rankings(context)
+    rows, ranked = SCORED.rows(context), RANKINGS.done(context)
     listed = summaries(rows)
     others = [one for kind in _KINDS for one in summaries(rows, kind=kind)]
     full = [one for one in listed if one.place == FULL]
@@ -163,19 +163,17 @@ def draw(full: Sequence[Summary]) -> Figure:
     figure = Figure(figsize=(13, 9.5), layout="constrained")
     grid: Any = figure.subplots(2, 2)
     dense, closed = (next(one for one in full if one.family == name) for name in ("open", "closed"))
+    note = {"color": "dimgrey", "fontsize": 9}
     for (title, families), (facts, loss) in zip(_GROUPS.items(), grid, strict=True):
         for family in families:
             curve = [one for one in full if one.family == family]
-            if not curve:
-                continue
             colour, marker = STYLES[family]
             x = [100 * one.open_fraction for one in curve]
             line = "--" if family in (*_WITHOUT_MOMENTS, "risk, mean over heads") else "-"
-            name = label(family).replace(", calibration moments", "")
             style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 6, "linewidth": 1.6}
-            facts.plot(x, [one.exact.value for one in curve], **style, label=name)
-            loss.plot(x, [100 * one.rise.value for one in curve], **style, label=name)
-        note = {"color": "dimgrey", "fontsize": 9}
+            style["label"] = label(family).replace(", calibration moments", "")
+            facts.plot(x, [one.exact.value for one in curve], **style)
+            loss.plot(x, [100 * one.rise.value for one in curve], **style)
         facts.axhspan(dense.exact.low, dense.exact.high, color="grey", alpha=0.15, lw=0)
         facts.axhline(dense.exact.value, color="grey", lw=1)
         facts.text(0.85, dense.exact.value + 0.035, "dense, 95%", **note)
@@ -186,11 +184,10 @@ def draw(full: Sequence[Summary]) -> Figure:
         loss.text(100, 100 * closed.rise.value + 0.04, "closed", **note, ha="right")
         loss.axhline(2, color="grey", lw=0.8, ls=(0, (1, 4)))
         loss.text(100, 2.04, "goal: +2%", **note, ha="right")
-        facts.set_ylabel("facts answered exactly")
-        loss.set_ylabel("text loss above dense, %")
-        facts.set_ylim(-0.03, 1.03)
+        facts.set(ylabel="facts answered exactly", ylim=(-0.03, 1.03))
         facts.set_title(title, loc="left", fontsize=11)
+        loss.set(ylabel="text loss above dense, %")
+        loss.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         for axes in (facts, loss):
             open_axis(axes)
-        loss.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure

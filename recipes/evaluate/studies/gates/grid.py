@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from context import LENGTHS, SINK, WINDOWS, Context, Job, Measurement, calibration, document, load
-from studies.gates.ranking import FRACTIONS, Ranking, rankings
+from studies.gates.ranking import FRACTIONS, RANKINGS, Ranking
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
@@ -138,7 +138,7 @@ class Scored:
 
 
 def _jobs(context: Context) -> list[Job]:
-    found = rankings(context)
+    found = RANKINGS.done(context)
     jobs, listed = [], {place: cases(place, found[place[1:]]) for place in PLACES}
     for place in PLACES:
         for index in DOCUMENTS_OF_FULL if place == FULL else DOCUMENTS[place[1]]:
@@ -151,7 +151,7 @@ def _jobs(context: Context) -> list[Job]:
 def _measure(context: Context, place: Place, family: str, setting: str, index: int) -> Scored:
     model, (kinds, length, window) = load()[0], place
     one = document(kinds, length, f"gates/{index}")
-    listed = cases(place, rankings(context)[length, window])
+    listed = cases(place, RANKINGS.done(context)[length, window])
     case = next(case for case in listed if (case.family, case.setting) == (family, setting))
     if case.gate is None:
         found, counts = score(model, [one]), (0, 0, 0, 0)

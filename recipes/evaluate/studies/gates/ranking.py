@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Job, Measurement, calibration, document, load, tasks_of
+from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Measurement, calibration, document, load, tasks_of
 from torch import Tensor
 
 from patchattn.evaluation.margins import Margins, record_margins
@@ -18,9 +22,11 @@ ORACLE_THRESHOLD = 0.8
 
 @dataclass
 class Ranking:
-    """What the margins of some documents say about one window.
+    """What the margins of some documents say about one length and window.
 
     Args:
+        length: Tokens.
+        window: Tokens.
         quantiles: By gate ("oracle", "prompt/guarded", ...) and fraction, the margin in nats below which that fraction
             of all pairs lies.
         floor: By gate, the fraction that opens whatever the threshold.
@@ -28,34 +34,12 @@ class Ranking:
         heads_answering: The one first that has most of its attention on bulk keys while answers are predicted.
     """
 
+    length: int
+    window: int
     quantiles: dict[str, dict[float, float]]
     floor: dict[str, float]
     heads: list[tuple[int, int]]
     heads_answering: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, documents: list[tuple[dict[int, Margins], Tensor]]) -> Ranking:
-        """Rank by the margins of each document, by layer, and the task of each of its tokens, an index into `TASKS`."""
-        pooled: dict[str, list[Tensor]] = {}
-        opened: dict[tuple[int, int], float] = {}
-        answering: dict[tuple[int, int], float] = {}
-        for layers, task in documents:
-            for layer, margins in layers.items():
-                masses = {"oracle": margins.bulk} | {"/".join(name): mass for name, mass in margins.estimates.items()}
-                for gate, mass in masses.items():
-                    pooled.setdefault(gate, []).append((margins.local - mass).flatten())
-                answers = task[margins.positions] == TASKS.index("answer")
-                fractions = margins.opens(ORACLE_THRESHOLD).double().mean(1)
-                shares = margins.bulk_share[:, answers].double().mean(1)
-                for ranks, values in ((opened, fractions), (answering, shares)):
-                    for head, value in enumerate(values.tolist()):
-                        ranks[layer, head] = ranks.get((layer, head), 0.0) + value
-        ordered = {gate: torch.cat(parts).sort().values for gate, parts in pooled.items()}
-        return cls(
-            {gate: {share: quantile(values, share) for share in FRACTIONS} for gate, values in ordered.items()},
-            {gate: (values == -math.inf).double().mean().item() for gate, values in ordered.items()},
-            *(sorted(ranks, key=lambda head: -ranks[head]) for ranks in (opened, answering)),
-        )
 
     def threshold(self, gate: str, fraction: float) -> float | None:
         """Local share from which a gate must close to open a fraction of the pairs; None below what it can reach."""
@@ -71,37 +55,34 @@ def quantile(ordered: Tensor, fraction: float) -> float:
     return ordered[min(math.ceil(fraction * len(ordered)), len(ordered) - 1)].item()
 
 
-@dataclass
-class Rankings:
-    """The rankings of one length, by window."""
+def rank(length: int, window: int, documents: Iterable[tuple[Mapping[int, Margins], Tensor]]) -> Ranking:
+    """Rank by the margins of each document, by layer, and the task of each of its tokens, an index into `TASKS`."""
+    pooled: dict[str, list[Tensor]] = {}
+    opened: Counter[tuple[int, int]] = Counter()
+    answering: Counter[tuple[int, int]] = Counter()
+    for layers, task in documents:
+        for layer, margins in layers.items():
+            for gate, mass in {
+                "oracle": margins.bulk,
+                **{"/".join(key): m for key, m in margins.estimates.items()},
+            }.items():
+                pooled.setdefault(gate, []).append((margins.local - mass).flatten())
+            shares = margins.bulk_share[:, task[margins.positions] == TASKS.index("answer")]
+            for ranks, values in ((opened, margins.opens(ORACLE_THRESHOLD)), (answering, shares)):
+                ranks.update({(layer, head): value for head, value in enumerate(values.double().mean(1).tolist())})
+    ordered = {gate: torch.cat(parts).sort().values for gate, parts in pooled.items()}
+    quantiles = {gate: {share: quantile(values, share) for share in FRACTIONS} for gate, values in ordered.items()}
+    floor = {gate: (values == -math.inf).double().mean().item() for gate, values in ordered.items()}
+    heads, heads_answering = ([head for head, _ in ranks.most_common()] for ranks in (opened, answering))
+    return Ranking(length, window, quantiles, floor, heads, heads_answering)
 
-    length: int
-    windows: dict[int, Ranking]
 
-
-def _jobs(_: Context) -> list[Job]:
-    return [(length,) for length in LENGTHS]
-
-
-def _measure(_: Context, length: int) -> Rankings:
+def _measure(_: Context, length: int, window: int) -> Ranking:
     documents = [document("facts", length, f"rank/{index}") for index in range(DOCUMENTS[length])]
-    margins = [
-        record_margins(load()[0], one.token_ids, sink_size=SINK, windows=WINDOWS, calibration=calibration())
-        for one in documents
-    ]
-    tasks = [tasks_of(one) for one in documents]
-    return Rankings(
-        length,
-        {
-            window: Ranking.of([(of[window], task) for of, task in zip(margins, tasks, strict=True)])
-            for window in WINDOWS
-        },
-    )
+    margins = partial(record_margins, load()[0], sink_size=SINK, windows=(window,), calibration=calibration())
+    return rank(length, window, ((margins(one.token_ids)[window], tasks_of(one)) for one in documents))
 
 
-RANKINGS = Measurement("ranking", Rankings, ("length",), _jobs, _measure)
-
-
-def rankings(context: Context) -> dict[tuple[int, int], Ranking]:
-    """Read the rankings by length and window."""
-    return {(row.length, window): found for row in RANKINGS.rows(context) for window, found in row.windows.items()}
+RANKINGS = Measurement(
+    "ranking", Ranking, ("length", "window"), lambda _: list(itertools.product(LENGTHS, WINDOWS)), _measure
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from page import STYLES, label
@@ -109,16 +109,8 @@ def summaries(rows: Iterable[Scored], *, kind: str | None = None) -> list[Summar
     return sorted(listed, key=lambda one: (FAMILIES.index(one.family), one.open_fraction, one.setting))
 
 
-@dataclass(frozen=True)
-class Area:
-    """A curve averaged over the logarithm of the open fraction.
-
-    Args:
-        family: Which curve.
-        lost: Exact match below dense attention, in points.
-        rise: Text loss above dense attention's, in percent.
-        span: Smallest and largest open fraction of the curve.
-    """
+class Area(NamedTuple):
+    """A curve averaged over the log of the open fraction: answers in points, text loss in percent from dense."""
 
     family: str
     lost: Interval | None

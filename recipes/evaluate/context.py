@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT)]
 
 from patchattn import demo
 from patchattn.calibration import Calibration
+from patchattn.evaluation.documents import Document, Kind, make_document, tokenize_text
 from patchattn.evaluation.rows import Store
-from patchattn.evaluation.tasks import Document, Kind, make_document, tokenize_text
 
 LENGTHS = (1024, 2048, 4096)
 WINDOWS = (64, 128, 256)

@@ -13,7 +13,7 @@ from studies.gates.ranking import FRACTIONS, RANKINGS, Ranking
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
-from patchattn.evaluation.scores import score
+from patchattn.evaluation.answers import teacher_forced
 from patchattn.policy import Gate
 from patchattn.testing.replay import replay_gates
 
@@ -154,14 +154,14 @@ def _measure(context: Context, place: Place, family: str, setting: str, index: i
     listed = cases(place, RANKINGS.done(context)[length, window])
     case = next(case for case in listed if (case.family, case.setting) == (family, setting))
     if case.gate is None:
-        found, counts = score(model, [one]), (0, 0, 0, 0)
+        found, counts = teacher_forced(model, [one]), (0, 0, 0, 0)
     else:
         policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
         measured = calibration() if window == calibration().manifest.window_size else None
         with patchattn.patch(model, policy, calibration=measured) as handle:
             if case.random:
                 replay_gates(handle, at_random(model, case.random, place, f"{family}/{setting}/{place}/{index}"))
-            found = score(model, [one])
+            found = teacher_forced(model, [one])
         layers = [phases["prefill"] for phases in handle.report().layers.values()]
         counts = (
             sum(sum(layer.open_pairs) for layer in layers),

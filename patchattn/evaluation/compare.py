@@ -25,7 +25,7 @@ from patchattn.evaluation.documents import (
 from patchattn.evaluation.loss import losses
 from patchattn.evaluation.timing import times
 from patchattn.hf.patching import patch
-from patchattn.policy import PHASES, Policy
+from patchattn.policy import PHASES, Phase, Policy
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""
@@ -179,7 +179,7 @@ def compare(
     with patch(model, policy, backend=backend, record="timeline") as handle:
         right, loss, tokens = quality("patched")
     report = handle.report()
-    phases = [phase for phase in PHASES if phase in handle.policy.phases]
+    phases: list[Phase] = [phase for phase in PHASES if phase in handle.policy.phases]
     shares = ({phase: of(phase) for phase in phases} for of in (report.open_fraction, report.realised_density))
     with patch(model, policy, backend=backend):
         patched = Measured(right, loss, *speed("patched"), *shares)

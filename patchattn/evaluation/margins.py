@@ -101,7 +101,11 @@ def record_margins(
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses = {("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates}
+            guesses: dict[tuple[str, Estimate], Tensor] = {
+                ("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates
+            }
+                ("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates
+            }
             if calibration is not None and calibration.manifest.window_size == window:
                 known = Known(measured=MeasuredHeads(moments=calibration.key_moments(layer)))
                 for name in estimates:

@@ -98,15 +98,19 @@ def record_margins(
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses = {("prompt", name): _from_prompt(at_window, name) for name in estimates}
+            guesses: dict[tuple[str, Estimate], Tensor] = {}
+            for name in estimates:
+                guesses["prompt", name] = _from_prompt(at_window, name)
             if calibration is not None and calibration.manifest.window_size == window:
                 measured = Measured(moments=calibration.key_moments(layer))
                 for name in estimates:
                     guesses["calibration", name] = bulk_log_mass_from_calibration(at_window, measured, estimate=name)
             found[window][layer] = Margins(
-                at_window.regions.positions[0, asked],
-                *(mass[0, :, asked] for mass in (masses.local, masses.bulk, masses.largest_bulk)),
-                {name: mass[0, :, asked] for name, mass in guesses.items()},
+                positions=at_window.regions.positions[0, asked],
+                local=masses.local[0, :, asked],
+                bulk=masses.bulk[0, :, asked],
+                top=masses.largest_bulk[0, :, asked],
+                estimates={name: mass[0, :, asked] for name, mass in guesses.items()},
             )
         return attend()
 

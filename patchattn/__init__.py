@@ -19,20 +19,12 @@ from patchattn.errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
+from patchattn.gates import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
 from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
 from patchattn.measuring.collect import calibrate
-from patchattn.policy import (
-    ClosedGate,
-    MinBulk,
-    MomentGate,
-    OpenFractionTarget,
-    OpenGate,
-    OracleGate,
-    Policy,
-    RiskTarget,
-    StaticGate,
-)
+from patchattn.policy import MinBulk, Policy
 from patchattn.report import GateReport
 from patchattn.version import VERSION
 

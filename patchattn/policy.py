@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_serializer,
-    field_validator,
-)
+from pydantic import Field, field_serializer, field_validator
 
-LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
-"""A share of the softmax mass held by the local keys, strictly between 0 and 1."""
+from patchattn.gates import Gate, MomentGate
+from patchattn.gates.thresholds import Frozen
 
-Estimate = Literal["guarded", "saturating", "lognormal"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -29,143 +20,10 @@ def phase_of(query_length: int) -> Phase:
     return "decode" if query_length == 1 else "prefill"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class RiskTarget(_Frozen):
-    """Ask a calibration for the cheapest thresholds that keep the missed attention mass at `alpha`.
-
-    The promise is in expectation over documents like those of the calibration, in source and length, on dense
-    activations: the mean missed mass of a document is at most `alpha`. It needs `1 / alpha - 1` documents.
-
-    Args:
-        alpha: Share of a query's attention that may be missed on average, in (0, 1).
-        scope: `"head"`: the promise holds for every head by itself. `"model"`: for the mean over all heads, which
-            leaves heads that gain much by closing more of the risk; half of the documents choose how it is shared,
-            the other half carries the promise, so it needs twice as many documents.
-
-    Source: conformal risk control, arXiv 2208.02814, theorem 1.
-    """
-
-    kind: Literal["risk"] = "risk"
-    alpha: LocalShare
-    scope: Literal["head", "model"] = "head"
-
-
-class OpenFractionTarget(_Frozen):
-    """Ask a calibration for the thresholds that miss least while at most `fraction` of the pairs are open.
-
-    One budget for all heads: those that lose most by closing get most of it. No promise about the missed mass.
-
-    Args:
-        fraction: Open fraction over all measured heads, in (0, 1).
-    """
-
-    kind: Literal["open_fraction"] = "open_fraction"
-    fraction: LocalShare
-
-
-Target = RiskTarget | OpenFractionTarget
-
-
-def _kind_of_threshold(threshold: Any) -> str:
-    if isinstance(threshold, dict):
-        return str(threshold.get("kind", "risk"))
-    return getattr(threshold, "kind", "share")
-
-
-Threshold = Annotated[
-    Annotated[LocalShare, Tag("share")]
-    | Annotated[RiskTarget, Tag("risk")]
-    | Annotated[OpenFractionTarget, Tag("open_fraction")],
-    Discriminator(_kind_of_threshold),
-]
-
-
-class MomentGate(_Frozen):
-    """Close a head for a query when the moments of the far keys say that the local keys hold enough mass.
-
-    The bulk keys of a sequence are summarised by their count, mean and covariance; the softmax mass of a query over
-    them has a closed form (`estimate`). The head gate closes where the local keys' share of the mass, exact for the
-    local keys and estimated for the bulk, is at least `threshold`.
-
-    Args:
-        threshold: Local share in (0, 1) from which a gate closes, the same for all heads: lower is cheaper, higher is
-            safer. Or `RiskTarget` or `OpenFractionTarget`, which take a threshold for each head from a calibration.
-        moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys. `"calibration"`: from
-            the calibration, measured on other text. A target needs a calibration that was measured with the same.
-        estimate: `"guarded"` opens where the spread of the scores is so large that single keys rule the sum, which
-            moments can't see; `"saturating"` predicts a Gaussian maximum there (Derrida 1980); `"lognormal"` is the
-            estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys. Elsewhere all three agree.
-    """
-
-    kind: Literal["moment"] = "moment"
-    threshold: Threshold = 0.6
-    moments: Literal["prompt", "calibration"] = "prompt"
-    estimate: Estimate = "guarded"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the gate can't work without a calibration."""
-        return self.moments == "calibration" or not isinstance(self.threshold, float)
-
-
-class OracleGate(_Frozen):
-    """Close a head for a query when its exact local share is at least `threshold`.
-
-    Needs the exact mass of the bulk keys, so it saves no time: it is what the moment gate is judged by.
-    """
-
-    kind: Literal["oracle"] = "oracle"
-    threshold: LocalShare = 0.6
-
-
-class StaticGate(_Frozen):
-    """Open the listed heads for every query and close all others, as DuoAttention (arXiv 2410.10819) does.
-
-    Args:
-        open_heads: Pairs of (layer, query head), both counted from 0.
-    """
-
-    kind: Literal["static"] = "static"
-    open_heads: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] = ()
-
-    @field_validator("open_heads")
-    @classmethod
-    def _sorted_and_unique(cls, heads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        return tuple(sorted(set(heads)))
-
-    @classmethod
-    def from_calibration(cls, calibration: Any, *, heads: int) -> StaticGate:
-        """Open the heads that need the bulk keys most often.
-
-        Args:
-            calibration: A `patchattn.Calibration`; its heads are ranked by how often the exact share opens them.
-            heads: Number of heads to keep open, at most all that were measured.
-        """
-        return cls(open_heads=tuple(calibration.heads_by_oracle()[:heads]))
-
-
-class OpenGate(_Frozen):
-    """Open every head for every query: dense attention, computed by the library."""
-
-    kind: Literal["open"] = "open"
-
-
-class ClosedGate(_Frozen):
-    """Close every head for every query: sink and window only, as StreamingLLM (arXiv 2309.17453) does."""
-
-    kind: Literal["closed"] = "closed"
-
-
-Gate = Annotated[MomentGate | OracleGate | StaticGate | OpenGate | ClosedGate, Field(discriminator="kind")]
-
-
 NumberOfKeys = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
 
 
-class MinBulk(_Frozen):
+class MinBulk(Frozen):
     """Numbers of bulk keys below which a query opens without being asked, one for each phase.
 
     Args:
@@ -177,7 +35,7 @@ class MinBulk(_Frozen):
     decode: NumberOfKeys
 
 
-class Policy(_Frozen):
+class Policy(Frozen):
     """How a patched model decides which heads read the long context.
 
     Args:

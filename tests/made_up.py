@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, files
-from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, encoding, key_moments
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import RiskTarget
+from patchattn.policy import Policy
 
 
 def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, **fields) -> Manifest:
@@ -43,7 +45,7 @@ def made_up_tensors(
 
     margins = torch.arange(-2.0, 4.0, 0.5) if margins is None else margins
     tensors = {}
-    for name, (dtype, shape) in files.expected_tensors(manifest, len(margins)).items():
+    for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins)).items():
         tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
     missed = uniform(*tensors["missed_mass"].shape).sort(dim=-1, descending=True).values
     # Heads differ in how much they miss at worst; always open misses nothing.
@@ -55,7 +57,7 @@ def made_up_tensors(
     if manifest.rotary is not None:
         dim = manifest.fingerprint.head_dim
         root = torch.randn(*tensors["key_mean"].shape, dim, generator=generator, dtype=torch.float64)
-        deviation, factor, _ = files.pack_covariance(root @ root.mT)
+        deviation, factor, _ = key_moments.pack_covariance(root @ root.mT)
         tensors |= {"key_deviation": deviation, "key_factor": factor}
     return tensors
 

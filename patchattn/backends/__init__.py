@@ -3,202 +3,43 @@
 - `flex`: FlexAttention under `torch.compile`; the default on CUDA.
 - `blockwise`: plain PyTorch without a compiler; the default everywhere else.
 - `reference`: the eager truth, for tests.
+
+Each is a file or folder of that name with a `BACKEND`; this list is all that has to know of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.regions import Regions
+from patchattn.backends.backend import Backend
 from patchattn.errors import BackendError
-from patchattn.gates.gate import forced
-from patchattn.policy import MinBulk
 
-Backend = Literal["flex", "blockwise", "reference"]
-Attend = Callable[[AttentionInputs, Tensor, float], Attended]
-AttendPlainly = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
-
-BREAK_EVEN_BULK_KEYS: dict[Backend, MinBulk] = {
-    "flex": MinBulk(prefill=4096, decode=4096),
-    "blockwise": MinBulk(prefill=4096, decode=8192),
-    "reference": MinBulk(prefill=0, decode=0),
-}
-"""What `min_bulk="auto"` means: below this many bulk keys the gated path is not expected to be faster than dense.
-
-The value of `blockwise` rests on measurements on a CPU, that of `flex` is a guess, see
-docs/decisions/0003-break-even.md.
-"""
+BackendName = Literal["flex", "blockwise", "reference"]
 
 
-def resolve(backend: str, device: torch.device) -> Backend:
+def resolve(name: str, device: torch.device) -> BackendName:
     """Return the backend that a choice means on a device.
 
     Args:
-        backend: `"auto"` or the name of a backend.
+        name: `"auto"` or the name of a backend.
         device: Where the model runs.
 
     Raises:
         BackendError: Not the name of a backend.
     """
-    if backend == "auto":
+    if name == "auto":
         return "flex" if device.type == "cuda" else "blockwise"
-    for name in get_args(Backend):
-        if backend == name:
-            return name
+    for known in get_args(BackendName):
+        if name == known:
+            return known
     raise BackendError(
-        f"Unknown backend {backend!r}.", fix=f'use "auto" or one of {", ".join(map(repr, get_args(Backend)))}'
+        f"Unknown backend {name!r}.", fix=f'use "auto" or one of {", ".join(map(repr, get_args(BackendName)))}'
     )
 
 
-def load(backend: Backend) -> Attend:
-    """Import a backend and return its `attend` function."""
-    module = "patchattn.backends.reference" if backend == "reference" else f"patchattn.backends.{backend}"
-    return import_module(module).attend
-
-
-def load_dense(backend: Backend) -> Callable[[AttentionInputs], Tensor]:
-    """Return the function with which a backend attends to every causal key; gates forced open if it has no other."""
-    attend = load(backend)
-    own = getattr(import_module(attend.__module__), "attend_densely", None)
-    if own is not None:
-        return own
-
-    def densely(inputs: AttentionInputs) -> Tensor:
-        everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
-        return attend(inputs, forced(everything, inputs), 0.0).output
-
-    return densely
-
-
-def load_plain(backend: Backend) -> AttendPlainly:
-    """Return the function with which a backend attends to every causal key where nothing is padding.
-
-    It takes query, key, value and the scale, the queries being the last slots, and gives None where it can't help.
-    """
-    own = getattr(import_module(load(backend).__module__), "attend_plainly", None)
-    return _cannot if own is None else own
-
-
-def _cannot(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-    """Have no function for plain calls."""
-
-
-def self_check(
-    backend: Backend,
-    *,
-    dtype: torch.dtype,
-    head_dim: int,
-    group_size: int,
-    device: torch.device,
-    value_dim: int | None = None,
-    softcap: float | None = None,
-    sink_logits: bool = False,
-) -> float:
-    """Compare a backend with the reference on a small mixed problem, prefill and decode.
-
-    Args:
-        backend: The backend.
-        dtype: The model's dtype.
-        head_dim: Dimension of queries and keys.
-        group_size: Query heads per KV head.
-        device: Where the model runs.
-        value_dim: Dimension of values; None means `head_dim`.
-        softcap: The model's softcap.
-        sink_logits: Whether the model has learned sink logits.
-
-    Returns:
-        The largest error as a share of the error budget; at most 1.
-
-    Raises:
-        BackendError: The backend does not run here or disagrees with the reference.
-    """
-    if backend == "reference":
-        return 0.0
-    worst = 0.0
-    try:
-        attend = load(backend)
-        for query_length in (300, 1):
-            problem = _problem(
-                query_length, head_dim, value_dim or head_dim, group_size, softcap, device, sink_logits=sink_logits
-            )
-            worst = max(worst, _error_share(attend, problem, dtype))
-    except BackendError:
-        raise
-    except Exception as error:
-        raise BackendError(
-            f"The backend {backend!r} does not run here with {dtype}, head_dim {head_dim} and group size {group_size}: "
-            f"{type(error).__name__}: {error}",
-            fix='choose another backend, for instance backend="blockwise"',
-        ) from error
-    if not worst <= 1.0:
-        raise BackendError(
-            f"The backend {backend!r} disagrees with the reference for {dtype}, head_dim {head_dim} and group size "
-            f"{group_size} on {device}: its error is {worst:.3g} times the error budget.",
-            fix='choose another backend, for instance backend="blockwise", and report the versions of torch and GPU',
-        )
-    return worst
-
-
-def _problem(
-    query_length: int,
-    head_dim: int,
-    value_dim: int,
-    group_size: int,
-    softcap: float | None,
-    device: torch.device,
-    *,
-    sink_logits: bool,
-) -> tuple[AttentionInputs, Tensor]:
-    """Make a mixed problem in float64: two sequences, one padded, about a third of the pairs open."""
-    generator = torch.Generator().manual_seed(0)
-    batch, kv_heads, keys = 2, 2, 300
-    heads = kv_heads * group_size
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
-
-    valid = torch.ones(batch, keys, dtype=torch.bool, device=device)
-    valid[1, :37] = False
-    regions = Regions.of(valid, query_length=query_length, sink_size=4, window_size=32)
-    inputs = AttentionInputs(
-        normal(batch, heads, query_length, head_dim),
-        normal(batch, kv_heads, keys, head_dim),
-        normal(batch, kv_heads, keys, value_dim),
-        regions,
-        head_dim**-0.5,
-        softcap,
-        normal(heads) if sink_logits else None,
-    )
-    opened = normal(batch, heads, query_length) > 0.4
-    # Decode has few pairs: make sure that some are open and some are closed.
-    opened[0, 0], opened[0, -1] = True, False
-    return inputs, opened
-
-
-def _error_share(attend: Attend, problem: tuple[AttentionInputs, Tensor], dtype: torch.dtype) -> float:
-    exact, opened = problem
-    rounded = AttentionInputs(
-        exact.query.to(dtype),
-        exact.key.to(dtype),
-        exact.value.to(dtype),
-        exact.regions,
-        exact.scale,
-        exact.softcap,
-        None if exact.sink_logits is None else exact.sink_logits.to(dtype),
-    )
-    reference = load("reference")
-    with torch.no_grad():
-        truth = reference(exact, forced(opened, exact), 0.0).output
-        plain = reference(rounded, forced(opened, rounded), 0.0).output.double()
-        got = attend(rounded, forced(opened, rounded), 0.0).output.double()
-    # The truth is itself a float64 sum over the keys, so it is known to that many roundings only.
-    of_truth = exact.regions.key_length * torch.finfo(torch.float64).eps
-    budget = 2 * ((plain - truth).abs().max() + (torch.finfo(dtype).eps + of_truth) * truth.abs().max())
-    share = ((got - truth).abs().max() / budget).item()
-    return share if share == share else float("inf")
+def load(name: BackendName) -> Backend:
+    """Import a backend."""
+    return import_module(f"patchattn.backends.{name}").BACKEND

@@ -9,19 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patchattn.backends.backend import Backend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
-from patchattn.gates.gate import decide
+from patchattn.gates.decision import decide
+from patchattn.policy import MinBulk
 
 
-def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
     """Attend to local keys, and to bulk keys where the head gate is open.
 
     Args:
         inputs: The attention call.
-        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gates.gate.bulk_log_mass` finds it; +inf opens and -inf
+        bulk_log_mass: [batch, heads, query] nats, as a gate weighs it; +inf opens and -inf
             closes a pair for certain.
-        threshold: Margin in nats from which a gate closes.
+        margin: Margin in nats from which a gate closes.
 
     Returns:
         Output, decisions and the number of keys under the token-level mask.
@@ -30,7 +32,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
     scores = attention_scores(inputs)
     local = regions.local_mask()[:, None]
     local_log_mass = masked_log_mass(scores, local, inputs.sink_logits)
-    opened = decide(local_log_mass, bulk_log_mass, regions.asked, threshold)
+    opened = decide(local_log_mass, bulk_log_mass, regions.asked, margin)
     reads_bulk = opened | regions.unasked[:, None]
     attended = local | (regions.bulk_mask()[:, None] & reads_bulk[..., None])
     log_mass = masked_log_mass(scores, attended, inputs.sink_logits)
@@ -40,3 +42,6 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
     value = inputs.value.to(weights.dtype)[:, :, None]
     output = (weights.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
     return Attended(output.to(inputs.query.dtype), opened, attended.sum())
+
+
+BACKEND = Backend(attend, break_even=MinBulk(prefill=0, decode=0))

@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from patchattn.calibration import files
+from patchattn.calibration import files, hub
+from patchattn.calibration.card import write_card
+from patchattn.calibration.encoding import check, decode, encode
+from patchattn.calibration.findings import CURVE_ALPHAS, Expected, Findings
+from patchattn.calibration.key_moments import unpack_moments
 from patchattn.calibration.manifest import Fingerprint, Manifest
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
-from patchattn.calibration.risk import Curves, rungs
+from patchattn.calibration.risk import Curves
 from patchattn.errors import (
     CalibrationError,
     CalibrationFormatError,
     CalibrationMismatchError,
     CalibrationNotFoundError,
 )
-from patchattn.gates.gate import Measured
+from patchattn.gates import MomentGate
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
+from patchattn.moments.gaussian import Estimate
 from patchattn.moments.text import RotaryMoments
-from patchattn.policy import Estimate, MomentGate, OpenFractionTarget, Policy, RiskTarget
+from patchattn.policy import Policy
 from patchattn.writing import made
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What thresholds give on the calibration's documents, on dense activations.
-
-    Args:
-        open_fraction: [layers, query_heads].
-        missed_mass: [layers, query_heads].
-        recall: [layers, query_heads]; of the pairs that the exact share opens, those that open.
-        precision: [layers, query_heads]; of the pairs that open, those that the exact share opens.
-    """
-
-    open_fraction: Tensor
-    missed_mass: Tensor
-    recall: Tensor
-    precision: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +42,7 @@ class Calibration:
     Args:
         manifest: Which model, which text, measured how.
         policy: The policy that `patch(model, calibration=...)` uses when it is given none.
-        tensors: The measured tensors, as `patchattn.calibration.files.expected_tensors` names them; not to be
+        tensors: The measured tensors, as `patchattn.calibration.encoding.expected_tensors` names them; not to be
             changed in place.
 
     Raises:
@@ -65,7 +56,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
-        files.check(self.manifest, self.tensors)
+        check(self.manifest, self.tensors)
         self.check_policy(self.policy)
 
     @classmethod
@@ -109,16 +100,14 @@ class Calibration:
                 no_folder(folder), fix=fix_for(folder, "give a folder made by Calibration.save_pretrained")
             )
         else:
-            from patchattn.calibration.hub import download
-
-            folder = download(
+            folder = hub.download(
                 str(repo_or_folder),
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
-        manifest, tensors = files.decode(files.read(folder / files.FILE))
+        manifest, tensors = decode(files.read(folder / files.FILE))
         try:
             policy = Policy.model_validate_json(files.read(folder / files.POLICY_FILE))
         except ValidationError as error:
@@ -142,18 +131,18 @@ class Calibration:
         Raises:
             CalibrationError: The folder can't be written.
         """
+        self._save(Path(folder), card=card)
+        return Path(folder)
+
+    def _save(self, folder: Path, *, card: bool, repo: str | None = None) -> None:
         from huggingface_hub.utils import WeakFileLock
 
-        folder = Path(folder)
-        data = files.encode(self.manifest, self.tensors)
+        data = encode(self.manifest, self.tensors)
         with files.writing(folder), made(folder), WeakFileLock(files.lock_of(folder)):
             files.write(folder / files.FILE, data)
             files.write(folder / files.POLICY_FILE, (self.policy.model_dump_json(indent=2) + "\n").encode())
             if card:
-                from patchattn.calibration.card import write_card
-
-                write_card(self, folder)
-        return folder
+                write_card(self.findings, folder, repo=repo)
 
     def push_to_hub(
         self,
@@ -180,10 +169,18 @@ class Calibration:
             CalibrationNotFoundError: No such namespace, or no right to write.
             CalibrationHubError: The Hub can't be reached or fails.
         """
-        from patchattn.calibration.hub import upload
-
         message = commit_message or f"Calibration of {self.manifest.model} on {self.manifest.n_documents} documents"
-        return upload(self, repo, private=private, commit_message=message, create_pr=create_pr, token=token)
+        with tempfile.TemporaryDirectory() as name:
+            self._save(Path(name), card=True, repo=repo)
+            return hub.upload(
+                Path(name), repo, private=private, commit_message=message, create_pr=create_pr, token=token
+            )
+
+    @property
+    def findings(self) -> Findings:
+        """What tables, cards and pictures show."""
+        estimate = self._estimate_of(self.policy) or self.manifest.estimates[0]
+        return Findings(self.manifest, self.tensors, estimate, _target_of(self.policy))
 
     def curves(self, estimate: Estimate | None = None) -> Curves:
         """Return the curves of one estimate; None means the one of the calibration's policy, or the first measured.
@@ -191,15 +188,7 @@ class Calibration:
         Raises:
             CalibrationError: The estimate was not measured.
         """
-        index = self._estimate_index(estimate)
-        ends = torch.tensor([torch.inf])
-        margins = torch.cat([-ends, self.tensors["margins"], ends])
-        return Curves(
-            margins,
-            self.tensors["missed_mass"][:, index].float(),
-            self.tensors["open_fraction"][index].float(),
-            self.manifest.documents,
-        )
+        return self.findings.curves(estimate)
 
     def thresholds(self, target: RiskTarget | OpenFractionTarget, *, estimate: Estimate | None = None) -> Tensor:
         """Choose the margin from which each head closes.
@@ -215,8 +204,7 @@ class Calibration:
         Raises:
             CalibrationError: The target promises more than the measured documents can carry; says how many it needs.
         """
-        curves = self.curves(estimate)
-        return curves.margins[rungs(curves, target)]
+        return self.findings.thresholds(target, estimate)
 
     def expected(self, margins: Tensor, *, estimate: Estimate | None = None) -> Expected:
         """Say what thresholds gave on the documents that were measured.
@@ -225,18 +213,7 @@ class Calibration:
             margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
             estimate: See `curves`.
         """
-        index, curves = self._estimate_index(estimate), self.curves(estimate)
-        chosen = (torch.searchsorted(curves.margins, margins.contiguous(), right=True) - 1).clamp(min=0)[..., None]
-
-        def at(curve: Tensor) -> Tensor:
-            return curve.float().gather(-1, chosen)[..., 0]
-
-        return Expected(
-            at(curves.open_fraction),
-            at(curves.missed_mass_of_all),
-            at(self.tensors["recall"][index]),
-            at(self.tensors["precision"][index]),
-        )
+        return self.findings.expected(margins, estimate)
 
     def heads_by_oracle(self) -> list[tuple[int, int]]:
         """Rank all measured (layer, query head), the one that the exact share opens most often first."""
@@ -255,7 +232,7 @@ class Calibration:
         if rotary is None:
             raise CalibrationError("The calibration has no key moments.", fix="measure it again with key moments")
         order = rotary.order(self.manifest.fingerprint.head_dim)
-        return files.unpack_moments(self.tensors, self._layer_index(layer), order)
+        return unpack_moments(self.tensors, self._layer_index(layer), order)
 
     def check_policy(self, policy: Policy) -> None:
         """Refuse a policy with another sink or window than was measured, or a target for other moments.
@@ -271,21 +248,23 @@ class Calibration:
                 fix="use the sink and window that were measured, or measure again",
             )
         gate = policy.gate
-        has_target = isinstance(gate, MomentGate) and isinstance(gate.threshold, RiskTarget | OpenFractionTarget)
-        if isinstance(gate, MomentGate) and has_target and gate.moments != measured.moments:
+        if isinstance(gate, MomentGate) and _target_of(policy) is not None and gate.moments != measured.moments:
             raise CalibrationMismatchError(
                 f"The curves of this calibration were measured with moments={measured.moments!r}; the policy asks for "
                 f"a target with moments={gate.moments!r}.",
                 fix="use the moments that were measured, a threshold that is a number, or measure with this policy",
             )
 
-    def check_model(self, model: Any) -> None:
+    def check_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Refuse a model that differs from the measured one in any field of its fingerprint.
+
+        Args:
+            fingerprint: That of the model at hand, from `patchattn.hf.fingerprint.fingerprint_of`.
 
         Raises:
             CalibrationMismatchError: Names the fields, the measured value and the model's.
         """
-        differences = self.manifest.fingerprint.differences(Fingerprint.of(model))
+        differences = self.manifest.fingerprint.differences(fingerprint)
         if differences:
             raise CalibrationMismatchError(
                 f"The calibration is of {self.manifest.model}, which differs from this model "
@@ -293,7 +272,39 @@ class Calibration:
                 fix="use the calibration of this model, or measure one with patchattn.calibrate",
             )
 
-    def measured(self, policy: Policy) -> dict[int, Measured]:
+    def risk_curve(self, policy: Policy, heads: Mapping[int, int]) -> dict[str, Any]:
+        """Say what risks would cost under a policy, for the page of a report.
+
+        Args:
+            policy: The policy of the report; its sink and window must be those that were measured.
+            heads: Number of query heads of each layer of the report.
+
+        Returns:
+            JSON-ready: `"model"`, the number of `"documents"`, and points as means over the layers: `"targets"`
+            [alpha, open fraction, missed mass] and `"one"` [margin, open fraction, missed mass], one margin for all.
+
+        Raises:
+            CalibrationMismatchError: The calibration is of other layers or heads, or of another sink or window.
+        """
+        self.check_policy(policy)
+        measured = self.manifest
+        counts = set(heads.values())
+        if not heads.keys() <= set(measured.layers) or counts - {measured.fingerprint.query_heads}:
+            raise CalibrationMismatchError(
+                f"The calibration measured layers {list(measured.layers)} of {measured.fingerprint.query_heads} query "
+                f"heads; the report has layers {list(heads)} of {sorted(counts)} heads.",
+                fix="use the calibration of the model that was run",
+            )
+        estimate, layers = self._estimate_of(policy), [self._layer_index(layer) for layer in heads] or None
+        alphas = [round(alpha, 5) for alpha in CURVE_ALPHAS]
+        return {
+            "model": measured.model,
+            "documents": measured.n_documents,
+            "targets": self.findings.risk_curve(alphas, estimate=estimate, layers=layers),
+            "one": self.findings.margin_curve(estimate=estimate, layers=layers),
+        }
+
+    def measured(self, policy: Policy) -> dict[int, MeasuredHeads]:
         """Prepare what a policy's gate needs, by layer; empty if it needs nothing.
 
         Args:
@@ -309,11 +320,10 @@ class Calibration:
             return {}
         layers = self.manifest.layers if policy.layers is None else policy.layers
         indices = [self._layer_index(layer) for layer in layers]
-        margins: Tensor | None = None
-        if isinstance(gate.threshold, RiskTarget | OpenFractionTarget):
-            margins = self.thresholds(gate.threshold, estimate=gate.estimate)
+        target = _target_of(policy)
+        margins = None if target is None else self.thresholds(target, estimate=gate.estimate)
         return {
-            layer: Measured(
+            layer: MeasuredHeads(
                 None if margins is None else margins[index],
                 self.key_moments(layer) if gate.moments == "calibration" else None,
             )
@@ -328,14 +338,13 @@ class Calibration:
             )
         return self.manifest.layers.index(layer)
 
-    def _estimate_index(self, estimate: Estimate | None) -> int:
-        measured = self.manifest.estimates
-        if estimate is None:
-            gate = self.policy.gate
-            estimate = gate.estimate if isinstance(gate, MomentGate) and gate.estimate in measured else measured[0]
-        if estimate not in measured:
-            raise CalibrationError(
-                f"The estimate {estimate!r} was not measured; the calibration has {', '.join(measured)}.",
-                fix="use an estimate that was measured",
-            )
-        return measured.index(estimate)
+    def _estimate_of(self, policy: Policy) -> Estimate | None:
+        """Return the estimate of a policy's gate; None where it has none that was measured."""
+        gate = policy.gate
+        return gate.estimate if isinstance(gate, MomentGate) and gate.estimate in self.manifest.estimates else None
+
+
+def _target_of(policy: Policy) -> Target | None:
+    """Return the target that a policy's gate takes its thresholds from; None where it has none."""
+    threshold = policy.gate.threshold if isinstance(policy.gate, MomentGate) else None
+    return threshold if isinstance(threshold, RiskTarget | OpenFractionTarget) else None

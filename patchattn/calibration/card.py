@@ -2,110 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from patchattn.calibration import files
-from patchattn.calibration.risk import documents_needed
-from patchattn.errors import CalibrationError
-from patchattn.policy import MomentGate, OpenFractionTarget, RiskTarget, Target
+from patchattn.calibration.findings import Findings
+from patchattn.calibration.manifest import Manifest
 from patchattn.writing import made
 
-if TYPE_CHECKING:
-    from patchattn.calibration.calibration import Calibration
-    from patchattn.calibration.manifest import Manifest
-
-ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
-"""Risks that cards and tables show."""
-
-_LEAST_SHOWN = 0.02
-_SCOPES: tuple[Literal["head", "model"], ...] = ("head", "model")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-@dataclass(frozen=True)
-class RiskRow:
-    """What one risk target gives on the documents that were measured.
-
-    Args:
-        alpha: The risk asked for.
-        scope: `"head"` or `"model"`, see `RiskTarget`.
-        documents_needed: Documents that the promise needs.
-        open_fraction: Mean over heads; None where there are too few documents.
-        missed_mass: Mean over heads; None where there are too few documents.
-        never_open: Heads that are closed for every query.
-        always_open: Heads that are open for every query.
-    """
-
-    alpha: float
-    scope: str
-    documents_needed: int
-    open_fraction: float | None
-    missed_mass: float | None
-    never_open: int | None
-    always_open: int | None
-
-
-def shown_target(calibration: Calibration) -> Target | None:
-    """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
-
-    Returns:
-        None where there are too few documents for any.
-    """
-    gate = calibration.policy.gate
-    own = gate.threshold if isinstance(gate, MomentGate) else None
-    targets = [own] if isinstance(own, RiskTarget | OpenFractionTarget) else []
-    for target in [*targets, *(RiskTarget(alpha=alpha) for alpha in ALPHAS if alpha >= _LEAST_SHOWN)]:
-        with contextlib.suppress(CalibrationError):
-            calibration.thresholds(target)
-            return target
-    return None
-
-
-def name_of(target: Target) -> str:
-    """Name a target in a few words, for headings."""
-    if isinstance(target, OpenFractionTarget):
-        return f"budget {target.fraction:.0%}"
-    return f"alpha {target.alpha:g}" + ("" if target.scope == "head" else ", mean over heads")
-
-
-def risk_table(calibration: Calibration) -> list[RiskRow]:
-    """Compute a row for each alpha of `ALPHAS` and each scope."""
-    return [_row(calibration, RiskTarget(alpha=alpha, scope=scope)) for scope in _SCOPES for alpha in ALPHAS]
-
-
-def _row(calibration: Calibration, target: RiskTarget) -> RiskRow:
-    needed = documents_needed(target)
-    try:
-        margins = calibration.thresholds(target)
-    except CalibrationError:
-        return RiskRow(target.alpha, target.scope, needed, None, None, None, None)
-    found = calibration.expected(margins)
-    return RiskRow(
-        target.alpha,
-        target.scope,
-        needed,
-        float(found.open_fraction.mean()),
-        float(found.missed_mass.mean()),
-        int((margins == -torch.inf).sum()),
-        int((margins == torch.inf).sum()),
-    )
-
-
-def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: str | None = None) -> str:
+def card_text(findings: Findings, *, plots: tuple[str, ...] = (), repo: str | None = None) -> str:
     """Write the card as Markdown with a header that the Hub understands.
 
     Args:
-        calibration: The calibration.
+        findings: What the calibration found.
         plots: Paths of the pictures, relative to the card.
         repo: Hub id under which the calibration is published; None leaves a place to fill in.
     """
-    manifest = calibration.manifest
+    manifest = findings.manifest
     of = manifest.fingerprint
     base = [f"base_model: {manifest.model}"] if _HUB_ID.match(manifest.model) else []
     header = ["---", "library_name: patchattn", *base, "license: apache-2.0", "tags:"]
@@ -131,7 +49,7 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
             "",
             "## What a risk costs",
             "",
-            *_risk_lines(calibration),
+            *_risk_lines(findings),
             "",
             "Missed mass is the share of a query's attention that lies on keys a closed head does not read. "
             'With `scope="head"` each head keeps the promise by itself, with `scope="model"` the mean over heads does. '
@@ -156,7 +74,7 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
             "",
             "## How good the estimate is",
             "",
-            *_fit_lines(calibration),
+            *_fit_lines(findings),
             "",
             "Bias and spread are of the estimated minus the true log mass of the far keys, in nats, over the pairs for "
             "which there is a finite estimate; the others open. Recall and precision are against the exact local "
@@ -167,12 +85,12 @@ def card_text(calibration: Calibration, *, plots: tuple[str, ...] = (), repo: st
     )
 
 
-def _risk_lines(calibration: Calibration) -> list[str]:
+def _risk_lines(findings: Findings) -> list[str]:
     lines = [
         "| alpha | scope | open pairs | missed mass | heads never open | heads always open |",
         "|---|---|---|---|---|---|",
     ]
-    for row in risk_table(calibration):
+    for row in findings.risk_table():
         if row.open_fraction is None or row.missed_mass is None:
             lines.append(f"| {row.alpha:g} | {row.scope} | needs {row.documents_needed} documents | | | |")
         else:
@@ -183,16 +101,15 @@ def _risk_lines(calibration: Calibration) -> list[str]:
     return lines
 
 
-def _fit_lines(calibration: Calibration) -> list[str]:
+def _fit_lines(findings: Findings) -> list[str]:
     lines = [
         "| estimate | pairs with an estimate | bias, median head | spread, median head | recall | precision |",
         "|---|---|---|---|---|---|",
     ]
-    share = torch.tensor(calibration.manifest.oracle_threshold)
-    for index, estimate in enumerate(calibration.manifest.estimates):
-        margins = torch.logit(share).expand_as(calibration.tensors["oracle_open_fraction"])
-        found = calibration.expected(margins, estimate=estimate)
-        known, bias, spread = (calibration.tensors[n][index] for n in ("known_fraction", "bias", "spread"))
+    share = torch.tensor(findings.manifest.oracle_threshold)
+    for index, estimate in enumerate(findings.manifest.estimates):
+        found = findings.expected(findings.everywhere(torch.logit(share)), estimate)
+        known, bias, spread = (findings.tensors[n][index] for n in ("known_fraction", "bias", "spread"))
         lines.append(
             f"| {estimate} | {known.mean():.1%} | {bias.median():+.2f} | {spread.median():.2f} | "
             f"{found.recall.mean():.1%} | {found.precision.mean():.1%} |"
@@ -210,11 +127,11 @@ def _moments(manifest: Manifest) -> str:
     )
 
 
-def write_card(calibration: Calibration, folder: Path, *, repo: str | None = None) -> None:
+def write_card(findings: Findings, folder: Path, *, repo: str | None = None) -> None:
     """Write `README.md` into a folder, and pictures into `plots/` where matplotlib is installed.
 
     Args:
-        calibration: The calibration.
+        findings: What the calibration found.
         folder: An existing folder.
         repo: See `card_text`.
 
@@ -223,14 +140,14 @@ def write_card(calibration: Calibration, folder: Path, *, repo: str | None = Non
     """
     plots: tuple[str, ...] = ()
     try:
-        from patchattn.calibration.plots import pictures
+        from patchattn.calibration import pictures
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
     else:
-        drawn = pictures(calibration)
+        drawn = pictures.draw(findings)
         with files.writing(folder), made(folder / "plots"):
             for name, data in drawn.items():
                 files.write(folder / "plots" / name, data)
         plots = tuple(f"plots/{name}" for name in drawn)
-    files.write(folder / "README.md", card_text(calibration, plots=plots, repo=repo).encode())
+    files.write(folder / "README.md", card_text(findings, plots=plots, repo=repo).encode())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from patchattn.calibration import files
 from patchattn.calibration.places import fix_for
@@ -19,9 +18,6 @@ from patchattn.errors import (
     CalibrationHubError,
     CalibrationNotFoundError,
 )
-
-if TYPE_CHECKING:
-    from patchattn.calibration.calibration import Calibration
 
 
 def download(
@@ -39,23 +35,19 @@ def download(
     """
     from huggingface_hub import hf_hub_download
 
-    def get(name: str, revision: str | None) -> Path:
-        found = hf_hub_download(
-            repo,
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            library_name="patchattn",
-        )
-        return Path(found)
-
+    get = partial(
+        hf_hub_download,
+        repo,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
+        library_name="patchattn",
+    )
     with _explained(repo, revision, offline=local_files_only):
-        tensors = get(files.FILE, revision)
+        tensors = Path(get(files.FILE, revision=revision))
         commit = tensors.parent.name
         # The branch may have moved on since.
-        policy = get(files.POLICY_FILE, commit)
+        policy = Path(get(files.POLICY_FILE, revision=commit))
     for path in (tensors, policy):
         _check_digest(path)
     if revision is None:
@@ -66,7 +58,7 @@ def download(
 
 
 def upload(
-    calibration: Calibration,
+    folder: Path,
     repo: str,
     *,
     private: bool | None,
@@ -74,25 +66,19 @@ def upload(
     create_pr: bool,
     token: str | bool | None,
 ) -> str:
-    """Put a calibration's files into a repository in one commit; see `Calibration.push_to_hub`.
+    """Put the files of a folder into a repository in one commit; see `Calibration.push_to_hub`.
 
     Returns:
         The commit.
     """
     from huggingface_hub import HfApi
 
-    from patchattn.calibration.card import write_card
-
     api = HfApi(token=token, library_name="patchattn")
-    with tempfile.TemporaryDirectory() as name, files.writing(Path(name)):
-        folder = calibration.save_pretrained(name, card=False)
-        write_card(calibration, folder, repo=repo)
-        with _explained(repo, None, offline=False, may_be_folder=False):
-            api.create_repo(repo, private=private, exist_ok=True)
-            done = api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr
-            )
-    return done.oid
+    with _explained(repo, None, offline=False, may_be_folder=False):
+        api.create_repo(repo, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+        ).oid
 
 
 @contextlib.contextmanager

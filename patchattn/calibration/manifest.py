@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from patchattn.errors import CalibrationError
-from patchattn.hf.architecture import head_dim, kv_heads, text_config
-from patchattn.policy import Estimate, LocalShare
+from patchattn.gates.thresholds import LocalShare
+from patchattn.moments.gaussian import Estimate
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -39,40 +37,10 @@ class Fingerprint(_Frozen):
     rope: Text
     dtype: Text
 
-    @classmethod
-    def of(cls, model: Any) -> Fingerprint:
-        """Take the fingerprint of a Hugging Face causal language model.
-
-        Raises:
-            CalibrationError: Its layers differ in their number of heads.
-        """
-        config = text_config(model)
-        heads = config.num_attention_heads
-        if not isinstance(heads, int):
-            raise CalibrationError(
-                f"The layers of {type(model).__name__} differ in their number of heads: a calibration can't hold that.",
-                fix="use a threshold that is a number",
-            )
-        rope = getattr(config, "rope_parameters", None) or {}
-        return cls(
-            layers=config.num_hidden_layers,
-            query_heads=heads,
-            kv_heads=kv_heads(config),
-            head_dim=head_dim(config),
-            rope=json.dumps(rope, sort_keys=True, default=str),
-            dtype=_dtype(model),
-        )
-
     def differences(self, other: Fingerprint) -> list[str]:
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
-
-
-def _dtype(model: Any) -> str:
-    """Name the dtype of the first weights in floating point; that of the configuration where all are quantised."""
-    found = next((weights.dtype for weights in model.parameters() if weights.is_floating_point()), model.config.dtype)
-    return str(found).removeprefix("torch.")
 
 
 class Corpus(_Frozen):

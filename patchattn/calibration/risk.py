@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchattn.errors import CalibrationError
-from patchattn.policy import OpenFractionTarget, RiskTarget, Target
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
 
 _STEPS = 60
 

@@ -11,11 +11,15 @@ Words used here and everywhere else:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,31 @@ class HostRegions:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a report needs to know of a call, whatever its gates decide.
+    """What a report needs to know of a call, whatever its gates decide; tensors [] int64, or ints on the host.
 
     Args:
-        above: [batch, query] bool; queries that are asked, those below break-even left out; None where none is below.
-        n_above: [] int64; number of them.
-        n_below: [] int64; number of queries that have bulk keys but fewer than break-even.
-        n_causal: [] int64; (query, key) pairs with a real key that a dense model scores, for one head.
+        n_asked: Queries that are asked.
+        n_below: Queries that have bulk keys but fewer than break-even.
+        n_causal: (query, key) pairs with a real key that a dense model scores, for one head.
     """
 
-    above: Tensor | None
-    n_above: Tensor | int
+    n_asked: Tensor | int
     n_below: Tensor | int
     n_causal: Tensor | int
+
+
+def _once(compute: Callable[[Regions], Value]) -> Value:
+    """Make a property that is computed once for a call, whose layers share it; in a compiled graph at each use."""
+    name = f"_{compute.__name__}"
+
+    def read(self: Regions) -> Value:
+        if torch.compiler.is_compiling():
+            return compute(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = compute(self)
+        return self.__dict__[name]
+
+    return property(read, doc=compute.__doc__)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,8 @@ class Regions:
             which can only open a gate, not close it.
         first: [batch] int64; slot of each sequence's first real token. A row that is all padding has `first = keys`.
         query_slot: [] int64; slot of the first query row. Row `i` sits in slot `query_slot + i`.
+        break_even: Queries with fewer bulk slots than this read them without being asked.
+        given: What the host knows already; None where it has to read it.
     """
 
     sink_size: int
@@ -75,6 +93,8 @@ class Regions:
     valid: Tensor
     first: Tensor
     query_slot: Tensor
+    break_even: int = 0
+    given: HostRegions | None = None
 
     @classmethod
     def of(
@@ -85,6 +105,7 @@ class Regions:
         sink_size: int,
         window_size: int,
         query_slot: Tensor | int | None = None,
+        break_even: int = 0,
     ) -> Regions:
         """Build the regions of a call from its padding mask.
 
@@ -94,12 +115,13 @@ class Regions:
             sink_size: Number of first tokens that are always attended.
             window_size: Number of last tokens that are always attended.
             query_slot: Slot of the first query row; None means that the queries are the last `query_length` slots.
+            break_even: Queries with fewer bulk slots than this are not asked.
         """
         valid = valid.bool()
         if query_slot is None:
             query_slot = valid.shape[1] - query_length
         slot = torch.as_tensor(query_slot, device=valid.device).long()
-        return cls(sink_size, window_size, query_length, valid, first_real_slot(valid), slot)
+        return cls(sink_size, window_size, query_length, valid, first_real_slot(valid), slot, break_even)
 
     @classmethod
     def plain(
@@ -111,6 +133,7 @@ class Regions:
         keys: int,
         device: torch.device,
         slot: int | None = None,
+        break_even: int = 0,
     ) -> Regions:
         """Build the regions of a call without padding whose first query is in `slot`; the host knows them all.
 
@@ -120,9 +143,22 @@ class Regions:
         valid = torch.ones(batch, keys, dtype=torch.bool, device=device)
         first = torch.zeros(batch, dtype=torch.long, device=device)
         query_slot = torch.full((), slot, dtype=torch.long, device=device)
-        regions = cls(sink_size, window_size, query_length, valid, first, query_slot)
-        regions.__dict__["host"] = HostRegions([0] * batch, slot, min(slot + query_length, keys), 0, is_plain=True)
-        return regions
+        given = HostRegions([0] * batch, slot, min(slot + query_length, keys), 0, is_plain=True)
+        return cls(sink_size, window_size, query_length, valid, first, query_slot, break_even, given)
+
+    def cut(self, begin: int, end: int, keys: int) -> Regions:
+        """Return the regions of the query rows from `begin` to `end`, among the first so many key slots."""
+        given = None
+        if host_may_read(self.valid) and self.host.is_plain and keys >= self.host.query_slot + end:
+            slot = self.host.query_slot + begin
+            given = replace(self.host, query_slot=slot, filled=min(slot + end - begin, keys))
+        return replace(
+            self,
+            query_length=end - begin,
+            valid=self.valid[:, :keys],
+            query_slot=self.query_slot + begin,
+            given=given,
+        )
 
     @property
     def key_length(self) -> int:
@@ -132,6 +168,8 @@ class Regions:
     @cached_property
     def host(self) -> HostRegions:
         """The regions on the host, read once; not for compiled code."""
+        if self.given is not None:
+            return self.given
         query_slot = int(self.query_slot)
         filled = min(query_slot + self.query_length, self.key_length)
         first = self.first.tolist()
@@ -139,10 +177,25 @@ class Regions:
         is_plain = int(self.valid[:, :filled].sum()) == n_real
         return HostRegions(first, query_slot, filled, max(first, default=0), is_plain)
 
-    @cached_property
-    def known_asked(self) -> Tensor:
-        """Return `asked`, computed once; not for compiled code."""
-        return self.asked
+    @property
+    def is_without_padding(self) -> bool:
+        """Whether no slot up to the last query's is padding; read on the host, not for compiled code."""
+        return self.host.is_plain and not self.host.last_first
+
+    @property
+    def query_slots(self) -> Tensor:
+        """Slots of the query rows, [query] int64."""
+        return self.query_slot + torch.arange(self.query_length, device=self.valid.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the query rows, [batch, query] int64; negative where the row is padding before the text."""
+        return self.query_slots - self.first[:, None]
+
+    @_once
+    def n_bulk(self) -> Tensor:
+        """Number of bulk slots of each query row, [batch, query] int64."""
+        return (self.positions + 1 - self.sink_size - self.window_size).clamp(min=0)
 
     @cached_property
     def last_n_bulk(self) -> list[int]:
@@ -157,84 +210,58 @@ class Regions:
         return n_bulk.log()[:, None, None]
 
     @property
-    def _slots(self) -> Tensor:
-        return torch.arange(self.key_length, device=self.valid.device)
-
-    @property
-    def query_slots(self) -> Tensor:
-        """Slots of the query rows, [query] int64."""
-        return self.query_slot + torch.arange(self.query_length, device=self.valid.device)
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions of the query rows, [batch, query] int64; negative where the row is padding before the text."""
-        return self.query_slots - self.first[:, None]
-
-    @property
-    def n_bulk(self) -> Tensor:
-        """Number of bulk slots of each query row, [batch, query] int64."""
-        return (self.positions + 1 - self.sink_size - self.window_size).clamp(min=0)
-
-    def surely_reach(self, n_bulk: int) -> bool:
-        """Say whether every query has at least so many bulk slots; no where the host would have to wait to know."""
-        if self.valid.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return self.host.query_slot - self.host.last_first + 1 - self.sink_size - self.window_size >= n_bulk
-
-    @property
     def real(self) -> Tensor:
         """True where a query row is no padding, [batch, query] bool."""
         return self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
 
-    @property
+    @_once
     def asked(self) -> Tensor:
-        """True where the head gate has something to decide: real queries with bulk keys, [batch, query] bool."""
-        return (self.n_bulk > 0) & self.real
+        """True where the head gate decides: real queries with bulk keys, break-even or more, [batch, query] bool."""
+        return (self.n_bulk >= max(self.break_even, 1)) & self.real
 
-    @property
+    @_once
+    def below(self) -> Tensor:
+        """True where a real query has bulk keys, but fewer than break-even, [batch, query] bool."""
+        return (self.n_bulk > 0) & (self.n_bulk < self.break_even) & self.real
+
+    @_once
     def unasked(self) -> Tensor:
-        """True where a query in a padding slot has bulk keys, [batch, query] bool: it reads them without being asked.
+        """True where a query reads its bulk keys unasked, [batch, query] bool: below break-even, or padding.
 
-        So it does in the stock model, and what it computes may be looked at: a mask that was not extended to a new
+        Padding does so in the stock model, and what it computes may be looked at: a mask that was not extended to a new
         token calls that token padding.
         """
-        return (self.n_bulk > 0) & ~self.real
+        return (self.n_bulk > 0) & ~self.asked
 
     @cached_property
-    def known_unasked(self) -> Tensor | None:
-        """Return `unasked`, computed once; None where the host knows of no such query. Not for compiled code."""
-        return None if self.host.is_plain else self.unasked
+    def n_free(self) -> int:
+        """Number of leading query rows that attend densely, for nobody is asked in them; 0 where there is padding.
+
+        Read on the host, not for compiled code.
+        """
+        if not self.is_without_padding:
+            return 0
+        first_asked = self.sink_size + self.window_size + max(self.break_even, 1) - 1
+        return min(max(first_asked - self.host.query_slot, 0), self.query_length)
 
     @property
     def n_causal(self) -> Tensor:
         """Number of real keys that each query row sees in a dense model, [batch, query] int64."""
         return self.valid.cumsum(1).index_select(1, self.query_slots.clamp(max=self.key_length - 1))
 
-    def count(self, break_even: int) -> Counts:
-        """Count the queries above and below break-even, and the causal pairs."""
-        asked = self.asked
-        above = asked & (self.n_bulk >= break_even)
-        return Counts(above, above.sum(), (asked & ~above).sum(), self.n_causal.sum())
-
-    def counted(self, break_even: int) -> Counts:
-        """Return `count(break_even)`, computed once for each number; not for compiled code."""
-        known: dict[int, Counts] = self.__dict__.setdefault("_counted", {})
-        if break_even not in known:
-            on_host = self.valid.device.type == "cpu" and self.host.is_plain and not any(self.host.first)
-            known[break_even] = self._count_plain(break_even) if on_host else self.count(break_even)
-        return known[break_even]
-
-    def _count_plain(self, break_even: int) -> Counts:
-        """Count on the host, where nothing is padding."""
-        batch, begin, end = len(self.host.first), self.host.query_slot, self.host.query_slot + self.query_length
+    @_once
+    def counts(self) -> Counts:
+        """What a report needs to know: on the host where nothing is padding, else in tensors."""
+        if not host_may_read(self.valid) or not self.is_without_padding:
+            return Counts(self.asked.sum(), self.below.sum(), self.n_causal.sum())
+        batch, begin = len(self.host.first), self.host.query_slot
+        end = begin + self.query_length
 
         def with_bulk(least: int) -> int:
             return batch * max(end - max(begin, least + self.sink_size + self.window_size - 1), 0)
 
-        n_above, n_asked = with_bulk(max(break_even, 1)), with_bulk(1)
-        n_causal = batch * (end * (end + 1) - begin * (begin + 1)) // 2
-        above = None if n_above == n_asked else self.known_asked & (self.n_bulk >= break_even)
-        return Counts(above, n_above, n_asked - n_above, n_causal)
+        n_asked = with_bulk(max(self.break_even, 1))
+        return Counts(n_asked, with_bulk(1) - n_asked, batch * (end * (end + 1) - begin * (begin + 1)) // 2)
 
     def causal_mask(self, rows: slice = slice(None)) -> Tensor:
         """Keys a dense model attends to, [batch, rows, keys] bool."""
@@ -254,11 +281,9 @@ class Regions:
         past_window = self.query_slots[rows, None] - slots >= self.window_size
         return past_sink[:, None, :] & past_window
 
-    def cut(self, begin: int, end: int, keys: int) -> Regions:
-        """Return the regions of the query rows from `begin` to `end`, among the first so many key slots."""
-        return Regions(
-            self.sink_size, self.window_size, end - begin, self.valid[:, :keys], self.first, self.query_slot + begin
-        )
+    @property
+    def _slots(self) -> Tensor:
+        return torch.arange(self.key_length, device=self.valid.device)
 
 
 def first_real_slot(valid: Tensor) -> Tensor:

@@ -13,6 +13,13 @@ from patchattn.cli import doctor as doctor_command
 from patchattn.cli import evaluate as evaluate_command
 from patchattn.cli.problems import explained
 
+Backend = Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")]
+Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")]
+HubId = Annotated[str, typer.Argument(help="Hub id: namespace/name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Place = Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+
 app = typer.Typer(
     name="patchattn",
     no_args_is_help=True,
@@ -21,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# The options of a long command are the fields of its `Choice`, so that they are named once.
 
 
 @app.callback()
@@ -54,12 +64,12 @@ def demo(
         int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 24,
-    backend: Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    backend: Backend = "auto",
+    device: Device = "cpu",
     out: Annotated[
         Path, typer.Option(help="Where to save the picture of open heads; report.html goes beside it.")
     ] = Path("heads.png"),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    json: Json = False,
 ) -> None:
     """Ask a model for facts hidden far back in a text: dense, then patched.
 
@@ -74,27 +84,13 @@ def demo(
     - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
     with explained():
-        demo_command.run(
-            demo_command.Choice(
-                text=text,
-                model=model,
-                policy=policy,
-                threshold=threshold,
-                window=window,
-                length=length,
-                questions=questions,
-                backend=backend,
-                device=device,
-                out=out,
-                json=json,
-            )
-        )
+        demo_command.run(demo_command.Choice(**locals()))
 
 
 @app.command()
 def doctor(
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what works on this machine: versions, devices, and every backend checked against the reference.
 
@@ -148,15 +144,15 @@ def evaluate(
     min_bulk: Annotated[
         int, typer.Option(min=0, help="Queries with fewer far keys attend densely, under short names.")
     ] = 0,
-    backend: Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")] = "cpu",
+    backend: Backend = "auto",
+    device: Device = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the model was saved.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table, numbers and picture; a broken-off run goes on from it.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    json: Json = False,
 ) -> None:
     """Ask a model long-range questions, as it came and under policies, and print one table.
 
@@ -171,26 +167,7 @@ def evaluate(
     - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
     """
     with explained():
-        evaluate_command.run(
-            evaluate_command.Choice(
-                model=model,
-                lengths=lengths,
-                policies=policies,
-                tasks=tasks,
-                samples=samples,
-                seed=seed,
-                text=text,
-                calibration=calibration,
-                sink=sink,
-                window=window,
-                min_bulk=min_bulk,
-                backend=backend,
-                device=device,
-                dtype=dtype,
-                out=out,
-                json=json,
-            )
-        )
+        evaluate_command.run(evaluate_command.Choice(**locals()))
 
 
 @app.command()
@@ -230,7 +207,7 @@ def calibrate(
             help="Device of the model: cpu, cuda, cuda:1, mps. Under torchrun, cuda is one GPU for each process."
         ),
     ] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure what each head of a model misses when it is closed, and write a calibration.
 
@@ -244,36 +221,16 @@ def calibrate(
     - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --device cuda --out found`: four GPUs
     """
     with explained():
-        calibrate_command.run(
-            calibrate_command.Choice(
-                model=model,
-                texts=texts,
-                out=out,
-                lengths=tuple(lengths or ()),
-                documents=documents,
-                policy=policy,
-                sink=sink,
-                window=window,
-                min_bulk=min_bulk,
-                alpha=alpha,
-                moments=moments,
-                seed=seed,
-                name=name,
-                corpus=corpus,
-                key_moments=key_moments,
-                device=device,
-                json=json,
-            )
-        )
+        calibrate_command.run(calibrate_command.Choice(**locals()))
 
 
 @app.command()
 def inspect(
-    calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
+    calibration: Place,
     *,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     plots: Annotated[Path | None, typer.Option(help="Folder to write the plots and the card into.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a calibration holds: what was measured, what a risk costs, and a row for each layer.
 
@@ -292,12 +249,12 @@ def inspect(
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a calibration.")],
-    repo: Annotated[str, typer.Argument(help="Hub id: namespace/name.")],
+    repo: HubId,
     *,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option(help="Open a pull request in place of a commit.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Publish a calibration with its card; prints the commit.
 
@@ -312,11 +269,11 @@ def push(
 
 @app.command()
 def pull(
-    repo: Annotated[str, typer.Argument(help="Hub id: namespace/name.")],
+    repo: HubId,
     folder: Annotated[Path, typer.Argument(help="Folder to write the calibration into.")],
     *,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: Revision = None,
+    json: Json = False,
 ) -> None:
     """Get a calibration from the Hub, check it, and write it into a folder.
 
@@ -330,10 +287,10 @@ def pull(
 
 @app.command()
 def card(
-    calibration: Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")],
+    calibration: Place,
     *,
     write: Annotated[bool, typer.Option("--write", help="Write card and plots into the folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Print the model card of a calibration, or write it again.
 

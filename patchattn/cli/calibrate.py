@@ -15,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from patchattn.calibration import Calibration
-from patchattn.calibration.card import RiskRow, card_text, name_of, risk_table, shown_target, write_card
+from patchattn.calibration.card import card_text, write_card
 from patchattn.calibration.files import writing
+from patchattn.calibration.findings import Findings, RiskRow, name_of
 from patchattn.cli.models import load
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import RiskTarget
 from patchattn.measuring.collect import calibrate
-from patchattn.policy import MomentGate, Policy, RiskTarget
+from patchattn.policy import Policy
 from patchattn.writing import made, tidied
 
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
@@ -34,7 +37,7 @@ class Choice:
     model: str | None
     texts: str
     out: Path
-    lengths: tuple[int, ...]
+    lengths: list[int] | None
     documents: int | None
     policy: Path | None
     sink: int | None
@@ -83,7 +86,7 @@ def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process)
             tokenizer,
             texts,
             policy,
-            lengths=choice.lengths or None,
+            lengths=choice.lengths,
             documents=choice.documents,
             seed=choice.seed,
             corpus=choice.corpus or f"{len(texts)} files",
@@ -110,18 +113,19 @@ def read(where: str, *, revision: str | None = None) -> Calibration:
 def write_plots(calibration: Calibration, folder: Path) -> None:
     """Write the card and the plots into a folder, which is made."""
     with writing(folder), made(folder):
-        write_card(calibration, folder)
+        write_card(calibration.findings, folder)
 
 
 def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
     """Print the manifest, what risks cost, and a row for each layer."""
-    rows = risk_table(calibration)
+    findings = calibration.findings
+    rows = findings.risk_table()
     found = {
         "calibration": where,
         "manifest": calibration.manifest.model_dump(mode="json"),
         "policy": calibration.policy.model_dump(mode="json"),
         "risks": [asdict(row) for row in rows],
-        "layers": _layers(calibration),
+        "layers": _layers(findings),
     }
     console = Console()
     if as_json:
@@ -136,7 +140,7 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
         highlight=False,
     )
     _print_risks(console, rows)
-    target = shown_target(calibration)
+    target = findings.shown_target()
     layers = Table("layer", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in (
         "open by exact share",
@@ -201,8 +205,8 @@ def card(where: str, *, write: bool, as_json: bool) -> None:
     """Print the card of a folder or repository, or write card and pictures of a folder again."""
     calibration = Calibration.from_pretrained(Path(where)) if write else read(where)
     if write:
-        write_card(calibration, Path(where))
-    text = card_text(calibration)
+        write_card(calibration.findings, Path(where))
+    text = card_text(calibration.findings)
     if as_json:
         _print(json.dumps({"calibration": where, "written": write, "card": text}))
     else:
@@ -213,29 +217,21 @@ def _print(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _layers(calibration: Calibration) -> list[dict[str, Any]]:
-    target = shown_target(calibration)
-    found = None if target is None else calibration.expected(calibration.thresholds(target))
-    index = calibration.manifest.estimates.index(_estimate(calibration))
-    rows = []
-    for at, layer in enumerate(calibration.manifest.layers):
-        rows.append(
-            {
-                "layer": layer,
-                "oracle_open_fraction": float(calibration.tensors["oracle_open_fraction"][at].mean()),
-                "target": None if target is None else target.model_dump(),
-                "open_fraction": None if found is None else float(found.open_fraction[at].mean()),
-                "missed_mass": None if found is None else float(found.missed_mass[at].mean()),
-                "bias": float(calibration.tensors["bias"][index, at].mean()),
-                "spread": float(calibration.tensors["spread"][index, at].mean()),
-            }
-        )
-    return rows
-
-
-def _estimate(calibration: Calibration) -> str:
-    gate, measured = calibration.policy.gate, calibration.manifest.estimates
-    return gate.estimate if isinstance(gate, MomentGate) and gate.estimate in measured else measured[0]
+def _layers(findings: Findings) -> list[dict[str, Any]]:
+    target, tensors, index = findings.shown_target(), findings.tensors, findings.index_of(None)
+    found = None if target is None else findings.expected(findings.thresholds(target))
+    return [
+        {
+            "layer": layer,
+            "oracle_open_fraction": float(tensors["oracle_open_fraction"][at].mean()),
+            "target": None if target is None else target.model_dump(),
+            "open_fraction": None if found is None else float(found.open_fraction[at].mean()),
+            "missed_mass": None if found is None else float(found.missed_mass[at].mean()),
+            "bias": float(tensors["bias"][index, at].mean()),
+            "spread": float(tensors["spread"][index, at].mean()),
+        }
+        for at, layer in enumerate(findings.manifest.layers)
+    ]
 
 
 def _policy(choice: Choice) -> Policy:

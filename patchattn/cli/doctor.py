@@ -14,10 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import patchattn
 from patchattn import backends
-from patchattn.backends import Backend
+from patchattn.backends import BackendName
+from patchattn.backends.self_check import self_check
 from patchattn.errors import BackendError
+from patchattn.version import VERSION
 
 _PACKAGES = ("patchattn", "torch", "transformers", "safetensors", "huggingface-hub", "pydantic")
 _OPTIONAL_PACKAGES = ("typer", "rich", "matplotlib")
@@ -83,8 +84,7 @@ def run(*, as_json: bool) -> bool:
 
 def _version(package: str) -> str | None:
     if package == "patchattn":
-        # Also right for a checkout that is on the path without being installed.
-        return patchattn.__version__
+        return VERSION
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -104,7 +104,7 @@ def _devices() -> dict[str, str]:
 def _checks(device: str) -> Iterator[Check]:
     """Check every backend on common heads, and the one that `auto` chooses on others too."""
     chosen = backends.resolve("auto", torch.device(device))
-    for backend in get_args(Backend):
+    for backend in get_args(BackendName):
         for dtype in _DTYPES:
             yield _check(device, backend, dtype, _HEADS, chosen=backend == chosen)
     yield _check(device, chosen, torch.float16, _HEADS, chosen=True)
@@ -112,11 +112,11 @@ def _checks(device: str) -> Iterator[Check]:
         yield _check(device, chosen, torch.bfloat16, heads, chosen=True)
 
 
-def _check(device: str, backend: Backend, dtype: torch.dtype, heads: tuple[int, int], *, chosen: bool) -> Check:
+def _check(device: str, backend: BackendName, dtype: torch.dtype, heads: tuple[int, int], *, chosen: bool) -> Check:
     share, problem = None, None
     dim, group = heads
     try:
-        share = backends.self_check(backend, dtype=dtype, head_dim=dim, group_size=group, device=torch.device(device))
+        share = self_check(backend, dtype=dtype, head_dim=dim, group_size=group, device=torch.device(device))
     except BackendError as error:
         problem = error.message
     return Check(device, backend, str(dtype).removeprefix("torch."), dim, group, chosen, share, problem)

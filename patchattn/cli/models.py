@@ -10,6 +10,7 @@ import torch
 from patchattn import demo
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
 from patchattn.cli.problems import stop
+from patchattn.hf.loading import load_pretrained
 
 
 def load(name: str | None, device: str) -> tuple[Any, Any]:
@@ -38,18 +39,14 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
 
 
 def _load_by_name(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not Path(name).is_dir() and looks_like_path(name):
         raise stop(f"Can't load {name!r} as a causal language model: {no_folder(name)}", fix=_fix(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        return load_pretrained(name)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         where = "" if Path(name).is_dir() else f"{no_folder(name)} From the Hub: "
         raise stop(f"Can't load {name!r} as a causal language model: {where}{lines[0]}", fix=_fix(name)) from None
-    return model.eval(), tokenizer
 
 
 def _fix(name: str) -> str:

@@ -10,6 +10,8 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+from patchattn.hf.loading import load_pretrained
+
 
 def model_folder() -> Path:
     """Return the folder that holds the model's configuration, weights, tokenizer and card."""
@@ -27,13 +29,7 @@ def load() -> tuple[Any, Any]:
         >>> model.config.max_position_embeddings
         4096
     """
-    # Not at import: transformers takes seconds, and most of the library works without it.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", local_files_only=True)
-    return model.eval(), tokenizer
+    return load_pretrained(model_folder(), dtype="bfloat16", local_files_only=True)
 
 
 def sample_text() -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 from patchattn.demo.timing import times
 from patchattn.evaluation.answers import write
-from patchattn.evaluation.cells import PHASES
 from patchattn.evaluation.documents import (
     Document,
     DocumentError,
@@ -26,7 +25,7 @@ from patchattn.evaluation.documents import (
 )
 from patchattn.evaluation.loss import losses
 from patchattn.hf.patching import patch
-from patchattn.policy import Phase, Policy
+from patchattn.policy import PHASES, Phase, Policy
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""

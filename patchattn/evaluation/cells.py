@@ -12,8 +12,6 @@ from patchattn.evaluation.statistics import wilson_interval
 from patchattn.policy import Phase
 from patchattn.report import GateReport
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
-
 
 @dataclass(frozen=True)
 class PhaseCounts:

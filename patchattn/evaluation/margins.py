@@ -13,13 +13,15 @@ from torch import Tensor
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
 from patchattn.evaluation.documents import DocumentError
-from patchattn.gates.gate import Measured, bulk_log_mass_from_calibration
+from patchattn.gates import MomentGate, OpenGate
+from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.context import check_context
 from patchattn.hf.observe import observing
 from patchattn.hf.patching import patch
 from patchattn.measuring.collect import read_document
-from patchattn.moments.prompt import bulk_log_mass_from_prompt
-from patchattn.policy import Estimate, OpenGate, Policy
+from patchattn.moments.gaussian import Estimate
+from patchattn.policy import Policy
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
 
@@ -98,19 +100,19 @@ def record_margins(
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses: dict[tuple[str, Estimate], Tensor] = {}
-            for name in estimates:
-                guesses["prompt", name] = _from_prompt(at_window, name)
+            gates = [MomentGate(estimate=name) for name in estimates]
+            known = Known()
             if calibration is not None and calibration.manifest.window_size == window:
-                measured = Measured(moments=calibration.key_moments(layer))
-                for name in estimates:
-                    guesses["calibration", name] = bulk_log_mass_from_calibration(at_window, measured, estimate=name)
+                known = Known(measured=MeasuredHeads(moments=calibration.key_moments(layer)))
+                gates += [MomentGate(estimate=name, moments="calibration") for name in estimates]
             found[window][layer] = Margins(
                 positions=at_window.regions.positions[0, asked],
                 local=masses.local[0, :, asked],
                 bulk=masses.bulk[0, :, asked],
                 top=masses.largest_bulk[0, :, asked],
-                estimates={name: mass[0, :, asked] for name, mass in guesses.items()},
+                estimates={
+                    (gate.moments, gate.estimate): gate.weigh(at_window, known)[0][0, :, asked] for gate in gates
+                },
             )
         return attend()
 
@@ -124,10 +126,3 @@ def record_margins(
 def with_window(inputs: AttentionInputs, window: int) -> AttentionInputs:
     """Return the same call under another window."""
     return replace(inputs, regions=replace(inputs.regions, window_size=window))
-
-
-def _from_prompt(inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    scale, softcap = inputs.scale, inputs.softcap
-    return bulk_log_mass_from_prompt(
-        inputs.query, inputs.key, inputs.regions, scale=scale, softcap=softcap, estimate=estimate
-    )[0]

@@ -11,10 +11,11 @@ import torch
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import DocumentError
+from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
 from patchattn.hf.context import check_context
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
-from patchattn.policy import Gate, MomentGate, OracleGate, Policy, StaticGate
+from patchattn.policy import Policy
 
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""

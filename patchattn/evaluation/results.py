@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from patchattn.errors import ReportError
-from patchattn.evaluation.cells import PHASES, Cell, PhaseCounts
+from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.page import escaped, number, table, with_interval
 from patchattn.evaluation.picture import Panel, save_picture
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.rows import csv_text as csv_of_rows
 from patchattn.evaluation.statistics import Interval
 from patchattn.evaluation.tasks import TEXT_LOSS
-from patchattn.policy import Phase, Policy
+from patchattn.policy import PHASES, Phase, Policy
 from patchattn.writing import made, write_text
 
 _NOTHING = "-"

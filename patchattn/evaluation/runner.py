@@ -16,7 +16,7 @@ from typing import Any
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.evaluation.answers import written
-from patchattn.evaluation.cells import PHASES, Cell, PhaseCounts
+from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.material import Material
@@ -27,7 +27,7 @@ from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
 from patchattn.hf.architecture import name_of
 from patchattn.hf.patching import PatchHandle, is_patched, patch
 from patchattn.hf.weights import kept_buffers
-from patchattn.policy import Policy
+from patchattn.policy import PHASES, Policy
 from patchattn.version import VERSION
 
 Progress = Callable[[str, int, int], None]

@@ -42,6 +42,11 @@ def underlying(model: Any) -> Any:
     return unwrap() if callable(unwrap) else model
 
 
+def without_head(model: Any) -> Any:
+    """Return the part of a model that reads tokens and makes no logits."""
+    return getattr(model, "base_model", model)
+
+
 # The cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on, `layer_past` in some families.
 
 

@@ -50,7 +50,7 @@ class CausalMask(BlockMask):
     ) -> None:
         self.stock, self.arguments, self.sizes, self.query_slot = stock, arguments, sizes, query_slot
         self.valid, self.first, self.cut = valid, first, cut
-        self.known: dict[tuple[int, int], Regions] = {}
+        self.known: dict[tuple[int, int, int], Regions] = {}
 
     @property
     def shape(self) -> Shape:
@@ -174,12 +174,13 @@ class CausalMask(BlockMask):
             return whole[:, : self.sizes[3]]
         return whole[:, :, self.cut : self.cut + self.sizes[2], : self.sizes[3]]
 
-    def regions(self, sink_size: int, window_size: int, query: Tensor, key: Tensor) -> Regions:
+    def regions(self, sink_size: int, window_size: int, break_even: int = 0, *, query: Tensor, key: Tensor) -> Regions:
         """Return the regions of an attention call; all layers of a forward pass share them outside of a graph.
 
         Args:
             sink_size: Number of first tokens that are always attended.
             window_size: Number of last tokens that are always attended.
+            break_even: Queries with fewer bulk keys than this are not asked.
             query: [batch, heads, query, dim].
             key: [batch, kv_heads, keys, dim].
 
@@ -187,16 +188,16 @@ class CausalMask(BlockMask):
             ShapeError: The mask is of a call of other sizes.
         """
         given = (query.shape[0], 1, query.shape[2], key.shape[2])
+        local = (sink_size, window_size, break_even)
         if self.sizes != given and self.sizes[:3] == given[:3] and self.cut is None:
-            return self._of_other_keys(given[3]).regions(sink_size, window_size, query, key)
+            return self._of_other_keys(given[3]).regions(*local, query=query, key=key)
         if self.sizes != given:
             raise ShapeError(
                 f"Expected an attention call of the sizes of its mask, {self.sizes} (batch, 1, queries, keys), got "
                 f"{given}: the model changes queries or keys in a way that is not known. Unpatch it for this call."
             )
         if torch.compiler.is_compiling():
-            return self._read(sink_size, window_size, query.device)
-        local = (sink_size, window_size)
+            return self._read(*local, query.device)
         if local not in self.known:
             self.known[local] = self._read(*local, query.device)
         return self.known[local]
@@ -217,21 +218,12 @@ class CausalMask(BlockMask):
         arguments = {**self.arguments, "kv_length": keys, "q_offset": keys - self.sizes[2]}
         return mask(**arguments)
 
-    def _read(self, sink_size: int, window_size: int, device: torch.device) -> Regions:
+    def _read(self, sink_size: int, window_size: int, break_even: int, device: torch.device) -> Regions:
         batch, _, queries, keys = self.sizes
         if self.valid is None or self.first is None:
-            return Regions.plain(sink_size, window_size, queries, batch, keys, device, int(self.query_slot))
+            return Regions.plain(sink_size, window_size, queries, batch, keys, device, int(self.query_slot), break_even)
         slot = torch.as_tensor(self.query_slot, device=device)
-        return Regions(sink_size, window_size, queries, self.valid, self.first, slot)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the host knows that no key is padding and in which slots the queries are."""
-        return self.valid is None
-
-    def is_last(self, keys: int) -> bool:
-        """Say whether the host knows that nothing is padding and that the queries are the last slots of so many."""
-        return self.is_plain and int(self.query_slot) + self.sizes[2] == keys
+        return Regions(sink_size, window_size, queries, self.valid, self.first, slot, break_even)
 
 
 def _no_change_in_place() -> UnsupportedCallError:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from patchattn.backends import BREAK_EVEN_BULK_KEYS, Backend, resolve, self_check
+from patchattn.backends import BackendName, load, resolve
+from patchattn.backends.self_check import self_check
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.gates.gate import Measured
+from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.architecture import (
     ORIGINAL_OF,
     ORIGINALS,
@@ -30,12 +31,15 @@ from patchattn.hf.architecture import (
     softcap_of,
     underlying,
 )
-from patchattn.hf.attention import LayerState, is_in_use, register
+from patchattn.hf.attention import register
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
+from patchattn.hf.reporting import report_of
+from patchattn.hf.state import LayerState, is_in_use
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
 from patchattn.hf.weights import compute_device, compute_dtype
-from patchattn.policy import MomentGate, Policy, StaticGate
-from patchattn.report import GateReport, HeadShape
+from patchattn.policy import Policy
+from patchattn.report import GateReport
 
 Record = Literal["summary", "timeline"] | None
 
@@ -51,7 +55,7 @@ class PatchHandle:
     `states` holds what each patched layer keeps, by its index: for the library's own tools.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, backend: Backend) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, backend: BackendName) -> None:
         self.model = model
         self.policy = policy
         self.backend = backend
@@ -64,7 +68,7 @@ class PatchHandle:
 
     def report(self) -> GateReport:
         """Report what the gates did so far; also after the model was unpatched."""
-        return GateReport.of(self.states, self.policy, self.backend, shapes=_head_shapes(self.model))
+        return report_of(self.model, self.states, self.policy, self.backend)
 
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
@@ -153,10 +157,10 @@ def patch(
     modules = attention_modules(model)
     layers = _layers(policy, support)
     heads = {index: query_heads(module) for index, module in modules.items()}
-    _check_heads(policy, layers, heads)
+    _check_heads(policy, {layer: heads[layer] for layer in layers})
     measured = _measured(policy.model_copy(update={"layers": layers}), calibration, model)
     chosen = _check_backend(model, backend, modules, heads, layers)
-    min_bulk = BREAK_EVEN_BULK_KEYS[chosen] if policy.min_bulk == "auto" else policy.min_bulk
+    min_bulk = load(chosen).break_even if policy.min_bulk == "auto" else policy.min_bulk
     policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
     register()
     try:
@@ -225,45 +229,32 @@ def _layers(policy: Policy, support: Supported) -> tuple[int, ...]:
     return policy.layers
 
 
-def _check_heads(policy: Policy, layers: tuple[int, ...], heads: dict[int, int]) -> None:
-    if not isinstance(policy.gate, StaticGate):
-        return
-    wrong = [pair for pair in policy.gate.open_heads if pair[0] not in layers or pair[1] >= heads[pair[0]]]
+def _check_heads(policy: Policy, heads: dict[int, int]) -> None:
+    wrong = policy.gate.unknown_heads(heads)
     if wrong:
         raise PolicyError(
-            f"StaticGate.open_heads names {wrong}; patched layers are {list(layers)}, with query heads 0 to "
+            f"{type(policy.gate).__name__} names {wrong}; patched layers are {list(heads)}, with query heads 0 to "
             f"{max(heads.values()) - 1}.",
             fix="use pairs of (layer, query head), both counted from 0",
         )
 
 
-def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> dict[int, Measured]:
+def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> dict[int, MeasuredHeads]:
     """Return what a calibration says about each layer; empty where the gate has no use for it."""
     if calibration is not None:
-        calibration.check_model(underlying(model))
+        calibration.check_fingerprint(fingerprint_of(underlying(model)))
         return calibration.measured(policy)
-    if isinstance(policy.gate, MomentGate) and policy.gate.needs_calibration:
+    if policy.gate.needs_calibration:
         raise PolicyError(
-            "The policy's gate needs a calibration: "
-            + ('moments="calibration".' if policy.gate.moments == "calibration" else f"{policy.gate.threshold!r}."),
+            f"The policy's gate needs a calibration: {policy.gate.of_calibration()}.",
             fix="pass calibration=..., or use a threshold that is a number with prompt moments",
         )
     return {}
 
 
-def _head_shapes(model: Any) -> dict[int, HeadShape]:
-    """Return the sizes of each layer's heads, for the report's estimates; the cache has the dtype of the keys."""
-    shapes = {}
-    for index, module in attention_modules(model).items():
-        dtype = compute_dtype(module, underlying(model))
-        name = str(dtype).removeprefix("torch.")
-        shapes[index] = HeadShape(*head_sizes(module), group_size(module), dtype.itemsize, name)
-    return shapes
-
-
 def _check_backend(
     model: Any, backend: str, modules: dict[int, Any], heads: dict[int, int], layers: tuple[int, ...]
-) -> Backend:
+) -> BackendName:
     index = layers[0] if layers else next(iter(modules))
     module = modules[index]
     device = compute_device(module, underlying(model))
@@ -287,9 +278,9 @@ def _apply(
     modules: dict[int, Any],
     heads: dict[int, int],
     policy: Policy,
-    backend: Backend,
+    backend: BackendName,
     record: Record,
-    measured: dict[int, Measured],
+    measured: dict[int, MeasuredHeads],
 ) -> None:
     # A configuration that is shared with a patched model names that model's implementation.
     named = {index: implementation_of(module.config) for index, module in modules.items()}
@@ -302,7 +293,7 @@ def _apply(
         kv_here = max(here // group_size(module), 1)
         of_layer = measured.get(index)
         state = LayerState(
-            _policy_of_heads(policy, range(rank * here, (rank + 1) * here)),
+            policy.model_copy(update={"gate": policy.gate.of_heads(range(rank * here, (rank + 1) * here))}),
             index,
             here,
             backend,
@@ -314,6 +305,7 @@ def _apply(
             is_local=is_local(module),
             cache_layer=cache_layer(module, modules),
             gated=index in gated,
+            register=register,
             record=record,
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
         ).to(compute_device(module, underlying(model)))
@@ -329,11 +321,3 @@ def _apply(
 
 def _slice(rank: int, size: int) -> slice:
     return slice(rank * size, (rank + 1) * size)
-
-
-def _policy_of_heads(policy: Policy, heads: range) -> Policy:
-    """Return the policy for a slice of the query heads, counted from the slice's first."""
-    if not isinstance(policy.gate, StaticGate) or not heads.start:
-        return policy
-    pairs = tuple((layer, head - heads.start) for layer, head in policy.gate.open_heads if head in heads)
-    return policy.model_copy(update={"gate": policy.gate.model_copy(update={"open_heads": pairs})})

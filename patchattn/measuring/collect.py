@@ -15,24 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise import attend as blockwise_attend
-from patchattn.calibration import files
 from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.key_moments import unpack_moments
 from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
 from patchattn.errors import CalibrationError, UnsupportedModelError
-from patchattn.gates.gate import Measured, with_margins
+from patchattn.gates import MomentGate
 from patchattn.hf.architecture import commit_of, context_of, name_of
 from patchattn.hf.context import check_context
-from patchattn.hf.hooks import STATE
-from patchattn.hf.patching import patch
-from patchattn.hf.support import Supported, attention_modules, check_support
-from patchattn.hf.weights import input_device
+from patchattn.hf.fingerprint import fingerprint_of
+from patchattn.hf.support import Supported, check_support
 from patchattn.measuring.checkpoint import keep, resume
 from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
-from patchattn.measuring.statistics import ESTIMATES, MARGINS, Document, Settings, Totals
-from patchattn.moments.prompt import bulk_log_mass_from_prompt
-from patchattn.policy import MomentGate, OpenGate, Policy
+from patchattn.measuring.reading import Collecting, read_document
+from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
+from patchattn.measuring.tensors import curve_tensors, key_tensors
+from patchattn.policy import Policy
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""
@@ -102,7 +100,7 @@ def calibrate(
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
     apart, measured = share_out(len(cut), source)
-    found = _rotary(model, settings, max(map(len, cut)), source)
+    found = _rotary(model, settings, max(map(len, cut)), source) if key_moments else None
     digest = digest_of(cut)
     rank, world = _ranks()
     kept = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if world > 1 else checkpoint)
@@ -125,10 +123,10 @@ def calibrate(
             if count > done:
                 read(index, totals.add_keys_of_document(), count)
         if apart and found is not None:
-            tensors, _ = _key_tensors(_added_up(totals.sums), found)
+            tensors, _ = key_tensors(_added_up(totals.sums), found.rotations)
             order = found.rotary.order(settings.head_dim)
             layers = enumerate(settings.layers)
-            totals.moments = {layer: files.unpack_moments(tensors, at, order) for at, layer in layers}
+            totals.moments = {layer: unpack_moments(tensors, at, order) for at, layer in layers}
         for at in range(rank, len(measured), world):
             count = len(here) + at // world + 1
             if count > done:
@@ -136,6 +134,10 @@ def calibrate(
     totals.sums = _added_up(totals.sums)
     if kept is not None:
         kept.unlink(missing_ok=True)
+    tensors, error = curve_tensors(totals.sums), 0.0
+    if found is not None:
+        of_keys, error = key_tensors(totals.sums, found.rotations)
+        tensors |= of_keys
     even, odd = (int(count) for count in totals.sums["documents"])
     manifest = Manifest(
         model=model_name or _name(model),
@@ -152,21 +154,19 @@ def calibrate(
         corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
         rotary=None if found is None else found.rotary,
         moment_documents=0 if found is None else len(apart or measured),
+        covariance_error=error,
         versions=_versions(),
     )
-    return _assemble(manifest, policy, totals, found)
+    return Calibration(manifest, policy, tensors)
 
 
 def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundRotary | None:
-    """Find out how keys are turned, for their moments; None where none are taken.
+    """Find out how keys are turned, for their moments; None where that is not known.
 
     Raises:
         CalibrationError: Moments are needed but can't be taken.
     """
-    if not settings.key_moments:
-        return None
-    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
-        found = find_rotary(collecting, longest)
+    found = find_rotary(model, settings.layers, longest)
     if found is None:
         unknown = f"The keys of {type(model).__name__} are not turned in a way that is known"
         if source == "calibration":
@@ -209,121 +209,11 @@ def settings_of(
             fix="measure longer documents, or choose a smaller window",
         )
     check_context(model, [longest], CalibrationError)
-    fingerprint = Fingerprint.of(model)
+    fingerprint = fingerprint_of(model)
     margin = math.log(oracle_threshold) - math.log1p(-oracle_threshold)
     layers = support.layers if policy.layers is None else policy.layers
     of = fingerprint
     return Settings(tuple(layers), of.query_heads, of.kv_heads, of.head_dim, key_moments, margin), fingerprint
-
-
-class Collecting:
-    """Patch a model so that its layers add to totals; undone on exit.
-
-    Args:
-        model: The model.
-        policy: Sink and window.
-        settings: What is measured.
-        measured: Thresholds per head by layer, to measure on gated activations; None measures on dense ones.
-    """
-
-    def __init__(
-        self, model: Any, policy: Policy, settings: Settings, *, measured: dict[int, Measured] | None = None
-    ) -> None:
-        self.model, self.settings, self.measured = model, settings, measured or {}
-        self.policy = policy.model_copy(
-            update={
-                "gate": OpenGate(),
-                "min_bulk": 0,
-                "layers": settings.layers,
-                "phases": frozenset({"prefill", "decode"}),
-            }
-        )
-
-    def __enter__(self) -> Collecting:
-        """Patch the model."""
-        self.handle = patch(self.model, self.policy, backend="reference", record=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the model back."""
-        self.handle.unpatch()
-
-    def start(self, document: Document) -> None:
-        """Let the calls that follow add to a document."""
-        for layer, module in attention_modules(self.model).items():
-            if layer in self.settings.layers:
-                module._modules[STATE].attend = _attend_into(document, layer, self.measured.get(layer))
-
-
-def _attend_into(document: Document, layer: int, measured: Measured | None) -> Callable[..., Any]:
-    def attend(inputs: Any, bulk_log_mass: Tensor, threshold: float) -> Any:
-        dense = document.attend(layer, inputs)
-        if measured is None or measured.margins is None:
-            return dense
-        mass, _ = bulk_log_mass_from_prompt(
-            inputs.query, inputs.key, inputs.regions, scale=inputs.scale, softcap=inputs.softcap
-        )
-        return blockwise_attend(inputs, with_margins(mass, measured.margins), 0.0)
-
-    return attend
-
-
-@torch.no_grad()
-def read_document(model: Any, ids: Tensor) -> None:
-    """Read a document, [tokens] ids, without making logits: those of every position can take more than all else."""
-    reader = getattr(model, "base_model", model)
-    reader(input_ids=ids[None].to(input_device(model)), use_cache=False)
-
-
-def _assemble(manifest: Manifest, policy: Policy, totals: Totals, rotary: FoundRotary | None) -> Calibration:
-    sums = totals.sums
-    halves = sums["documents"]
-    every, known = halves.sum(), sums["errors"][0]
-    bias = sums["errors"][1] / known.clamp(min=1)
-    variance = sums["errors"][2] / known.clamp(min=1) - bias.square()
-    pairs = sums["open_pairs"]
-    found = {
-        "margins": MARGINS.clone(),
-        "missed_mass": _half_upwards((sums["missed_mass"] / halves.clamp(min=1).view(2, 1, 1, 1, 1)).clamp(0, 1)),
-        "open_fraction": (sums["open_fraction"] / every).clamp(0, 1).half(),
-        "recall": _share(sums["hits"], sums["oracle_pairs"][None, ..., None].expand_as(pairs)).half(),
-        "precision": _share(sums["hits"], pairs).half(),
-        "bias": bias.float(),
-        "spread": variance.clamp(min=0).sqrt().float(),
-        "known_fraction": (known / sums["asked"][:, None].clamp(min=1)).float(),
-        "oracle_open_fraction": (sums["oracle_open_fraction"] / every).float(),
-    }
-    if rotary is not None:
-        tensors, error = _key_tensors(sums, rotary)
-        found |= tensors
-        # Two digits: the last ones depend on the order of the sums.
-        error = min(float(f"{error:.1e}"), 1.0)
-        manifest = manifest.model_copy(update={"covariance_error": error})
-    return Calibration(manifest, policy, found)
-
-
-def _key_tensors(sums: dict[str, Tensor], rotary: FoundRotary) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors of the key moments, and the error of storing a covariance."""
-    divisor = sums["key_count"].clamp(min=1)[:, None, None]
-    mean = sums["key_total"] / divisor
-    covariance = sums["key_outer"] / divisor[..., None] - mean[..., :, None] * mean[..., None, :]
-    deviation, factor, error = files.pack_covariance((covariance + covariance.mT) / 2)
-    frequencies = torch.stack([rotation.frequencies for rotation in rotary.rotations.values()])
-    found = {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
-    return found | {"key_frequencies": frequencies.float()}, error
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Divide counts; a share of nothing is 1."""
-    return torch.where(whole > 0, part / whole.clamp(min=1), 1).clamp(0, 1)
-
-
-def _half_upwards(values: Tensor) -> Tensor:
-    """Round values in [0, 1] to half precision, never down, so that no promise is broken by rounding."""
-    rounded = values.half()
-    # Positive half floats are ordered like their bits.
-    upwards = (rounded.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(rounded.double() < values, upwards, rounded)
 
 
 @contextlib.contextmanager

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.calibration.manifest import Rotary
-from patchattn.hf.architecture import context_of, vocabulary_of
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.hf.architecture import context_of, vocabulary_of, without_head
 from patchattn.hf.weights import input_device
+from patchattn.measuring.reading import seen_by
 from patchattn.moments.text import Rotation
-
-if TYPE_CHECKING:
-    from patchattn.call.inputs import Attended, AttentionInputs
-    from patchattn.measuring.collect import Collecting
 
 _POSITIONS = (0, 1, 2, 3, 5, 13, 47, 101, 499, 1999, 7993)
 # A float32 angle that is further from zero is off by more than 0.01 radians.
@@ -49,27 +46,27 @@ class _Keys:
         self.keys: dict[int, list[Tensor]] = {}
         self.values: dict[int, list[Tensor]] = {}
 
-    def attend(self, layer: int, inputs: AttentionInputs) -> Attended:
+    def see(self, layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
         for found, given in ((self.keys, inputs.key), (self.values, inputs.value)):
             found.setdefault(layer, []).append(given[:, :, 0].transpose(0, 1))
-        return blockwise_attend(inputs, inputs.query.new_full(inputs.query.shape[:3], torch.inf).float(), 0.0)
+        return attend()
 
 
-def find_rotary(collecting: Collecting, longest: int) -> FoundRotary | None:
+def find_rotary(model: Any, layers: tuple[int, ...], longest: int) -> FoundRotary | None:
     """Read the same two tokens at several positions, and see which way of turning back gives the same keys again.
 
     Args:
-        collecting: The patched model, with sink 0 and window 1.
+        model: The model.
+        layers: Indices of the measured layers.
         longest: Tokens in the longest document; positions go up to the model's context, for prompts may be longer.
 
     Returns:
         What fits the keys of every measured layer; None if nothing does, for instance where frequencies change with
         the length.
     """
-    model = collecting.model
     furthest = max(longest, min(context_of(model) or 0, _FURTHEST)) - 2
     positions = sorted({min(p, furthest) for p in (*_POSITIONS, longest - 2, furthest)})
-    taken = _taken_at(collecting, positions)
+    taken = _taken_at(model, layers, positions)
     if taken is None:
         return None
     keys = {layer: torch.stack(of_layer) for layer, of_layer in taken.keys.items()}
@@ -94,28 +91,25 @@ def find_rotary(collecting: Collecting, longest: int) -> FoundRotary | None:
 
 
 @torch.no_grad()
-def _taken_at(collecting: Collecting, positions: list[int]) -> _Keys | None:
+def _taken_at(model: Any, layers: tuple[int, ...], positions: list[int]) -> _Keys | None:
     """Read two tokens at each position, each as the first of a row: it sees nothing but itself in any layer.
 
     So what a layer is given does not depend on the position, and rounding does not add up from layer to layer. Each
     position is read by itself, since some models take frequencies for the furthest position of a call.
     """
-    model = collecting.model
-    reader: Any = getattr(model, "base_model", model)
+    reader = without_head(model)
     if "position_ids" not in inspect.signature(reader.forward).parameters:
         return None
     vocabulary = vocabulary_of(model)
     one, other = vocabulary // 2, vocabulary // 3
-    taken = _Keys()
-    document: Any = taken
-    collecting.start(document)
-    device = input_device(model)
-    for position in positions:
-        ids = torch.tensor([[one, other], [other, one]], device=device)
-        at = torch.tensor([position, position + 1], device=device).expand_as(ids)
-        # With a mask, positions are not taken for the borders of packed sequences.
-        reader(input_ids=ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False)
-    return taken if set(taken.keys) == set(collecting.settings.layers) else None
+    taken, device = _Keys(), input_device(model)
+    ids = torch.tensor([[one, other], [other, one]], device=device)
+    with seen_by(taken.see, model, layers, local=(0, 1)):
+        for position in positions:
+            at = torch.tensor([position, position + 1], device=device).expand_as(ids)
+            # With a mask, positions are not taken for the borders of packed sequences.
+            reader(input_ids=ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False)
+    return taken if set(taken.keys) == set(layers) else None
 
 
 def _frequencies(model: Any) -> list[Tensor]:

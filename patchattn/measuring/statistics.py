@@ -8,20 +8,15 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.masses import attention_scores
-from patchattn.call.regions import Regions
+from patchattn.call.masses import exact_attention
+from patchattn.moments.gaussian import Estimate
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
-from patchattn.policy import Estimate
 
 MARGINS = torch.cat([torch.arange(-8, -2, 0.5), torch.arange(-2, 6, 0.25), torch.arange(6, 14.1, 0.5)])
 """Margins in nats that curves are measured at: shares from 0.0003 to 0.999999, finest where gates are used."""
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
-
-# Slabs that fit a processor's cache take half of the time of large ones.
-_SCORES_PER_SLAB = {"cpu": 1 << 20}
-_SCORES_PER_SLAB_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class Document:
             Dense attention.
         """
         at = self.totals.settings.layers.index(layer)
-        output, local, bulk = _exact(inputs)
+        output, local, bulk = exact_attention(inputs)
         asked = inputs.regions.asked[0]
         if self.half is not None and asked.any():
             self._add_curves(at, inputs, local[0][:, asked], bulk[0][:, asked], asked)
@@ -148,12 +143,11 @@ class Document:
                 sums["errors"][power, index, at] += values.sum(-1).cpu()
 
     def _estimated(self, at: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-        query, key, regions, moments = inputs.query, inputs.key, inputs.regions, self.totals.moments
-        scale, softcap = inputs.scale, inputs.softcap
+        moments = self.totals.moments
         if moments is None:
-            return bulk_log_mass_from_prompt(query, key, regions, scale=scale, softcap=softcap, estimate=estimate)[0]
-        of_layer = moments[self.totals.settings.layers[at]].to(query.device)
-        return bulk_log_mass_from_text(query, regions, of_layer, scale=scale, softcap=softcap, estimate=estimate)
+            return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0]
+        of_layer = moments[self.totals.settings.layers[at]].to(inputs.query.device)
+        return bulk_log_mass_from_text(inputs, of_layer, estimate=estimate)
 
     def _add_keys(self, layer: int, inputs: AttentionInputs) -> None:
         sums, regions, rotations = self.totals.sums, inputs.regions, self.totals.rotations
@@ -165,55 +159,6 @@ class Document:
         sums["key_count"][at] += len(slots)
         sums["key_total"][at] += keys.sum(1).cpu()
         sums["key_outer"][at] += (keys.mT @ keys).cpu()
-
-
-def _exact(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend densely in slabs of queries; memory is linear in the number of keys.
-
-    Returns:
-        Output [1, heads, query, value_dim] in the query's dtype; log mass of the local and of the bulk keys, each
-        [1, heads, query] nats.
-    """
-    _, heads, length, _ = inputs.query.shape
-    rows = max(_SCORES_PER_SLAB.get(inputs.query.device.type, _SCORES_PER_SLAB_ELSEWHERE) // (heads * length), 16)
-    parts = [_slab(inputs, begin, min(begin + rows, length)) for begin in range(0, length, rows)]
-    output, local, bulk = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    return output, local, bulk
-
-
-def _slab(inputs: AttentionInputs, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-    regions = inputs.regions
-    slab = AttentionInputs(
-        inputs.query[:, :, begin:end],
-        inputs.key[:, :, :end],
-        inputs.value[:, :, :end],
-        Regions(
-            regions.sink_size,
-            regions.window_size,
-            end - begin,
-            regions.valid[:, :end],
-            regions.first,
-            regions.query_slot + begin,
-        ),
-        inputs.scale,
-        inputs.softcap,
-        inputs.sink_logits,
-    )
-    scores = attention_scores(slab).masked_fill_(~slab.regions.causal_mask()[:, None], -torch.inf)
-    # One exponential serves output and both masses: a mass that vanishes beside the largest score has a margin far
-    # beyond the grid.
-    largest = scores.amax(-1, keepdim=True)
-    terms = scores.sub_(largest).exp_()
-    local = (terms * slab.regions.local_mask()[:, None]).sum(-1)
-    bulk = (terms * slab.regions.bulk_mask()[:, None]).sum(-1)
-    value = slab.value.to(terms.dtype)[:, :, None]
-    output = (terms.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
-    largest = largest[..., 0]
-    local_mass, bulk_mass = local.log() + largest, bulk.log() + largest
-    if inputs.sink_logits is not None:
-        local_mass = torch.logaddexp(local_mass, inputs.sink_logits.to(local_mass.dtype)[:, None])
-    output = output * (largest - torch.logaddexp(local_mass, bulk_mass)).exp()[..., None]
-    return output.to(inputs.query.dtype), local_mass, bulk_mass
 
 
 def _closed_sums(margin: Tensor, weight: Tensor) -> Tensor:

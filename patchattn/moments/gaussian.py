@@ -10,11 +10,12 @@ Source: arXiv 2502.09647, section 3 (QAdA: log-normal mean of a Gaussian score);
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from patchattn.policy import Estimate
+Estimate = Literal["guarded", "saturating", "lognormal"]
 
 CHUNK = 128
 """Keys per chunk of the grid on which prompt moments are taken."""

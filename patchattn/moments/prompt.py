@@ -5,17 +5,26 @@ They stand on a fixed grid of chunks, so that the answer does not depend on how 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from patchattn.call.regions import Regions
-from patchattn.moments.gaussian import CHUNK, KeyMoments, accumulator, log_mass_of_gaussian, log_mass_of_log_count
-from patchattn.policy import Estimate
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions, host_may_read
+from patchattn.moments.gaussian import (
+    CHUNK,
+    Estimate,
+    KeyMoments,
+    accumulator,
+    log_mass_of_gaussian,
+    log_mass_of_log_count,
+)
 
 _CHUNKS_PER_SLAB = 32
+_CHUNK_AXES = (1, 1, 2, 2, 2)  # of the parts of `PromptMoments.prefixes`
 
 
 @dataclass(frozen=True)
@@ -125,13 +134,23 @@ class PromptMoments:
             outer=running(self.outer, x.mT @ x, 2),
         )
 
+    def with_chunk_axis(self) -> PromptMoments:
+        """Add the axis that `prefixes` adds, with one entry."""
+        return self._along_chunks(lambda part, axis: part.unsqueeze(axis))
+
+    def but_last(self) -> PromptMoments:
+        """Drop the last entry of the axis that `prefixes` adds."""
+        return self._along_chunks(lambda part, axis: part.narrow(axis, 0, part.shape[axis] - 1))
+
     def last(self) -> PromptMoments:
         """Take the last entry of the axis that `prefixes` adds."""
-        ends = (self.chunks[:, -1], self.count[:, -1], self.reference[:, :, -1], self.total[:, :, -1])
         # Clones in plain strides: those of a view depend on the number of chunks, for which a compiled step would be
         # compiled again.
         plain = torch.contiguous_format
-        return PromptMoments(*(end.clone(memory_format=plain) for end in (*ends, self.outer[:, :, -1])))
+        return self._along_chunks(lambda part, axis: part.select(axis, -1).clone(memory_format=plain))
+
+    def _along_chunks(self, change: Callable[[Tensor, int], Tensor]) -> PromptMoments:
+        return PromptMoments(*(change(part, axis) for part, axis in zip(self._parts(), _CHUNK_AXES, strict=True)))
 
     def advanced(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
         """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""
@@ -143,97 +162,71 @@ class PromptMoments:
 
 
 def bulk_log_mass_from_prompt(
-    query: Tensor,
-    key: Tensor,
-    regions: Regions,
+    inputs: AttentionInputs,
     state: PromptMoments | None = None,
     *,
-    scale: float,
-    softcap: float | None = None,
     estimate: Estimate = "guarded",
     max_chunks: int | None = None,
-    least_bulk: int = 0,
 ) -> tuple[Tensor, PromptMoments]:
     """Estimate each query's bulk log mass from the moments of its own sequence.
 
+    Where looking is free, queries of a prefill below break-even are not evaluated.
+
     Args:
-        query: [batch, heads, query, dim].
-        key: [batch, kv_heads, keys, dim]; all keys so far, the queries' own included.
-        regions: Sink, window and padding of the call.
+        inputs: The attention call; its keys are all keys so far, the queries' own included.
         state: Moments left by earlier calls on the same keys; None starts from nothing. Rows whose state covers more
             than the first query may see start from nothing too.
-        scale: Factor on the dot products.
-        softcap: See `log_mass_of_gaussian`.
         estimate: See `log_mass_of_gaussian`.
         max_chunks: Upper bound on the chunks a row goes on by, known without looking at the tensors; None looks (a
             host synchronisation on an accelerator). A row that needs more opens its gates.
-        least_bulk: Where looking is free, queries of a prefill with fewer bulk keys are not evaluated and get +inf.
 
     Returns:
         The estimate, [batch, heads, query] nats in float32 (float64 for float64 keys): -inf without bulk keys, +inf
-        (which opens the gate) before the first chunk is full. And the state after the last query.
+        (which opens the gate) before the first chunk is full, and +inf where it was not evaluated. And the state after
+        the last query.
     """
-    on_host = key.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and regions.query_length == 1 and state is not None and state.is_complete(regions):
-        return _decode_step(query, regions, state, scale, softcap, estimate), state
+    key, regions = inputs.key, inputs.regions
+    free, is_decode = host_may_read(key), regions.query_length == 1
+    if free and is_decode and state is not None and state.is_complete(regions):
+        return _decode_step(inputs, state, estimate), state
     n_bulk = regions.n_bulk
     needed = n_bulk // CHUNK
     state = PromptMoments.empty(key) if state is None else state.rewound(needed[:, 0])
     upto = needed[:, -1]
     if max_chunks is None:
-        if regions.query_length > 1 and least_bulk >= CHUNK:
-            enough = upto.clamp(max=least_bulk // CHUNK)
+        if not is_decode and regions.break_even >= CHUNK:
+            enough = upto.clamp(max=regions.break_even // CHUNK)
             state = state.advanced(key, regions, enough, int((enough - state.chunks).clamp(min=0).max()))
         max_chunks = int((upto - state.chunks).max())
-    if regions.query_length == 1:
+    if is_decode:
         state = state.advanced(key, regions, upto, max_chunks)
-        if on_host and state.is_complete(regions):
-            return _decode_step(query, regions, state, scale, softcap, estimate), state
-        mass = _evaluate(query[:, :, None, :], _with_chunk_axis(state), n_bulk[:, None], scale, softcap, estimate)[
-            :, :, 0
-        ]
+        if free and state.is_complete(regions):
+            return _decode_step(inputs, state, estimate), state
+        mass = _evaluate(inputs, inputs.query[:, :, None], state.with_chunk_axis(), n_bulk[:, None], estimate)[:, :, 0]
         known = (state.chunks == upto)[:, None] & (needed > 0)
     else:
-        mass, state, known = _prefill(query, key, regions, state, max_chunks, scale, softcap, estimate)
+        mass, state, known = _prefill(inputs, state, max_chunks, estimate)
     mass = torch.where(known[:, None], mass, torch.inf)
     return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
 
 
-def _decode_step(
-    query: Tensor, regions: Regions, state: PromptMoments, scale: float, softcap: float | None, estimate: Estimate
-) -> Tensor:
+def _decode_step(inputs: AttentionInputs, state: PromptMoments, estimate: Estimate) -> Tensor:
     """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
     both = state._second_and_first
     batch, kv_heads, dim = both.shape[:3]
-    q = query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * scale
+    q = inputs.query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * inputs.scale
     along = q @ both
     variance = (along[..., :dim] * q).sum(-1)
-    mass = log_mass_of_log_count(regions.last_log_n_bulk.to(both.dtype), along[..., dim], variance, softcap, estimate)
+    log_n = inputs.regions.last_log_n_bulk.to(both.dtype)
+    mass = log_mass_of_log_count(log_n, along[..., dim], variance, inputs.softcap, estimate)
     return mass.flatten(1).unsqueeze(-1)
 
 
-def _with_chunk_axis(state: PromptMoments) -> PromptMoments:
-    """Add the chunk axis of `PromptMoments.prefixes`, with one entry."""
-    return PromptMoments(
-        state.chunks[:, None],
-        state.count[:, None],
-        state.reference[:, :, None],
-        state.total[:, :, None],
-        state.outer[:, :, None],
-    )
-
-
 def _prefill(
-    query: Tensor,
-    key: Tensor,
-    regions: Regions,
-    state: PromptMoments,
-    max_chunks: int,
-    scale: float,
-    softcap: float | None,
-    estimate: Estimate,
+    inputs: AttentionInputs, state: PromptMoments, max_chunks: int, estimate: Estimate
 ) -> tuple[Tensor, PromptMoments, Tensor]:
     """Evaluate many queries: those that share a chunk count are one group, aligned to the grid, slab by slab."""
+    query, regions = inputs.query, inputs.regions
     n_bulk = regions.n_bulk
     needed = n_bulk // CHUNK
     upto = needed[:, -1]
@@ -244,19 +237,12 @@ def _prefill(
     masses = []
     for begin in range(0, max_chunks + 1, _CHUNKS_PER_SLAB):
         groups = min(_CHUNKS_PER_SLAB, max_chunks + 1 - begin)
-        prefixes = state.prefixes(key, regions, upto, groups)
+        prefixes = state.prefixes(inputs.key, regions, upto, groups)
         grid = CHUNK * (start_chunks[:, None] + begin + torch.arange(groups, device=query.device))
         bulk_counts = grid[..., None] + within
         rows = (bulk_counts + zero_row[:, None, None]).flatten(1)
         aligned = _take(query, rows).unflatten(2, (groups, CHUNK))
-        at_groups = PromptMoments(
-            prefixes.chunks[:, :-1],
-            prefixes.count[:, :-1],
-            prefixes.reference[:, :, :-1],
-            prefixes.total[:, :, :-1],
-            prefixes.outer[:, :, :-1],
-        )
-        masses.append(_evaluate(aligned, at_groups, bulk_counts, scale, softcap, estimate).flatten(2))
+        masses.append(_evaluate(inputs, aligned, prefixes.but_last(), bulk_counts, estimate).flatten(2))
         state = prefixes.last()
     column = n_bulk - CHUNK * start_chunks[:, None]
     known = (needed > 0) & (column >= 0) & (column < CHUNK * (max_chunks + 1))
@@ -266,27 +252,21 @@ def _prefill(
 
 
 def _evaluate(
-    query: Tensor,
-    moments: PromptMoments,
-    n_bulk: Tensor,
-    scale: float,
-    softcap: float | None,
-    estimate: Estimate,
+    inputs: AttentionInputs, query: Tensor, moments: PromptMoments, n_bulk: Tensor, estimate: Estimate
 ) -> Tensor:
     """Evaluate groups of queries against one set of moments each.
 
     Args:
+        inputs: The call, for scale and softcap.
         query: [batch, heads, groups, rows, dim].
         moments: Parts with a `groups` axis, as `PromptMoments.prefixes` returns them.
         n_bulk: [batch, groups, rows].
-        scale: Factor on the dot products.
-        softcap: See `log_mass_of_gaussian`.
         estimate: See `log_mass_of_gaussian`.
 
     Returns:
         [batch, heads, groups, rows].
     """
-    kv_heads, dtype = moments.total.shape[1], moments.total.dtype
+    kv_heads, dtype, scale = moments.total.shape[1], moments.total.dtype, inputs.scale
     heads_apart = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [batch, kv_heads, groups, group, rows, dim]
     # All rows that share a matrix side by side: one product each. The scale goes to the matrices, which are smaller.
     q = heads_apart.flatten(3, 4).to(dtype)
@@ -297,7 +277,7 @@ def _evaluate(
     along_shift = along[..., 0]
     variance = ((q @ second) * q).sum(-1) - along_shift.square()
     mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (along.sum(-1), variance))
-    mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=softcap, estimate=estimate)
+    mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=inputs.softcap, estimate=estimate)
     return mass.transpose(2, 3).flatten(1, 2)
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
-from patchattn.policy import Estimate
+from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments, log_mass_of_gaussian
 
 _CHUNKS_PER_SLAB = 32
 
@@ -141,12 +141,9 @@ def counted_from(positions: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
 
 
 def bulk_log_mass_from_text(
-    query: Tensor,
-    regions: Regions,
+    inputs: AttentionInputs,
     moments: RotaryMoments,
     *,
-    scale: float,
-    softcap: float | None = None,
     estimate: Estimate = "guarded",
     begin: Tensor | None = None,
 ) -> Tensor:
@@ -156,11 +153,8 @@ def bulk_log_mass_from_text(
     many steps of decode agree.
 
     Args:
-        query: [batch, heads, query, dim], after the rotary embedding.
-        regions: Sink, window and padding of the call.
+        inputs: The attention call; of its keys nothing is used.
         moments: Moments of the layer's keys.
-        scale: Factor on the dot products.
-        softcap: See `log_mass_of_gaussian`.
         estimate: See `log_mass_of_gaussian`.
         begin: [batch] int64; position of each sequence's first real token, see `counted_from`. None for 0, as
             `generate` counts.
@@ -168,6 +162,7 @@ def bulk_log_mass_from_text(
     Returns:
         [batch, heads, query] nats, dtype of the moments; -inf without bulk keys.
     """
+    query, regions = inputs.query, inputs.regions
     batch, heads, length, dim = query.shape
     kv_heads = moments.mean.shape[0]
     if moments.order is not None:
@@ -189,13 +184,13 @@ def bulk_log_mass_from_text(
         n, index = counts[:, at : at + _CHUNKS_PER_SLAB], rows[:, at : at + _CHUNKS_PER_SLAB].flatten(1)
         turned = moments.over_slots(first, n[..., 0] // CHUNK * CHUNK + CHUNK // 2)
         mean, covariance = (part.transpose(1, 2) for part in (turned.mean, turned.covariance))
-        q = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)).to(mean.dtype) * scale
+        q = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)).to(mean.dtype) * inputs.scale
         # [batch, kv_heads, chunks, rows of all heads of the group, dim]: one product for all that share a matrix.
         q = q.view(batch, kv_heads, -1, *n.shape[1:], dim).transpose(2, 3)
         shape, q = q.shape[:-1], q.flatten(3, 4)
         along, spread = (q @ mean[..., None])[..., 0], ((q @ covariance) * q).sum(-1)
         along, spread = along.view(shape), spread.view(shape)
-        mass = log_mass_of_gaussian(n[:, None, :, None], along, spread, softcap=softcap, estimate=estimate)
+        mass = log_mass_of_gaussian(n[:, None, :, None], along, spread, softcap=inputs.softcap, estimate=estimate)
         masses.append(mass.transpose(2, 3).flatten(1, 2).flatten(2))
     column = (n_bulk - chunk[:, None]).clamp(min=0) if length > 1 else torch.zeros_like(n_bulk)
     return torch.cat(masses, dim=2).gather(2, column[:, None].expand(-1, heads, -1))

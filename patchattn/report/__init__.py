@@ -1,6 +1,7 @@
 """What the gates did: counts per layer and head, as text, dictionary, pictures and a page."""
 
-from patchattn.report.report import GateReport, LayerCounts
+from patchattn.report.counts import LayerCounts
+from patchattn.report.report import GateReport
 from patchattn.report.savings import HeadShape, Savings
 from patchattn.report.timeline import Timeline
 

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchattn.errors import ReportError
 from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
+from patchattn.report.counts import LayerCounts, ratio
+from patchattn.report.page import KnowsRisks, page_of, view_of
 from patchattn.report.savings import HeadShape, Savings, of_keys
 from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
 from patchattn.writing import check_path, write_text
-
-if TYPE_CHECKING:
-    from patchattn.calibration.calibration import Calibration
 
 _WHOLE_TILES = (
     "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of "
     "sink and window hold more keys than closed heads leave out."
 )
 _CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
-
-
-@dataclass(frozen=True)
-class LayerCounts:
-    """Counts of one layer in one phase.
-
-    Args:
-        open_pairs: Per query head, the pairs that were asked and opened.
-        asked: Queries with enough bulk keys, so the pairs asked per query head.
-        below_break_even: Queries that opened without being asked, for lack of bulk keys.
-        scored_keys: (query head, query, key) triples whose score was really computed.
-        causal_keys: Triples that dense attention has to score.
-        gated_calls: Calls that went through the gate.
-    """
-
-    open_pairs: tuple[int, ...]
-    asked: int
-    below_break_even: int
-    scored_keys: int
-    causal_keys: int
-    gated_calls: int
 
 
 @dataclass(frozen=True)
@@ -70,55 +51,34 @@ class GateReport:
     timeline_is_cut: bool = False
     rebuilt: dict[int, dict[str, int]] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls, states: dict[int, Any], policy: Policy, backend: str, *, shapes: Mapping[int, HeadShape] | None = None
-    ) -> GateReport:
-        """Read the counters of the layers' states, `patchattn.hf.attention.LayerState` by layer index."""
-        layers, dense, rebuilt = {}, {}, {}
-        for index, state in states.items():
-            dense[index] = _by_reason(state.dense_reasons, state.dense_calls)
-            rebuilt[index] = _by_reason(state.rebuild_reasons, state.rebuilt)
-            if not state.gated:
-                continue
-            layers[index] = {
-                phase: LayerCounts(
-                    tuple(state.open_pairs[row].tolist()),
-                    int(state.asked[row]),
-                    int(state.below[row]),
-                    int(state.scored[row]),
-                    int(state.causal[row]),
-                    int(state.gated_calls[row]),
-                )
-                for row, phase in enumerate(PHASES)
-            }
-        timeline = {index: list(state.timeline) for index, state in states.items()}
-        is_cut = any(state.timeline_room < 0 for state in states.values())
-        return cls(policy, backend, layers, dense, timeline, dict(shapes or {}), is_cut, rebuilt)
+    def counts(self, phase: Phase | None = None) -> dict[int, LayerCounts]:
+        """Return the counts of each layer in one phase, or of both phases together."""
+        chosen = {
+            layer: [found for name, found in by_phase.items() if phase in (None, name)]
+            for layer, by_phase in self.layers.items()
+        }
+        return {layer: reduce(add, found) for layer, found in chosen.items() if found}
 
     def open_fraction(self, phase: Phase | None = None) -> float:
         """Open pairs over pairs that were asked, in one phase or both; NaN if none was asked."""
-        counts = self._counts(phase)
-        return _ratio(sum(sum(c.open_pairs) for c in counts), sum(c.asked * len(c.open_pairs) for c in counts))
+        counts = self.counts(phase).values()
+        return ratio(sum(sum(c.open_pairs) for c in counts), sum(c.asked_pairs for c in counts))
 
     def realised_density(self, phase: Phase | None = None) -> float:
         """Keys really scored over causal keys, in one phase or both; NaN if unknown; its inverse limits the speed."""
-        counts = self._counts(phase)
-        return _ratio(sum(c.scored_keys for c in counts), sum(c.causal_keys for c in counts))
+        counts = self.counts(phase).values()
+        return ratio(sum(c.scored_keys for c in counts), sum(c.causal_keys for c in counts))
 
     def head_open_fractions(self, phase: Phase | None = None) -> dict[int, list[float]]:
         """Open fraction by layer and query head."""
-        fractions = {}
-        for layer, by_phase in self.layers.items():
-            chosen = [counts for name, counts in by_phase.items() if phase in (None, name)]
-            asked = sum(counts.asked for counts in chosen)
-            opened = zip(*(counts.open_pairs for counts in chosen), strict=True)
-            fractions[layer] = [_ratio(sum(pairs), asked) for pairs in opened]
-        return fractions
+        return {
+            layer: [ratio(opened, found.asked) for opened in found.open_pairs]
+            for layer, found in self.counts(phase).items()
+        }
 
     def below_break_even(self, phase: Phase | None = None) -> int:
         """Queries that opened without being asked, for lack of bulk keys, summed over layers."""
-        return sum(c.below_break_even for c in self._counts(phase))
+        return sum(c.below_break_even for c in self.counts(phase).values())
 
     def savings(self, phase: Phase | None = None, *, shape: HeadShape | None = None) -> Savings:
         """Estimate the work of attention that gated calls saved; see `Savings` for what is counted and what is not.
@@ -166,15 +126,14 @@ class GateReport:
         }
 
     def _phase_dict(self, phase: Phase) -> dict[str, Any]:
-        counts = self._counts(phase)
-        known = self.layers.keys() <= self.shapes.keys()
+        counts = self.counts(phase)
         return {
             "open_fraction": _known(self.open_fraction(phase)),
             "realised_density": _known(self.realised_density(phase)),
-            "asked_pairs": sum(c.asked * len(c.open_pairs) for c in counts),
+            "asked_pairs": sum(c.asked_pairs for c in counts.values()),
             "below_break_even_queries": self.below_break_even(phase),
-            "gated_calls": sum(c.gated_calls for c in counts),
-            "estimated_attention": vars(self.savings(phase)) if known else None,
+            "gated_calls": sum(c.gated_calls for c in counts.values()),
+            "estimated_attention": self._known_savings(phase),
             "heads": {
                 str(layer): [_known(value) for value in heads]
                 for layer, heads in self.head_open_fractions(phase).items()
@@ -186,10 +145,10 @@ class GateReport:
                     "below_break_even_queries": found.below_break_even,
                     "scored_keys": found.scored_keys,
                     "causal_keys": found.causal_keys,
-                    "realised_density": _known(_ratio(found.scored_keys, found.causal_keys)),
+                    "realised_density": _known(found.realised_density),
                     "gated_calls": found.gated_calls,
                 }
-                for layer, found in ((layer, by_phase[phase]) for layer, by_phase in self.layers.items())
+                for layer, found in counts.items()
             },
         }
 
@@ -250,7 +209,7 @@ class GateReport:
         tokens: Any = None,
         tokenizer: Any = None,
         row: int = 0,
-        calibration: Calibration | None = None,
+        calibration: KnowsRisks | None = None,
         title: str = "What the gates did",
     ) -> Path:
         """Save one page that needs no network: heads, decisions over the text, risk, policy and dense calls.
@@ -261,7 +220,7 @@ class GateReport:
                 The last token that a model wrote, which it never read, may be included. None leaves the text out.
             tokenizer: Decodes ids.
             row: Row of the batch whose timeline is shown.
-            calibration: Adds the curve of what a risk costs.
+            calibration: A `patchattn.Calibration`; adds the curve of what a risk costs.
             title: Heading of the page.
 
         Returns:
@@ -271,15 +230,34 @@ class GateReport:
             ReportError: Nothing was counted, the tokens do not fit the timeline, or the file can't be written.
             CalibrationMismatchError: The calibration is of other layers or heads, or of another sink or window.
         """
-        from patchattn.report.page import page_of
-
         self.check_counted()
         path = check_path(path)
         timeline = self.timeline_of(row=row) if tokens is not None or any(self.timeline.values()) else None
         texts = None
         if timeline is not None and tokens is not None:
             texts = fitting_texts(tokens, tokenizer, len(timeline.phases), is_cut=self.timeline_is_cut)
-        return write_text(path, page_of(self, timeline, texts, calibration, title))
+        heads = {layer: len(found.open_pairs) for layer, found in self.counts().items()}
+        facts = {
+            "backend": self.backend,
+            "notes": self.notes(),
+            "policy": self.policy.model_dump(mode="json"),
+            "layers": list(heads.items()),
+            "views": {
+                phase or "both": view_of(self.counts(phase).values(), self._known_savings(phase))
+                for phase in (None, *PHASES)
+            },
+            "dense": list(self.dense_calls_by_reason().items()),
+        }
+        risk = None if calibration is None else self._risk(calibration, heads)
+        return write_text(path, page_of(title, str(self), facts, timeline, texts, risk))
+
+    def _risk(self, calibration: Any, heads: dict[int, int]) -> dict[str, Any]:
+        if not isinstance(calibration, KnowsRisks):
+            raise ReportError(
+                f"Expected a patchattn.Calibration, got {type(calibration).__name__}.",
+                fix="pass patchattn.Calibration.from_pretrained(...)",
+            )
+        return calibration.risk_curve(self.policy, heads)
 
     def check_counted(self) -> None:
         """Refuse a report of a model that did not run, or ran with `record=None`.
@@ -287,7 +265,7 @@ class GateReport:
         Raises:
             ReportError: Says which of the two.
         """
-        counts = self._counts(None)
+        counts = self.counts().values()
         if any(c.causal_keys for c in counts):
             return
         if any(c.gated_calls for c in counts):
@@ -302,13 +280,12 @@ class GateReport:
         """Return a short table."""
         lines = [f"patchattn report (backend {self.backend}{self._heads()})"]
         for phase in PHASES:
-            counts = self._counts(phase)
-            if not sum(c.gated_calls for c in counts):
+            if not any(c.gated_calls for c in self.counts(phase).values()):
                 continue
             lines.append(
                 f"  {phase}: {_percent(self.open_fraction(phase))} of pairs open, "
                 f"realised density {_percent(self.realised_density(phase))}, "
-                f"{sum(c.below_break_even for c in counts)} queries below break-even"
+                f"{self.below_break_even(phase)} queries below break-even"
             )
             for layer, heads in self.head_open_fractions(phase).items():
                 lines.append(f"    layer {layer:>3}: " + " ".join(f"{_percent(value):>6}" for value in heads))
@@ -348,24 +325,15 @@ class GateReport:
         """
         return _over_layers(self.rebuilt)
 
-    def _counts(self, phase: Phase | None) -> list[LayerCounts]:
-        return [c for by_phase in self.layers.values() for name, c in by_phase.items() if phase in (None, name)]
-
-
-def _by_reason(reasons: tuple[str, ...], counts: list[int]) -> dict[str, int]:
-    return {reason: int(count) for reason, count in zip(reasons, counts, strict=True) if count}
+    def _known_savings(self, phase: Phase | None) -> dict[str, int] | None:
+        return asdict(self.savings(phase)) if self.layers.keys() <= self.shapes.keys() else None
 
 
 def _over_layers(by_layer: dict[int, dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for reasons in by_layer.values():
-        for reason, count in reasons.items():
-            total[reason] = total.get(reason, 0) + count
-    return total
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+        total.update(reasons)
+    return dict(total)
 
 
 def _known(value: float) -> float | None:

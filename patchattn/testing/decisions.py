@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.moments.prompt import bulk_log_mass_from_prompt
-from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, phase_of
+from patchattn.gates.base import Known
+from patchattn.policy import Policy
 from patchattn.testing.dense import DenseCall
 
 _FREEZING = 1e-3
@@ -46,38 +46,25 @@ def wrong_decisions(
         error allowed on a margin. None for gates that can't be computed from the call alone.
     """
     gate = policy.gate
-    match gate:
-        case OpenGate() | ClosedGate() | StaticGate():
-            plain_mass = torch.full_like(truth.bulk_log_mass, torch.inf if isinstance(gate, OpenGate) else -torch.inf)
-            if isinstance(gate, StaticGate):
-                plain_mass[:, [head for at, head in gate.open_heads if at == layer]] = torch.inf
-            masses, threshold = [plain_mass], 0.0
-        case OracleGate(threshold=float(share)):
-            masses, plain_mass, threshold = [truth.bulk_log_mass], plain.bulk_log_mass, math.log(share / (1 - share))
-        case MomentGate(threshold=float(share), moments="prompt"):
-            query, key = inputs.query, inputs.key
+    if gate.needs_calibration:
+        return None
 
-            def estimate(query: Tensor, key: Tensor, factor: float) -> Tensor:
-                return bulk_log_mass_from_prompt(
-                    query, key, regions, scale=inputs.scale * factor, softcap=inputs.softcap, estimate=gate.estimate
-                )[0]
+    def weighed(factor: float, dtype: torch.dtype) -> Tensor:
+        tensors = {name: getattr(inputs, name).to(dtype) for name in ("query", "key", "value")}
+        call = replace(inputs, **tensors, regions=regions, scale=inputs.scale * factor)
+        return gate.weigh(call, Known(layer))[0]
 
-            masses = [estimate(query.double(), key.double(), factor) for factor in (1.0, 1 - _FREEZING, 1 + _FREEZING)]
-            plain_mass, threshold = estimate(query, key, 1.0), math.log(share / (1 - share))
-        case _:
-            return None
-    few = (regions.n_bulk < policy.break_even(phase_of(regions.query_length)))[:, None]
-    masses = [torch.where(few, torch.inf, mass) for mass in masses]
+    masses = [weighed(factor, torch.float64) for factor in (1.0, 1 - _FREEZING, 1 + _FREEZING)]
     margin = truth.local_log_mass - masses[0]
-    rounded = plain.local_log_mass.double() - torch.where(few, torch.inf, plain_mass.double())
+    rounded = plain.local_log_mass.double() - weighed(1.0, inputs.query.dtype).double()
     both = margin.isfinite() & rounded.isfinite() & regions.asked[:, None]
     tolerance = 0.0
     if both.any():
         size = torch.maximum(truth.local_log_mass.abs(), masses[0].abs())[both].max().item()
         error = (margin - rounded)[both].abs().max().item()
         tolerance = 2 * (error + torch.finfo(plain.output.dtype).eps * size)
-    should_open = regions.asked[:, None] & ~(margin >= threshold)
-    unsure = (margin - threshold).abs() <= tolerance
+    should_open = regions.asked[:, None] & ~(margin >= gate.margin)
+    unsure = (margin - gate.margin).abs() <= tolerance
     for mass in masses[1:]:
         unsure |= mass.isfinite() != masses[0].isfinite()
     return (opened != should_open) & ~unsure, margin, tolerance

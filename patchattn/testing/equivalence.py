@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.gates import ClosedGate, OpenGate
 from patchattn.hf.architecture import cache_of, context_of, vocabulary_of, with_cache
-from patchattn.hf.patching import patch
+from patchattn.hf.observe import observing
+from patchattn.hf.patching import PatchHandle, patch
 from patchattn.hf.support import attention_modules
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.moments.gaussian import CHUNK
-from patchattn.policy import ClosedGate, OpenGate, Phase, Policy
+from patchattn.policy import Phase, Policy
 from patchattn.testing.budget import error_budget
-from patchattn.testing.watch import Watch, watch_layers
+from patchattn.testing.watch import Watch
 
 _TRUTH = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
@@ -126,22 +128,21 @@ def assert_equivalent(
     with torch.no_grad():
         stock = _run(model, text)
         truth = _truth(model, wider, text)
-        opened = _patched_run(
-            model, policy.model_copy(update={"gate": OpenGate(), "min_bulk": 0}), text, backend, "With all gates open"
-        )
-        logit_error = _compare_logits(opened.logits, stock, truth, text)
-        gated = _patched_run(model, policy, text, backend, "With the policy's gates")
-    _check_that_it_proves_something(gated, policy, text)
+        every = policy.model_copy(update={"gate": OpenGate(), "min_bulk": 0})
+        logits, opened, _ = _patched_run(model, every, text, backend, "With all gates open")
+        logit_error = _compare_logits(logits, stock, truth, text)
+        _, gated, handle = _patched_run(model, policy, text, backend, "With the policy's gates")
+    _check_that_it_proves_something(gated, handle.report().dense_calls, policy, text)
     return Equivalence(
         policy,
-        gated.backend,
+        handle.backend,
         int(text.mask.sum()),
         policy.layers or (),
-        opened.watch.calls + gated.watch.calls,
-        gated.watch.open_fraction(),
-        max(opened.watch.worst, gated.watch.worst),
+        opened.calls + gated.calls,
+        gated.open_fraction(),
+        max(opened.worst, gated.worst),
         logit_error,
-        gated.watch.decisions_checked,
+        gated.decisions_checked,
     )
 
 
@@ -208,14 +209,6 @@ class _Text:
         return [slice(0, self.prompt), *(slice(at, at + 1) for at in range(self.prompt, self.ids.shape[1]))]
 
 
-@dataclass
-class _PatchedRun:
-    logits: list[Tensor]
-    watch: Watch
-    backend: str
-    dense_calls: dict[int, dict[str, int]]
-
-
 def _run(model: Any, text: _Text, watch: Watch | None = None) -> list[Tensor]:
     """Run the model over the text, the prompt at once and the rest one by one; returns the logits of each call.
 
@@ -269,12 +262,13 @@ def _without_padding_rows(model: Any, text: _Text) -> Any:
     return model
 
 
-def _patched_run(model: Any, policy: Policy, text: _Text, backend: str, when: str) -> _PatchedRun:
+def _patched_run(
+    model: Any, policy: Policy, text: _Text, backend: str, when: str
+) -> tuple[list[Tensor], Watch, PatchHandle]:
     watch = Watch(policy, when, text.mask)
-    with patch(model, policy, backend=backend) as handle:
-        watch_layers(handle, watch)
+    with patch(model, policy, backend=backend) as handle, observing(handle, watch.check):
         logits = _run(model, text, watch)
-    return _PatchedRun(logits, watch, handle.backend, handle.report().dense_calls)
+    return logits, watch, handle
 
 
 def _compare_logits(got: list[Tensor], plain: list[Tensor], truth: list[Tensor], text: _Text) -> float:
@@ -300,10 +294,12 @@ def _compare_logits(got: list[Tensor], plain: list[Tensor], truth: list[Tensor],
     return worst
 
 
-def _check_that_it_proves_something(run: _PatchedRun, policy: Policy, text: _Text) -> None:
+def _check_that_it_proves_something(
+    watch: Watch, dense_calls: dict[int, dict[str, int]], policy: Policy, text: _Text
+) -> None:
     expected = {"layer", "phase"}
     around = {
-        layer: {reason: calls for reason, calls in run.dense_calls.get(layer, {}).items() if reason not in expected}
+        layer: {reason: calls for reason, calls in dense_calls.get(layer, {}).items() if reason not in expected}
         for layer in policy.layers or ()
     }
     around = {layer: reasons for layer, reasons in around.items() if reasons}
@@ -313,7 +309,7 @@ def _check_that_it_proves_something(run: _PatchedRun, policy: Policy, text: _Tex
             "use longer inputs, or a smaller window_size or min_bulk; 'mask' means that the model brings a mask of its "
             "own, for which patched attention is the stock one."
         )
-    asked = {phase: pairs[1] for phase, pairs in run.watch.pairs.items()}
+    asked = {phase: pairs[1] for phase, pairs in watch.pairs.items()}
     steps = {"prefill": 1, "decode": len(text.steps()) - 1}
     for phase in sorted(policy.phases):
         if steps[phase] and not asked[phase]:
@@ -322,7 +318,7 @@ def _check_that_it_proves_something(run: _PatchedRun, policy: Policy, text: _Tex
                 f"This proves nothing about {phase}: no query has more than sink_size + window_size + min_bulk = "
                 f"{fewest} keys. Use longer inputs, or a smaller window_size or min_bulk."
             )
-    opened = sum(pairs[0] for pairs in run.watch.pairs.values())
+    opened = sum(pairs[0] for pairs in watch.pairs.values())
     total = sum(asked.values())
     if not total:
         raise ProvesNothingError(

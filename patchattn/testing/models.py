@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from patchattn.hf.loading import random_model
+
 # Untied embeddings, because Gemma's scaled ones would make the model repeat its last token.
 _GEMMA = {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}
 _HYBRID = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
@@ -155,22 +157,10 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     Raises:
         ValueError: Not the name of a family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     if family not in _OWN_FIELDS:
         raise ValueError(f"Expected one of {tuple(_OWN_FIELDS)}, got {family!r}.")
     is_vision = family in VISION_FAMILIES
     fields = ({} if is_vision else _TEXT) | _OWN_FIELDS[family] | overrides
     if family == "falcon":
         del fields["head_dim"]
-    config = AutoConfig.for_model(family, **fields)
-    auto = AutoModelForImageTextToText if is_vision else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # The grouped products of other implementations of experts exist in single and half precision only.
-        model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
-        for parameter in model.parameters():
-            # A matrix that starts at zero, as Gemma 3's projection of images, would hide what goes through it.
-            if parameter.dim() > 1 and not parameter.any():
-                torch.nn.init.normal_(parameter, std=config.get_text_config().initializer_range)
-    return model.eval()
+    return random_model(family, fields, has_images=is_vision, seed=seed, dtype=dtype)

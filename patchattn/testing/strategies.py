@@ -14,19 +14,10 @@ from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.moments.gaussian import CHUNK
-from patchattn.policy import (
-    ClosedGate,
-    Gate,
-    MinBulk,
-    MomentGate,
-    OpenFractionTarget,
-    OpenGate,
-    OracleGate,
-    Policy,
-    RiskTarget,
-    StaticGate,
-)
+from patchattn.gates import Gate, MomentGate
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.moments.gaussian import CHUNK, Estimate
+from patchattn.policy import PHASES, MinBulk, Policy
 
 try:
     from hypothesis import strategies as st
@@ -238,6 +229,7 @@ def attention_inputs(
         sink_size=sizes.sink_size,
         window_size=sizes.window_size,
         query_slot=sizes.query_slot,
+        break_even=draw(st.sampled_from([0, 0, 1, 100])),
     )
     return AttentionInputs(
         normal(sizes.batch, sizes.heads, sizes.queries, sizes.head_dim),
@@ -264,7 +256,7 @@ def decisions(draw: st.DrawFn, inputs: AttentionInputs) -> Tensor:
         inputs: The call.
 
     Returns:
-        [batch, heads, query] bool, to be passed to `patchattn.gates.gate.forced`.
+        [batch, heads, query] bool, to be passed to `patchattn.gates.decision.forced`.
     """
     rows = inputs.query.shape[:3]
     generator = torch.Generator().manual_seed(draw(_SEEDS))
@@ -277,64 +269,58 @@ def decisions(draw: st.DrawFn, inputs: AttentionInputs) -> Tensor:
     return torch.rand(rows, generator=generator) < share
 
 
-def gates(*, layers: int = 32, heads: int = 32, calibrated: bool = False) -> SearchStrategy[Gate]:
+def gates(*, layers: int | tuple[int, ...] = 32, heads: int = 32, calibrated: bool = False) -> SearchStrategy[Gate]:
     """Draw a gate of any kind.
 
     Args:
-        layers: Static gates name layers below this.
+        layers: Static gates name layers below this, or among these.
         heads: Static gates name query heads below this.
         calibrated: Whether gates that need a calibration are among them.
     """
     shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
-    pairs = st.tuples(st.integers(0, layers - 1), st.integers(0, heads - 1))
-    estimates = st.sampled_from(["guarded", "saturating", "lognormal"])
-    targets = st.builds(RiskTarget, alpha=shares, scope=st.sampled_from(["head", "model"])) | st.builds(
-        OpenFractionTarget, fraction=shares
-    )
-    from_calibration = [
-        st.builds(MomentGate, threshold=targets, estimate=estimates),
-        st.builds(MomentGate, threshold=shares, moments=st.just("calibration"), estimate=estimates),
+    known = st.integers(0, layers - 1) if isinstance(layers, int) else st.sampled_from(layers)
+    fields = {
+        "threshold": shares,
+        "estimate": st.sampled_from(get_args(Estimate)),
+        "open_heads": st.lists(st.tuples(known, st.integers(0, heads - 1)), max_size=6).map(tuple),
+    }
+    kinds: list[SearchStrategy[Gate]] = [
+        st.builds(kind, **{name: values for name, values in fields.items() if name in kind.model_fields})
+        for kind in get_args(get_args(Gate)[0])
     ]
-    return st.one_of(
-        st.builds(MomentGate, threshold=shares, estimate=estimates),
-        st.builds(OracleGate, threshold=shares),
-        st.builds(StaticGate, open_heads=st.lists(pairs, max_size=6).map(tuple)),
-        st.just(OpenGate()),
-        st.just(ClosedGate()),
-        *(from_calibration if calibrated else []),
-    )
+    if calibrated:
+        risks = st.builds(RiskTarget, alpha=shares, scope=st.sampled_from(["head", "model"]))
+        targets = risks | st.builds(OpenFractionTarget, fraction=shares)
+        estimate, other_text = fields["estimate"], st.just("calibration")
+        kinds.append(st.builds(MomentGate, threshold=targets, estimate=estimate))
+        kinds.append(st.builds(MomentGate, threshold=shares, estimate=estimate, moments=other_text))
+    return st.one_of(kinds)
 
 
+@st.composite
 def policies(
-    *, layers: int = 32, heads: int = 32, max_size: int = 2**20, calibrated: bool = False
-) -> SearchStrategy[Policy]:
+    draw: st.DrawFn, *, layers: int = 32, heads: int = 32, max_size: int = 2**20, calibrated: bool = False
+) -> Policy:
     """Draw a policy that is valid for a model of at least this many layers and query heads.
 
     Args:
+        draw: Given by hypothesis.
         layers: Number of layers of the model.
         heads: Number of query heads of the model.
         max_size: Largest sink, window and break-even, in tokens.
         calibrated: Whether gates that need a calibration are among them.
     """
-
-    def consistent(policy: Policy) -> Policy:
-        # A static gate may only name layers that the policy patches.
-        gate = policy.gate
-        if policy.layers is None or not isinstance(gate, StaticGate):
-            return policy
-        kept = tuple(pair for pair in gate.open_heads if pair[0] in policy.layers)
-        return policy.model_copy(update={"gate": StaticGate(open_heads=kept)})
-
     sizes = st.integers(0, max_size)
-    return st.builds(
-        Policy,
-        sink_size=sizes,
-        window_size=st.integers(1, max_size),
-        gate=gates(layers=layers, heads=heads, calibrated=calibrated),
-        layers=st.none() | st.lists(st.integers(0, layers - 1), min_size=1, max_size=6).map(tuple),
-        phases=st.frozensets(st.sampled_from(["prefill", "decode"]), min_size=1),
-        min_bulk=sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto"),
-    ).map(consistent)
+    min_bulk: SearchStrategy[Any] = sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto")
+    patched = draw(st.none() | st.lists(st.integers(0, layers - 1), min_size=1, max_size=6).map(tuple))
+    return Policy(
+        sink_size=draw(sizes),
+        window_size=draw(st.integers(1, max_size)),
+        gate=draw(gates(layers=patched or layers, heads=heads, calibrated=calibrated)),
+        layers=patched,
+        phases=draw(st.frozensets(st.sampled_from(PHASES), min_size=1)),
+        min_bulk=draw(min_bulk),
+    )
 
 
 @st.composite

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.hf.patching import PatchHandle
 from patchattn.policy import Phase, Policy
 from patchattn.testing.budget import error_budget
 from patchattn.testing.decisions import wrong_decisions
@@ -19,7 +18,7 @@ from patchattn.testing.dense import dense_attention, token_masks
 
 @dataclass
 class Watch:
-    """Compares every attention call of a patched model with dense attention.
+    """Compares every attention call of a patched model with dense attention; `check` is an observer of calls.
 
     Args:
         policy: The policy in force.
@@ -47,31 +46,34 @@ class Watch:
         """Share of the pairs asked that opened, by phase."""
         return {phase: opened / asked for phase, (opened, asked) in self.pairs.items() if asked}
 
-    def check(self, state: Any, inputs: AttentionInputs, attended: Attended) -> None:
+    def check(self, layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
         """Compare one call, output and decisions; raises AssertionError naming the first place that differs."""
+        attended = attend()
         policy, length = self.policy, inputs.query.shape[2]
         phase: Phase = "decode" if length == 1 else "prefill"
         real = self.mask[:, : self.begin + length].bool().to(inputs.query.device)
-        layer, rows = state.layer, real[:, self.begin :]
+        rows = real[:, self.begin :]
         if inputs.key.shape[2] != real.shape[1]:
             raise AssertionError(
                 f"{self.when}: layer {layer} was given {inputs.key.shape[2]} keys where the text has {real.shape[1]}."
             )
         sizes = {"sink_size": policy.sink_size, "window_size": policy.window_size}
         n_bulk = token_masks(real, self.begin, range(length), **sizes)[2]
-        asked = ((n_bulk > 0) & rows)[:, None].expand_as(attended.open)
+        break_even = policy.break_even(phase)
+        asked = ((n_bulk >= max(break_even, 1)) & rows)[:, None].expand_as(attended.open)
         stray = attended.open & ~asked
         if stray.any():
             raise AssertionError(f"{self._at(layer, phase, stray)} is reported open but had nothing to decide.")
-        parts = (inputs.query, inputs.key, inputs.value, attended.open, real, self.begin)
+        reads_bulk = attended.open | ((n_bulk > 0) & (n_bulk < break_even))[:, None]
+        parts = (inputs.query, inputs.key, inputs.value, reads_bulk, real, self.begin)
         features = {"scale": inputs.scale, "softcap": inputs.softcap, "sink_logits": inputs.sink_logits}
         truth = dense_attention(*parts, **sizes, **features)
         plain = dense_attention(*parts, **sizes, **features, dtype=inputs.compute_dtype)
         self._compare(layer, phase, inputs, attended, rows, truth.output, plain.output.to(inputs.query.dtype))
         self.calls += 1
         if layer not in (policy.layers or ()) or phase not in policy.phases:
-            return
-        regions = Regions.of(real, query_length=length, **sizes)
+            return attended
+        regions = Regions.of(real, query_length=length, break_even=break_even, **sizes)
         found = wrong_decisions(policy, layer, inputs, regions, attended.open, truth, plain)
         if found is None:
             self.decisions_checked = False
@@ -83,9 +85,9 @@ class Watch:
                 f"{self._at(layer, phase, wrong)} {decided}, but in float64 its margin is {margin[index]:.6g} nats, "
                 f"and it may be off by {tolerance:.1e}; {int(wrong.sum())} decisions of this call are wrong."
             )
-        above = asked & (n_bulk >= policy.break_even(phase))[:, None]
-        self.pairs[phase][0] += int((attended.open & above).sum())
-        self.pairs[phase][1] += int(above.sum())
+        self.pairs[phase][0] += int(attended.open.sum())
+        self.pairs[phase][1] += int(asked.sum())
+        return attended
 
     def _compare(
         self,
@@ -120,17 +122,3 @@ class Watch:
     def _at(self, layer: int, phase: Phase, wrong: Tensor) -> str:
         row, head, query = wrong.nonzero()[0].tolist()
         return f"{self.when}: layer {layer}, batch row {row}, head {head}, query {self.begin + query} ({phase})"
-
-
-def watch_layers(handle: PatchHandle, watch: Watch) -> None:
-    """Have every layer of a patched model compare what its backend gives; undone by `unpatch`."""
-    for state in handle.states.values():
-
-        def attend(
-            inputs: AttentionInputs, mass: Tensor, threshold: float, *, state: Any = state, inner: Any = state.attend
-        ) -> Attended:
-            attended = inner(inputs, mass, threshold)
-            watch.check(state, inputs, attended)
-            return attended
-
-        state.attend = attend

@@ -18,7 +18,7 @@ import patchattn
 from patchattn import MomentGate, Policy, demo
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import forced
+from patchattn.gates.decision import forced
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The math kernel makes the whole score matrix.

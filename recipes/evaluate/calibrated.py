@@ -17,7 +17,7 @@ from patchattn.calibration import Calibration
 from patchattn.evaluation.answers import teacher_forced
 from patchattn.evaluation.documents import make_document, tokenize_text
 from patchattn.evaluation.statistics import wilson_interval
-from patchattn.policy import Gate
+from patchattn.gates import Gate
 
 
 def gates(calibration: Calibration) -> dict[str, Gate]:

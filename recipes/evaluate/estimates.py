@@ -42,7 +42,7 @@ from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
 from patchattn.evaluation.answers import teacher_forced
 from patchattn.evaluation.documents import Document, Kind, TokenizedText, make_document, tokenize_text
-from patchattn.gates.gate import decide, forced
+from patchattn.gates.decision import decide, forced
 
 LENGTH = 4096
 FACTS: tuple[Kind, ...] = ("fact",) * 36

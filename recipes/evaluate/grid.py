@@ -11,7 +11,7 @@ from shipped import LENGTHS, WINDOWS
 from store import Row
 
 from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, OracleGate, RiskTarget, StaticGate
-from patchattn.policy import Gate
+from patchattn.gates import Gate
 
 DEFAULT = "0.6"
 ESTIMATES = ("guarded", "saturating", "lognormal")

@@ -33,10 +33,9 @@ from patchattn.evaluation.statistics import wilson_interval
 from patchattn.hf.hooks import STATE
 from patchattn.hf.support import attention_modules
 from patchattn.measuring.collect import read_document
-from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
+from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments, log_mass_of_gaussian
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
-from patchattn.policy import Estimate
 
 LENGTH, SINK, WINDOW = 4096, 16, 256
 MOST = LENGTH - SINK - WINDOW

@@ -20,7 +20,8 @@ import patchattn
 from patchattn import demo
 from patchattn.calibration import plots
 from patchattn.errors import PatchAttnError
-from patchattn.policy import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate
+from patchattn.gates import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))

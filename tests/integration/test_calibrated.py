@@ -27,7 +27,10 @@ from patchattn.backends.reference import attend
 from patchattn.calibration import Calibration
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import Measured, bulk_log_mass, margin_threshold, with_margins
+from patchattn.gates import moment
+from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.moment import with_margins
 from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.moments.gaussian import KeyMoments
 from patchattn.moments.text import RotaryMoments
@@ -35,7 +38,7 @@ from patchattn.testing import recorded_gates, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from test_calibration_collect import Letters, texts
+from test_measuring import Letters, texts
 
 TARGET = RiskTarget(alpha=0.2)
 POLICY = Policy(sink_size=4, window_size=32, gate=MomentGate(threshold=TARGET), min_bulk=0)
@@ -152,8 +155,8 @@ def test_estimates_of_a_padded_row_are_those_of_the_row_alone(calibration, numbe
         found.append(from_text(*arguments, **fields))
         return found[-1]
 
-    from_text = patchattn.gates.gate.bulk_log_mass_from_text
-    monkeypatch.setattr("patchattn.gates.gate.bulk_log_mass_from_text", keep)
+    from_text = moment.bulk_log_mass_from_text
+    monkeypatch.setattr("patchattn.gates.moment.bulk_log_mass_from_text", keep)
 
     def estimates(ids: torch.Tensor, split: int | None = None, **call) -> list[torch.Tensor]:
         found.clear()
@@ -202,8 +205,8 @@ def test_positions_that_do_not_count_on_open_the_gate(calibration) -> None:
     twice = (part.expand(2, -1, -1, -1) for part in (inputs.query, inputs.key, inputs.value))
     inputs = AttentionInputs(*twice, regions, 0.4)
     moments = RotaryMoments(torch.zeros(2, 8).double(), torch.eye(8).double().expand(2, 8, 8), torch.ones(4).double())
-    mass, _ = bulk_log_mass(policy, 0, inputs, measured=Measured(moments=moments))
-    opened = attend(inputs, mass, margin_threshold(policy.gate)).open
+    mass, _ = policy.gate.weigh(inputs, Known(measured=MeasuredHeads(moments=moments)))
+    opened = attend(inputs, mass, policy.gate.margin).open
     assert not opened[0].any()
     assert opened[1, :, 56:].all()
     assert not opened[1, :, :56].any()
@@ -242,7 +245,7 @@ def test_moments_of_a_calibration_are_turned_to_the_chunk_of_the_query() -> None
     frequencies = torch.tensor([1.0, 0.2, 0.04, 0.0], dtype=torch.float64)
     moments = RotaryMoments(torch.randn(2, 8, generator=generator).double(), root @ root.mT, frequencies)
     policy = with_gate(MomentGate(threshold=0.5, moments="calibration"))
-    mass, state = bulk_log_mass(policy, 0, inputs, measured=Measured(moments=moments))
+    mass, state = policy.gate.weigh(inputs, Known(measured=MeasuredHeads(moments=moments)))
     assert state is None
     n_bulk = inputs.regions.n_bulk[0]
     assert (mass[0, :, n_bulk == 0] == -torch.inf).all()
@@ -253,8 +256,8 @@ def test_moments_of_a_calibration_are_turned_to_the_chunk_of_the_query() -> None
             one = KeyMoments(turned.count[kv_head], turned.mean[kv_head], turned.covariance[kv_head])
             want = one.log_mass(inputs.query[0, head, row][None, None], n_bulk[row], scale=0.4)
             torch.testing.assert_close(mass[0, head, row], want[0, 0])
-    missing, _ = bulk_log_mass(policy, 0, inputs)
-    assert attend(inputs, missing, margin_threshold(policy.gate)).open[:, :, 36:].all()
+    missing, _ = policy.gate.weigh(inputs, Known())
+    assert attend(inputs, missing, policy.gate.margin).open[:, :, 36:].all()
 
 
 def test_a_margin_of_minus_infinity_closes_and_of_plus_infinity_opens() -> None:
@@ -268,11 +271,11 @@ def test_a_margin_of_minus_infinity_closes_and_of_plus_infinity_opens() -> None:
 
 def test_slices_of_heads_for_tensor_parallel_ranks() -> None:
     moments = RotaryMoments(torch.randn(2, 8), torch.randn(2, 8, 8), torch.randn(4), torch.arange(8).flip(0))
-    measured = Measured(torch.arange(8.0), moments)
+    measured = MeasuredHeads(torch.arange(8.0), moments)
     part = measured.of_heads(slice(4, 8), slice(1, 2))
     assert part.margins.tolist() == [4, 5, 6, 7]
     assert torch.equal(part.moments.mean, moments.mean[1:])
-    again = Measured.of_bits(part.bits())
+    again = MeasuredHeads.of_bits(part.bits())
     assert again.margins.tolist() == [4, 5, 6, 7]
     assert torch.equal(again.moments.covariance, moments.covariance[1:])
     assert torch.equal(again.moments.order, moments.order)

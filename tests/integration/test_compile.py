@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
+from patchattn.backends.flex.compiled import compiled
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
@@ -59,7 +60,7 @@ def _fresh_compiler():
     trace.setLevel(logging.WARNING)  # pytest would format and keep every line
     yield
     trace.setLevel(level)
-    flex._compiled.cache_clear()
+    compiled.cache_clear()
     torch.compiler.reset()
 
 
@@ -80,7 +81,7 @@ def assert_moments_equal_recomputation(cache, length):
             torch.ones(keys.shape[0], length), query_length=1, sink_size=SINK, window_size=WINDOW, query_slot=length - 1
         )
         query = keys.repeat_interleave(3, 1)[:, :, -1:]
-        _, want = bulk_log_mass_from_prompt(query, keys, regions, scale=1.0)
+        _, want = bulk_log_mass_from_prompt(AttentionInputs(query, keys, keys, regions, 1.0))
         got = moments_of(entry)
         assert torch.equal(got.chunks, want.chunks)
         assert (got.chunks == (length - SINK - WINDOW) // CHUNK).all()
@@ -357,9 +358,9 @@ def test_a_timeline_outlives_the_memory_of_its_graph():
     ids = tokens(400, batch=1)
     model = tiny_model("llama", num_hidden_layers=3)
     gate, timelines = MomentGate(threshold=0.99999), []
-    for compiled in (False, True):
+    for is_compiled in (False, True):
         with patchattn.patch(model, policy(gate), backend="reference", record="timeline") as handle:
-            forward(torch.compile(model, backend="inductor") if compiled else model, ids)
+            forward(torch.compile(model, backend="inductor") if is_compiled else model, ids)
             timelines.append(recorded_gates(handle))
     for layer, (opened,) in timelines[0].items():
         assert opened.any()

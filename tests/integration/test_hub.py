@@ -16,7 +16,7 @@ from huggingface_hub import constants, file_download
 from typer.testing import CliRunner
 
 import patchattn
-from patchattn.calibration import Calibration, files, plots
+from patchattn.calibration import Calibration, encoding, files, pictures
 from patchattn.cli.app import app
 from patchattn.errors import (
     CalibrationError,
@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     server = FakeHub()
     server.serve_client(monkeypatch, tmp_path / "cache")
     # Drawing takes most of the time of a push, and what is drawn is tested elsewhere.
-    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    monkeypatch.setattr(pictures, "draw", lambda _: {"risk.png": b"picture"})
     yield server
     server.close()
 
@@ -214,7 +214,7 @@ def test_a_changed_file_under_a_pinned_commit_is_noticed_or_not_fetched(hub: Fak
     commit = push(first)
     pull(commit)
     # Changed on the server: what is pinned and in the cache stays what it was.
-    other = files.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
+    other = encoding.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
     kept = hub.repos[REPO].commits[commit]
     kept[files.FILE] = other
     assert same(pull(commit), first)
@@ -228,7 +228,7 @@ def test_a_changed_file_under_a_pinned_commit_is_noticed_or_not_fetched(hub: Fak
 
 def test_a_file_changed_on_the_server_before_it_was_fetched_is_noticed_by_its_digest(hub: FakeHub, monkeypatch) -> None:
     commit = push()
-    other = files.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
+    other = encoding.encode(made_up_calibration(seed=2).manifest, made_up_calibration(seed=2).tensors)
     digest = hub_server._git_digest
     right = digest(hub.repos[REPO].commits[commit][files.FILE])
     hub.repos[REPO].commits[commit][files.FILE] = other
@@ -262,7 +262,7 @@ def test_patch_takes_a_repository(hub: FakeHub) -> None:
     from patchattn.testing import tiny_model
 
     sys.path[:0] = [str(Path(__file__).parents[1] / "unit")]
-    from test_calibration_collect import POLICY, Letters, texts
+    from test_measuring import POLICY, Letters, texts
 
     model = tiny_model("llama")
     patchattn.calibrate(model, Letters(), texts(), POLICY, lengths=(300,)).push_to_hub(REPO)

@@ -54,7 +54,7 @@ assert_within_budget(got, *results)
 
 CALL = """
 from patchattn.backends.blockwise import attend
-from patchattn.gates.gate import forced
+from patchattn.gates.decision import forced
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
+from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf import cache as tracking
 from patchattn.hf.architecture import with_cache
@@ -266,7 +267,7 @@ class PatchedModel(RuleBasedStateMachine):
                 query = keys.repeat_interleave(2, 1)[:, :, -1:]
                 valid = torch.ones(keys.shape[0], talk.length)
                 regions = Regions.of(valid, query_length=1, sink_size=SINK, window_size=1)
-                _, want = bulk_log_mass_from_prompt(query, keys, regions, scale=1.0, max_chunks=chunks)
+                _, want = bulk_log_mass_from_prompt(AttentionInputs(query, keys, keys, regions, 1.0), max_chunks=chunks)
                 assert torch.equal(want.chunks, kept.chunks)
                 for part in ("count", "reference", "total", "outer"):
                     assert torch.allclose(getattr(want, part), getattr(kept, part), rtol=1e-9, atol=1e-9)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from patchattn.backends import blockwise, reference
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import forced
+from patchattn.gates.decision import forced
 from patchattn.testing import assert_within_budget
 from patchattn.testing.dense import dense_attention
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, cast, decisions, shapes
@@ -63,7 +63,7 @@ def test_the_reference_equals_dense_attention_under_the_token_level_mask(data: s
         inputs.query,
         inputs.key,
         inputs.value,
-        opened,
+        opened | regions.below[:, None],
         regions.valid,
         int(regions.query_slot),
         sink_size=regions.sink_size,
@@ -98,7 +98,8 @@ def rows_of(inputs: AttentionInputs, rows: torch.Tensor) -> AttentionInputs:
 
 def changed_regions(inputs: AttentionInputs, **changes: Any) -> Regions:
     r = inputs.regions
-    same = {"query_length": r.query_length, "sink_size": r.sink_size, "window_size": r.window_size}
+    sizes = ("query_length", "sink_size", "window_size", "break_even")
+    same = {name: getattr(r, name) for name in sizes}
     return Regions.of(**({"valid": r.valid, "query_slot": r.query_slot} | same | changes))
 
 

@@ -11,17 +11,12 @@ import torch
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
-from patchattn import MomentGate, OracleGate, Policy
+from patchattn import MomentGate, OracleGate
 from patchattn.backends.reference import attend
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
-from patchattn.gates.gate import (
-    bulk_log_mass,
-    decide,
-    forced,
-    is_open,
-    margin_threshold,
-)
+from patchattn.gates.base import Known
+from patchattn.gates.decision import decide, forced, is_open
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, gates, shapes
 
 SOME = settings(max_examples=max(1, settings().max_examples // 2))
@@ -30,10 +25,7 @@ finite_calls = attention_inputs(shape=shapes(max_keys=300), key_kinds=FINITE_KEY
 
 
 def decided(inputs: AttentionInputs, gate: Any) -> torch.Tensor:
-    regions = inputs.regions
-    policy = Policy(sink_size=regions.sink_size, window_size=regions.window_size, min_bulk=0, gate=gate)
-    mass, _ = bulk_log_mass(policy, 0, inputs)
-    return attend(inputs, mass, margin_threshold(gate)).open
+    return attend(inputs, gate.weigh(inputs, Known())[0], gate.margin).open
 
 
 @given(finite_calls)

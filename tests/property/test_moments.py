@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf.cache import load_moments, store_moments
 from patchattn.moments.gaussian import CHUNK, KeyMoments
@@ -92,12 +93,13 @@ class Conversation:
         self.key, _ = self.cache.update(new, new, 0)
         draw = torch.Generator().manual_seed(self.seed)
         query = torch.randn(batch, 2 * self.group, n, 8, generator=draw, dtype=torch.float64)
-        regions, scale = self.regions(n), 0.1
+        regions = self.regions(n)
         kept = load_moments(self.cache, 0, self.key, self.local)
         bound = self.key.shape[2] // CHUNK + 1 if bounded else None
-        got, moments = bulk_log_mass_from_prompt(query, self.key, regions, kept, scale=scale, max_chunks=bound)
+        inputs = AttentionInputs(query, self.key, self.key, regions, 0.1)
+        got, moments = bulk_log_mass_from_prompt(inputs, kept, max_chunks=bound)
         store_moments(self.cache, 0, moments, self.local)
-        want, fresh = bulk_log_mass_from_prompt(query, self.key, regions, scale=scale)
+        want, fresh = bulk_log_mass_from_prompt(inputs)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         covered = (regions.n_bulk[:, -1] // CHUNK).clamp(min=0)
         assert torch.equal(moments.chunks, covered)
@@ -185,15 +187,15 @@ def test_cutting_a_prompt_into_calls_changes_nothing(
     def regions(begin: int, end: int) -> Regions:
         return Regions.of(valid[:, :end], query_length=end - begin, sink_size=local[0], window_size=local[1])
 
-    whole, final = bulk_log_mass_from_prompt(query, key, regions(0, length), scale=0.25)
+    whole, final = bulk_log_mass_from_prompt(AttentionInputs(query, key, key, regions(0, length), 0.25))
     state, begin, parts = None, 0, []
     for cut in cuts:
         end = min(begin + cut, length)
         if end == begin:
             break
-        part, state = bulk_log_mass_from_prompt(
-            query[:, :, begin:end], key[:, :, :end], regions(begin, end), state, scale=0.25
-        )
+        keys = key[:, :, :end]
+        inputs = AttentionInputs(query[:, :, begin:end], keys, keys, regions(begin, end), 0.25)
+        part, state = bulk_log_mass_from_prompt(inputs, state)
         parts.append(part)
         begin = end
     assert state is not None
@@ -209,9 +211,10 @@ def test_left_padding_of_any_amount_changes_nothing(kind: KeyKind, local: tuple[
 
     def mass(skip: int) -> Tensor:
         # What lies in the padding is neither zero nor small.
-        parts = [torch.cat([100 + x[:, :, :skip].flip(2), x], dim=2) for x in (query, key)]
+        queries, keys = (torch.cat([100 + x[:, :, :skip].flip(2), x], dim=2) for x in (query, key))
         valid = torch.arange(500 + skip)[None] >= skip
         sizes: dict[str, Any] = {"sink_size": local[0], "window_size": local[1]}
-        return bulk_log_mass_from_prompt(*parts, Regions.of(valid, query_length=500 + skip, **sizes), scale=0.25)[0]
+        regions = Regions.of(valid, query_length=500 + skip, **sizes)
+        return bulk_log_mass_from_prompt(AttentionInputs(queries, keys, keys, regions, 0.25))[0]
 
     torch.testing.assert_close(mass(pad)[:, :, pad:], mass(0), rtol=1e-9, atol=1e-9)

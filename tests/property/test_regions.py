@@ -75,18 +75,24 @@ def test_what_the_host_counts_is_what_the_tensors_hold(shape: Any, break_even: i
     sizes = {"sink_size": shape.sink_size, "window_size": shape.window_size}
     slot = shape.keys - shape.queries
     known = Regions.plain(
-        shape.sink_size, shape.window_size, shape.queries, shape.batch, shape.keys, torch.device("cpu")
+        shape.sink_size,
+        shape.window_size,
+        shape.queries,
+        shape.batch,
+        shape.keys,
+        torch.device("cpu"),
+        break_even=break_even,
     )
     ones = torch.ones(shape.batch, shape.keys, dtype=torch.bool)
-    read = Regions.of(ones, query_length=shape.queries, query_slot=slot, **sizes)
+    read = Regions.of(ones, query_length=shape.queries, query_slot=slot, break_even=break_even, **sizes)
     assert known.host == read.host
     for name in ("valid", "first", "query_slot"):
         assert torch.equal(getattr(known, name), getattr(read, name))
-    got, want = known.counted(break_even), read.count(break_even)
-    assert (int(got.n_above), int(got.n_below), int(got.n_causal)) == (
-        int(want.n_above),
-        int(want.n_below),
-        int(want.n_causal),
-    )
-    # None stands for every query that is asked: the decisions say so themselves.
-    assert torch.equal(read.asked if got.above is None else got.above, want.above)
+    counts = known.counts
+    assert counts.n_asked == read.asked.sum()
+    assert counts.n_below == read.below.sum()
+    assert counts.n_causal == read.n_causal.sum()
+    assert not (read.asked & read.unasked).any()
+    assert torch.equal(read.asked | read.unasked, read.n_bulk > 0)
+    assert not read.asked[:, : read.n_free].any()
+    assert read.n_free == read.query_length or read.asked[:, read.n_free].all()

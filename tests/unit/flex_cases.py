@@ -11,7 +11,7 @@ from patchattn.backends import flex, reference
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
 from patchattn.call.regions import Regions
-from patchattn.gates import gate
+from patchattn.gates.decision import forced
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Case:
             pairs[:, 1::2, 0] = False
         if self.gates == "blocks":  # whole tiles open, whole tiles closed: full blocks
             pairs[:, :, shape[2] // 2 :] = True
-        return gate.forced(pairs.to(inputs.query.device), inputs)
+        return forced(pairs.to(inputs.query.device), inputs)
 
 
 CASES = {
@@ -121,7 +121,7 @@ def check(case: Case, compiler: flex.Compiler, dtype: torch.dtype = torch.float3
         assert torch.equal(got.open, plain.open)
     _check_gates(case, got, inputs)
 
-    replayed = gate.forced(got.open, inputs)
+    replayed = forced(got.open, inputs)
     plain = reference.attend(inputs, replayed, 0.0)
     wide = replace(inputs, query=inputs.query.double(), key=inputs.key.double(), value=inputs.value.double())
     truth = reference.attend(wide, replayed.double(), 0.0).output

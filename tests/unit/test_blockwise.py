@@ -21,7 +21,7 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
-from patchattn.gates import gate
+from patchattn.gates.decision import forced
 
 
 def make_call(
@@ -157,8 +157,8 @@ def test_low_precision_errs_no_more_than_plain_attention(name: str, dtype: torch
     exact = to_dtype(low, torch.float64)
     opened = reference.attend(exact, *exact_gate(exact)).open
     assert_mixed(opened, exact)
-    truth = reference.attend(exact, gate.forced(opened, exact), 0.0).output
-    plain, actual = (backend.attend(low, gate.forced(opened, low), 0.0) for backend in (reference, blockwise))
+    truth = reference.attend(exact, forced(opened, exact), 0.0).output
+    plain, actual = (backend.attend(low, forced(opened, low), 0.0) for backend in (reference, blockwise))
     assert torch.equal(actual.open, opened)
     assert actual.output.dtype == dtype
     assert actual.output.isfinite().all()
@@ -172,7 +172,7 @@ def test_all_open_is_dense_and_all_closed_is_local(case: dict[str, Any], is_open
     inputs = make_call(**case)
     regions = inputs.regions
     pairs = torch.full(inputs.query.shape[:3], is_open)
-    actual = blockwise.attend(inputs, gate.forced(pairs, inputs), 0.0)
+    actual = blockwise.attend(inputs, forced(pairs, inputs), 0.0)
     mask = (regions.causal_mask() if is_open else regions.local_mask())[:, None]
     assert torch.equal(actual.open, (pairs & regions.asked[:, None]))
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -185,10 +185,10 @@ def test_all_open_is_dense_and_all_closed_is_local(case: dict[str, Any], is_open
 def test_decode_reads_only_local_keys_of_closed_groups() -> None:
     inputs = make_call(batch=1, queries=1, keys=1000, sink=4, window=32)
     opened = torch.zeros(1, 4, 1, dtype=torch.bool)
-    closed = blockwise.attend(inputs, gate.forced(opened, inputs), 0.0)
+    closed = blockwise.attend(inputs, forced(opened, inputs), 0.0)
     assert closed.scored_keys == 4 * (4 + 32)
     opened[0, 2] = True
-    one_open = blockwise.attend(inputs, gate.forced(opened, inputs), 0.0)
+    one_open = blockwise.attend(inputs, forced(opened, inputs), 0.0)
     assert one_open.scored_keys == 4 * (4 + 32) + 1000 - 4 - 32
 
 
@@ -217,7 +217,7 @@ def test_garbage_in_unused_slots_changes_nothing(slots: slice) -> None:
 
 def test_garbage_in_sink_slots_that_are_not_filled_changes_nothing() -> None:
     inputs = make_call(**DENSE["sink beyond filled cache"])
-    bulk = gate.forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
+    bulk = forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
     clean = blockwise.attend(inputs, bulk, 0.0).output
     inputs.key[:, :, 28:] = torch.nan
     inputs.value[:, :, 28:] = torch.nan
@@ -227,8 +227,8 @@ def test_garbage_in_sink_slots_that_are_not_filled_changes_nothing() -> None:
 def test_open_pairs_whose_bulk_is_all_padding_keep_their_local_output() -> None:
     inputs = make_call(**MIXED["bulk all padding at first"])
     everything, nothing = (torch.full(inputs.query.shape[:3], is_open) for is_open in (True, False))
-    opened = blockwise.attend(inputs, gate.forced(everything, inputs), 0.0)
-    closed = blockwise.attend(inputs, gate.forced(nothing, inputs), 0.0)
+    opened = blockwise.attend(inputs, forced(everything, inputs), 0.0)
+    closed = blockwise.attend(inputs, forced(nothing, inputs), 0.0)
     # Row 0, slots 60 to 91: the bulk begins in slot 4 and ends before slot 60.
     assert opened.open[0, :, 60:92].all()
     torch.testing.assert_close(opened.output[0, :, 60:92], closed.output[0, :, 60:92], rtol=0, atol=1e-12)
@@ -285,7 +285,7 @@ def test_slabs_chunks_and_rectangles_equal_reference(
         # All but a few pairs of the first KV head, as where a head needs the far keys nearly always.
         opened[:, : inputs.group_size] = True
         opened[:, 0, ::11] = False
-    bulk = gate.forced(opened, inputs)
+    bulk = forced(opened, inputs)
     filled = inputs.regions.host.filled
     clean = dataclasses.replace(
         inputs,
@@ -317,7 +317,7 @@ def test_products_of_few_rows_at_a_time_equal_reference(case: str, monkeypatch: 
         # In the fused kernel a key that is not finite spoils rows that mask it, so products take its place.
         inputs.key[0, 0, 150] = torch.inf
     opened = torch.rand(inputs.query.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.3
-    bulk = gate.forced(opened, inputs)
+    bulk = forced(opened, inputs)
     expected, actual = reference.attend(inputs, bulk, 0.0), blockwise.attend(inputs, bulk, 0.0)
     assert products > 10
     torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10, equal_nan=True)
@@ -377,7 +377,7 @@ def test_every_way_of_decoding_equals_reference(
             opened[:, 1:] = True
         case _:
             opened[:] = True
-    bulk = gate.forced(opened, inputs)
+    bulk = forced(opened, inputs)
     expected, actual = reference.attend(inputs, bulk, 0.0), blockwise.attend(inputs, bulk, 0.0)
     assert torch.equal(actual.open, expected.open)
     torch.testing.assert_close(actual.output, expected.output, rtol=0, atol=1e-10)
@@ -386,9 +386,9 @@ def test_every_way_of_decoding_equals_reference(
 @pytest.mark.parametrize("case", {**PATHS, **MIXED, **DENSE}.values(), ids={**PATHS, **MIXED, **DENSE}.keys())
 def test_dense_attention_equals_reference(case: dict[str, Any]) -> None:
     inputs = make_call(**case)
-    everything = gate.forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
+    everything = forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs)
     expected = reference.attend(inputs, everything, 0.0).output
-    torch.testing.assert_close(blockwise.attend_densely(inputs), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(blockwise.dense(inputs), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("slot", [2, 70])
@@ -485,7 +485,7 @@ def test_operator_is_well_formed(name: str) -> None:
     inputs = make_call(**MIXED[name])
     regions, (bulk, threshold) = inputs.regions, exact_gate(inputs)
     tensors = (inputs.query, inputs.key, inputs.value, regions.valid, regions.first, regions.query_slot, bulk)
-    numbers = (inputs.scale, inputs.softcap, threshold, regions.sink_size, regions.window_size)
+    numbers = (inputs.scale, inputs.softcap, threshold, regions.sink_size, regions.window_size, regions.break_even)
     torch.library.opcheck(torch.ops.patchattn.blockwise.default, (*tensors, inputs.sink_logits, *numbers))
 
 
@@ -546,6 +546,6 @@ def test_sink_and_window_far_longer_than_the_text(sizes):
     regions = Regions.of(valid, query_length=90, **({"sink_size": 4, "window_size": 16} | sizes))
     query, key = torch.randn(2, 4, 90, 16), torch.randn(2, 2, 90, 16)
     inputs = AttentionInputs(query, key, key, regions, 0.25)
-    closed = gate.forced(torch.zeros(2, 4, 90, dtype=torch.bool), inputs)
+    closed = forced(torch.zeros(2, 4, 90, dtype=torch.bool), inputs)
     got, want = (backend.attend(inputs, closed, 0.0).output for backend in (blockwise, reference))
     torch.testing.assert_close(got, want)

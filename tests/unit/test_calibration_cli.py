@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import patchattn
 from patchattn import demo
-from patchattn.calibration import Calibration, plots
+from patchattn.calibration import Calibration, pictures
 from patchattn.cli.app import app
-from patchattn.policy import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.hf.fingerprint import fingerprint_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -31,7 +32,7 @@ def run(*arguments: object) -> Result:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time, and one test that looks at the pictures is enough."""
-    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    monkeypatch.setattr(pictures, "draw", lambda _: {"risk.png": b"picture"})
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> No
     assert not list(out.glob(".*"))
     assert (out / "README.md").exists()
     model, _ = demo.load()
-    calibration.check_model(model)
+    calibration.check_fingerprint(fingerprint_of(model))
 
 
 @pytest.mark.usefixtures("no_pictures")

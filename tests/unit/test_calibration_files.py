@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from patchattn.calibration import Calibration, Manifest, files
+from patchattn.calibration import Calibration, Manifest, encoding, files, key_moments
 from patchattn.errors import (
     CalibrationError,
     CalibrationFormatError,
@@ -38,7 +38,7 @@ SMALL = {"layers": 1, "query_heads": 2, "kv_heads": 1, "head_dim": 2}
 
 def encoded(**fields) -> bytes:
     manifest = made_up_manifest(**fields)
-    return files.encode(manifest, made_up_tensors(manifest))
+    return encoding.encode(manifest, made_up_tensors(manifest))
 
 
 def with_header(data: bytes, change) -> bytes:
@@ -103,7 +103,7 @@ def test_size_for_a_model_of_8b_parameters() -> None:
 
     def size(*, key_moments: bool) -> int:
         manifest = made_up_manifest(**shape, key_moments=key_moments)
-        return len(files.encode(manifest, made_up_tensors(manifest, margins=MARGINS)))
+        return len(encoding.encode(manifest, made_up_tensors(manifest, margins=MARGINS)))
 
     assert size(key_moments=False) <= 2e6
     assert size(key_moments=True) <= 25e6
@@ -114,8 +114,8 @@ def test_a_stored_covariance_is_positive_semi_definite_and_close(dim, rank, scal
     generator = torch.Generator().manual_seed(seed)
     root = scale * torch.randn(3, dim, rank, generator=generator, dtype=torch.float64)
     covariance = root @ root.mT
-    deviation, factor, error = files.pack_covariance(covariance)
-    back = files.unpack_covariance(deviation, factor).double()
+    deviation, factor, error = key_moments.pack_covariance(covariance)
+    back = key_moments.unpack_covariance(deviation, factor).double()
     assert torch.linalg.eigvalsh(back).min() >= -1e-6 * back.abs().max()
     assert error <= 2e-3
     assert (back - covariance).norm() <= 2e-3 * covariance.norm()
@@ -132,7 +132,7 @@ def test_a_stored_covariance_is_positive_semi_definite_and_close(dim, rank, scal
 )
 def test_matrices_that_are_no_covariances_are_refused(covariance, words) -> None:
     with pytest.raises(CalibrationFormatError, match=words):
-        files.pack_covariance(torch.tensor(covariance))
+        key_moments.pack_covariance(torch.tensor(covariance))
 
 
 def change_tensor(name, change):
@@ -206,12 +206,12 @@ DAMAGED = {
 def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
     make, words = DAMAGED[case]
     with pytest.raises(CalibrationFormatError, match=words):
-        files.decode(make())
+        encoding.decode(make())
 
 
 def test_unknown_schema_says_what_to_do() -> None:
     with pytest.raises(CalibrationFormatError, match="schema version 3") as caught:
-        files.decode(with_manifest(encoded(), lambda m: m.update(schema_version=3)))
+        encoding.decode(with_manifest(encoded(), lambda m: m.update(schema_version=3)))
     assert caught.value.fix == "upgrade patchattn"
 
 
@@ -222,7 +222,7 @@ BYTES = encoded(**SMALL)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_format_error(data: bytes) -> None:
     with pytest.raises(CalibrationFormatError):
-        files.decode(data)
+        encoding.decode(data)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.data())
@@ -233,7 +233,7 @@ def test_changed_bytes_are_read_or_refused_but_nothing_else(edits, data) -> None
         changed[at if data.draw(st.booleans()) else at % (8 + HEADER)] = value
     keep = data.draw(st.one_of(st.just(len(changed)), st.integers(0, len(changed))))
     try:
-        files.decode(bytes(changed[:keep]))
+        encoding.decode(bytes(changed[:keep]))
     except CalibrationError:
         pass
 
@@ -248,13 +248,13 @@ JSON = st.recursive(
 @given(key=st.sampled_from(["bias", "margins", "__metadata__", "new"]), value=JSON)
 def test_any_header_is_a_format_error(key, value) -> None:
     with pytest.raises(CalibrationFormatError):
-        files.decode(with_header(BYTES, lambda h: h | {key: value}))
+        encoding.decode(with_header(BYTES, lambda h: h | {key: value}))
 
 
 @given(key=st.sampled_from([*Manifest.model_fields, "new"]), value=JSON)
 def test_any_manifest_is_read_or_refused(key, value) -> None:
     try:
-        files.decode(with_manifest(BYTES, lambda m: m.update({key: value})))
+        encoding.decode(with_manifest(BYTES, lambda m: m.update({key: value})))
     except CalibrationError:
         pass
 
@@ -262,7 +262,7 @@ def test_any_manifest_is_read_or_refused(key, value) -> None:
 def test_deeply_nested_headers_are_refused() -> None:
     text = b"[" * 100_000
     with pytest.raises(CalibrationFormatError):
-        files.decode(struct.pack("<Q", len(text)) + text)
+        encoding.decode(struct.pack("<Q", len(text)) + text)
 
 
 def test_missing_folder_files_and_bad_policy(tmp_path: Path) -> None:

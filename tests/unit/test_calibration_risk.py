@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from patchattn.calibration.risk import Curves, documents_needed, rungs
 from patchattn.errors import CalibrationError
-from patchattn.policy import MomentGate, OpenFractionTarget, Policy, RiskTarget, StaticGate
+from patchattn.gates import MomentGate, StaticGate
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

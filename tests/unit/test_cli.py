@@ -13,10 +13,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import patchattn
-from patchattn import backends, demo
+from patchattn import demo
+from patchattn.cli import doctor
 from patchattn.cli.app import app
 from patchattn.errors import BackendError
-from patchattn.policy import ClosedGate, OpenGate, Policy
+from patchattn.gates import ClosedGate, OpenGate
+from patchattn.policy import Policy
 
 SMALL = ("--length", "512", "--questions", "2")
 
@@ -151,7 +153,7 @@ def check_passes(*_: object, **__: object) -> float:
 
 
 def test_doctor_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "self_check", check_passes)
+    monkeypatch.setattr(doctor, "self_check", check_passes)
     result = run("doctor")
     assert result.exit_code == 0, result.output
     for words in (patchattn.__version__, torch.__version__.partition("+")[0], "blockwise", "flex", "Healthy"):
@@ -165,7 +167,7 @@ def test_doctor_says_what_is_broken(broken: str, code: int, monkeypatch: pytest.
             raise BackendError("disagrees with the reference")
         return 0.5
 
-    monkeypatch.setattr(backends, "self_check", check)
+    monkeypatch.setattr(doctor, "self_check", check)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = run("doctor", "--json")
     assert result.exit_code == code
@@ -181,7 +183,7 @@ def test_doctor_shows_heads_and_dtypes_that_are_refused(monkeypatch: pytest.Monk
             raise BackendError(f"no heads of {head_dim} in {dtype}")
         return 0.5
 
-    monkeypatch.setattr(backends, "self_check", check)
+    monkeypatch.setattr(doctor, "self_check", check)
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "80", "NO_COLOR": "1"})
     assert result.exit_code == 0
     said = " ".join(result.stdout.split())

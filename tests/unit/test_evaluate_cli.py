@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from patchattn import demo
 from patchattn.cli import evaluate as command
 from patchattn.cli.app import app
-from patchattn.policy import MomentGate, Policy
+from patchattn.gates import MomentGate
+from patchattn.policy import Policy
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("demo", "--lengths", "300", "--tasks", "fact,text", "--samples", "2")

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from patchattn.backends import flex, reference
+from patchattn.backends.flex import compiled
 from patchattn.backends.flex import masks as flex_masks
+from patchattn.backends.flex.local import local_log_mass
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.errors import BackendError, UnsupportedCallError
 
@@ -32,7 +34,7 @@ def _fresh_compiler():
     propagate, trace.propagate = trace.propagate, False  # pytest would format and keep every line
     yield
     trace.propagate = propagate
-    flex._compiled.cache_clear()
+    compiled.compiled.cache_clear()
     torch.compiler.reset()
 
 
@@ -79,7 +81,7 @@ def test_closed_calls_score_fewer_keys():
 
 def test_lengths_are_dynamic():
     torch.compiler.reset()
-    flex._compiled.cache_clear()
+    compiled.compiled.cache_clear()
     torch._dynamo.utils.counters.clear()
     for keys in range(200, 1000, 97):
         check(Case(queries=1, keys=keys), "eager")
@@ -115,7 +117,7 @@ def test_nothing_runs_uncompiled():
 def test_plain_local_log_mass(name: str):
     inputs = CASES[name].inputs(torch.float32)
     regions = inputs.regions
-    got = flex.local_log_mass(
+    got = local_log_mass(
         inputs.query,
         inputs.key,
         regions.valid,
@@ -146,7 +148,7 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
         sink_size=case.sink,
         window_size=case.window,
     )
-    ends = masks.bulk_end(flex._rows(opened, case.kv_heads))
+    ends = masks.bulk_end(compiled.rows_of(opened, case.kv_heads))
     blocks, _ = {
         "local": lambda: masks.local(block=block, with_full=True),
         "bulk": lambda: masks.bulk(ends, block=block, with_full=True),
@@ -155,7 +157,7 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
 
     local = regions.local_mask()[:, None].expand(-1, case.heads, -1, -1)
     bulk = regions.bulk_mask()[:, None] & opened[..., None]
-    want = flex._rows({"local": local, "bulk": bulk, "both": local | bulk}[part], case.kv_heads)
+    want = compiled.rows_of({"local": local, "bulk": bulk, "both": local | bulk}[part], case.kv_heads)
     axes = [torch.arange(n) for n in want.shape]
     grid = [axis.view([-1 if i == j else 1 for j in range(4)]) for i, axis in enumerate(axes)]
     assert torch.equal(blocks.mask_mod(*grid).expand_as(want), want)
@@ -167,7 +169,7 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     assert not (partial & full).any()
     assert not (want & ~partial & ~full).any()
     # The bulk pass drops what it finds for closed rows, so they may read anything.
-    kept = flex._rows(opened, case.kv_heads)[..., None] if part == "bulk" else torch.tensor(True)
+    kept = compiled.rows_of(opened, case.kv_heads)[..., None] if part == "bulk" else torch.tensor(True)
     assert not (full & ~want & kept).any()
     if "full blocks" in name and part in ("both", "local" if "window" in name else "bulk"):
         assert full.any()
@@ -184,7 +186,7 @@ def test_open_rows_come_first(name: str):
     """Both parts keep their order, and the bulk pass visits only the tiles that open rows fill."""
     case = CASES[name]
     inputs = case.inputs(torch.float32)
-    opened = flex._rows(reference.attend(inputs, case.bulk_log_mass(inputs), 0.5).open, case.kv_heads)
+    opened = compiled.rows_of(reference.attend(inputs, case.bulk_log_mass(inputs), 0.5).open, case.kv_heads)
     order, place = flex_masks.open_first(opened)
     rows = torch.arange(opened.shape[2]).expand(opened.shape)
     assert torch.equal(order.gather(2, place), rows)

@@ -1,16 +1,18 @@
 """The head gate: every kind, the direction of the threshold, and what opens in doubt."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, ShapeError, StaticGate
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, ShapeError, StaticGate
 from patchattn.backends.reference import attend
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import bulk_log_mass, decide, forced, margin_threshold
+from patchattn.gates.base import Known
+from patchattn.gates.decision import decide, forced
 
 
 def make_inputs(length=400, softcap=None, sinks=False, pads=(0, 50), dtype=torch.float64, sink_size=4, window_size=32):
@@ -33,13 +35,9 @@ def make_inputs(length=400, softcap=None, sinks=False, pads=(0, 50), dtype=torch
     )
 
 
-def policy(gate, **fields):
-    return Policy(sink_size=4, window_size=32, gate=gate, **({"min_bulk": 0} | fields))
-
-
-def opened(gate, inputs, **fields):
-    mass, _ = bulk_log_mass(policy(gate, **fields), 1, inputs)
-    return attend(inputs, mass, margin_threshold(gate)).open
+def opened(gate, inputs):
+    mass, _ = gate.weigh(inputs, Known(layer=1))
+    return attend(inputs, mass, gate.margin).open
 
 
 def test_open_closed_and_static_gates_do_as_they_say():
@@ -67,17 +65,22 @@ def test_the_oracle_closes_exactly_where_the_local_share_reaches_the_threshold(s
     assert not got[inputs.regions.asked[:, None].expand_as(got)].all()
 
 
-def test_the_margin_threshold_is_the_logit_of_the_share():
-    assert margin_threshold(MomentGate(threshold=0.5)) == pytest.approx(0.0)
-    assert margin_threshold(OracleGate(threshold=0.9)) == pytest.approx(math.log(9))
-    assert margin_threshold(OpenGate()) == 0.0
+def test_the_margin_is_the_logit_of_the_share():
+    assert MomentGate(threshold=0.5).margin == pytest.approx(0.0)
+    assert OracleGate(threshold=0.9).margin == pytest.approx(math.log(9))
+    assert OpenGate().margin == 0.0
 
 
 def test_queries_below_break_even_open_without_asking():
     inputs = make_inputs(pads=(0, 0))
-    got = opened(ClosedGate(), inputs, min_bulk=100)
-    n_bulk = inputs.regions.n_bulk[:, None].expand_as(got)
-    assert torch.equal(got, (n_bulk > 0) & (n_bulk < 100))
+    inputs = replace(inputs, regions=replace(inputs.regions, break_even=100))
+    n_bulk = inputs.regions.n_bulk[:, None].expand(-1, 6, -1)
+    assert not opened(ClosedGate(), inputs).any()
+    assert torch.equal(opened(OpenGate(), inputs), n_bulk >= 100)
+    below = (n_bulk > 0) & (n_bulk < 100)
+    want = attend(make_inputs(pads=(0, 0)), forced(below, inputs), 0.0).output
+    got = attend(inputs, forced(torch.zeros_like(below), inputs), 0.0).output
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +105,8 @@ def test_a_margin_that_is_not_finite_opens_unless_closed_for_certain(local: floa
 
 def test_replaying_decisions_gives_the_same_output():
     inputs = make_inputs(sinks=True)
-    mass, _ = bulk_log_mass(policy(MomentGate(threshold=0.4)), 0, inputs)
-    first = attend(inputs, mass, margin_threshold(MomentGate(threshold=0.4)))
+    gate = MomentGate(threshold=0.4)
+    first = attend(inputs, gate.weigh(inputs, Known())[0], gate.margin)
     again = attend(inputs, forced(first.open, inputs), 0.0)
     assert torch.equal(first.open, again.open)
     assert torch.equal(first.output, again.output)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
@@ -124,7 +125,7 @@ def by_definition(query, key, valid, sink, window, b, slot, estimate):
 def test_prompt_moments_follow_their_definition(sink, window, estimate):
     query, key, valid = problem()
     regions = Regions.of(valid, query_length=700, sink_size=sink, window_size=window)
-    mass, _ = bulk_log_mass_from_prompt(query, key, regions, scale=16**-0.5, estimate=estimate)
+    mass, _ = bulk_log_mass_from_prompt(AttentionInputs(query, key, key, regions, 16**-0.5), estimate=estimate)
     for b in range(2):
         first = int(regions.first[b])
         edges = [
@@ -145,9 +146,10 @@ def test_prompt_moments_follow_their_definition(sink, window, estimate):
 def test_a_bounded_step_that_is_too_small_opens_instead_of_guessing():
     query, key, valid = problem(pads=(0, 0))
     regions = Regions.of(valid, query_length=1, sink_size=4, window_size=64)
-    mass, _ = bulk_log_mass_from_prompt(query[:, :, -1:], key, regions, scale=0.25, max_chunks=1)
+    inputs = AttentionInputs(query[:, :, -1:], key, key, regions, 0.25)
+    mass, _ = bulk_log_mass_from_prompt(inputs, max_chunks=1)
     assert (mass == torch.inf).all()
-    mass, state = bulk_log_mass_from_prompt(query[:, :, -1:], key, regions, scale=0.25)
-    again, _ = bulk_log_mass_from_prompt(query[:, :, -1:], key, regions, state, scale=0.25, max_chunks=1)
+    mass, state = bulk_log_mass_from_prompt(inputs)
+    again, _ = bulk_log_mass_from_prompt(inputs, state, max_chunks=1)
     assert mass.isfinite().all()
     assert torch.equal(mass, again)

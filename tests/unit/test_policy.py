@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from patchattn.policy import MomentGate, OracleGate, Policy, StaticGate
+from patchattn.gates import MomentGate, OracleGate, StaticGate
+from patchattn.policy import Policy
 
 
 def test_json_names_gate_and_version() -> None:

@@ -14,7 +14,6 @@ import torch
 
 import patchattn
 from patchattn.errors import CalibrationMismatchError, MissingPackageError, ReportError
-from patchattn.hf import attention
 from patchattn.policy import Policy
 from patchattn.report import GateReport, HeadShape, LayerCounts
 from patchattn.report.timeline import texts_of
@@ -356,7 +355,7 @@ def test_report_names_the_heads_the_backend_computed() -> None:
 
 
 def test_decisions_stay_where_they_are_until_a_report_asks_and_take_bounded_room(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(attention, "_TIMELINE_ROOM", 200 + 3 * 16)
+    monkeypatch.setattr("patchattn.hf.state._TIMELINE_ROOM", 200 + 3 * 16)
     model = tiny_model("llama")
     prompt = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(0))
     with patchattn.patch(model, Policy(sink_size=2, window_size=16, min_bulk=0), record="timeline") as handle:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from patchattn import CalibrationError, demo
-from patchattn.calibration import Calibration, card, files, plots
+from patchattn.calibration import Calibration, card, files, pictures
 from patchattn.cli import calibrate as calibrate_command
 from patchattn.cli import demo as demo_command
 from patchattn.cli import evaluate as evaluate_command
@@ -164,10 +164,10 @@ def test_pictures_and_cards_that_fail_leave_no_folder(monkeypatch: pytest.Monkey
         result = run("inspect", "in", "--plots", plots_in)
         assert result.exit_code == 2, result.output
         assert f"Can't write into {plots_in}" in result.stderr
-    monkeypatch.setattr(plots, "pictures", fail)
+    monkeypatch.setattr(pictures, "draw", fail)
     assert run("inspect", "in", "--plots", "new/plots").exit_code == 2
     assert run("card", "in", "--write").exit_code == 2
     assert listed() == before
-    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    monkeypatch.setattr(pictures, "draw", lambda _: {"risk.png": b"picture"})
     with pytest.raises(CalibrationError, match="Can't write into"):
-        card.write_card(made_up_calibration(), Path("file"))
+        card.write_card(made_up_calibration().findings, Path("file"))

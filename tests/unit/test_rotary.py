@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.moments.gaussian import CHUNK, KeyMoments
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
@@ -62,7 +63,9 @@ def test_padding_chunks_and_steps_of_decode_give_the_same_estimates(order) -> No
 
     def estimate(begin: int, end: int) -> torch.Tensor:
         regions = Regions.of(valid[:, :end], query_length=end - begin, sink_size=4, window_size=32)
-        return bulk_log_mass_from_text(query[:, :, begin:end], regions, moments, scale=0.4, estimate="saturating")
+        keys = torch.zeros(2, 2, end, DIM, dtype=query.dtype)
+        inputs = AttentionInputs(query[:, :, begin:end], keys, keys, regions, 0.4)
+        return bulk_log_mass_from_text(inputs, moments, estimate="saturating")
 
     whole = estimate(0, length)
     pieces = [estimate(0, 150), estimate(150, 411), *(estimate(at, at + 1) for at in range(411, length))]

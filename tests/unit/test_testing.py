@@ -133,7 +133,7 @@ def broken_backend(change: Callable[..., Any], *, layer: int, queries: int | Non
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any]) -> None:
-    monkeypatch.setattr(blockwise, "attend", attend)
+    monkeypatch.setattr(blockwise, "BACKEND", dataclasses.replace(blockwise.BACKEND, attend=attend))
 
 
 def nudged(row: int, head: int, query: int, by: float = 1e-2) -> Callable[..., Any]:

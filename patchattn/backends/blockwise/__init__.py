@@ -15,18 +15,19 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from patchattn.backends.backend import Backend, all_open
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
-from patchattn.backends.blockwise.dense import attend_plainly as attend_plainly
-from patchattn.backends.blockwise.dense import dense_rows, is_eager, leading_open_rows, plain_dense
+from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
 from patchattn.backends.blockwise.softmax import with_sink_logits, with_unit_stride
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
-from patchattn.gates.gate import decide, forced
+from patchattn.gates.decision import decide
+from patchattn.policy import MinBulk
 
 
-def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
     """Attend to local keys, and to bulk keys where the head gate is open.
 
     Computes what `patchattn.backends.reference.attend` defines, with memory linear in the number of keys. Forward
@@ -35,9 +36,9 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
 
     Args:
         inputs: The attention call.
-        bulk_log_mass: [batch, heads, query] nats, as `patchattn.gates.gate.bulk_log_mass` finds it; +inf opens and -inf
+        bulk_log_mass: [batch, heads, query] nats, as a gate weighs it; +inf opens and -inf
             closes a pair for certain.
-        threshold: Margin in nats from which a gate closes.
+        margin: Margin in nats from which a gate closes.
 
     Returns:
         Output, decisions and the number of keys in the chunks handed to the kernels.
@@ -49,7 +50,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
     regions = inputs.regions
     if is_eager(inputs.query, inputs.key, inputs.value):
         # The operator is for compilers and for the refusal of a backward pass; it costs more than a short decode step.
-        return _attend(inputs, bulk_log_mass, threshold)
+        return _attend(inputs, bulk_log_mass, margin)
     return Attended(
         *_blockwise(
             inputs.query,
@@ -62,14 +63,15 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> 
             inputs.sink_logits,
             inputs.scale,
             inputs.softcap,
-            threshold,
+            margin,
             regions.sink_size,
             regions.window_size,
+            regions.break_even,
         )
     )
 
 
-def attend_densely(inputs: AttentionInputs) -> Tensor:
+def dense(inputs: AttentionInputs) -> Tensor:
     """Attend to every causal key, with nothing computed for a gate.
 
     Args:
@@ -78,12 +80,9 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
     Returns:
         [batch, heads, query, value_dim] in the query's dtype; zeros for rows that see no key.
     """
-    if is_eager(inputs.query, inputs.key, inputs.value):
-        output = plain_dense(_with_unit_strides(inputs))
-        if output is not None:
-            return output
-    everything = torch.ones(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
-    return attend(inputs, forced(everything, inputs), 0.0).output
+    if is_eager(inputs.query, inputs.key, inputs.value) and is_plain(inputs):
+        return attend_densely(_with_unit_strides(inputs))
+    return attend(inputs, all_open(inputs), 0.0).output
 
 
 @torch.library.custom_op("patchattn::blockwise", mutates_args=())
@@ -98,14 +97,13 @@ def _blockwise(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float | None,
-    threshold: float,
+    margin: float,
     sink_size: int,
     window_size: int,
+    break_even: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    regions = Regions(sink_size, window_size, query.shape[2], valid, first, query_slot)
-    attended = _attend(
-        AttentionInputs(query, key, value, regions, scale, softcap, sink_logits), bulk_log_mass, threshold
-    )
+    regions = Regions(sink_size, window_size, query.shape[2], valid, first, query_slot, break_even)
+    attended = _attend(AttentionInputs(query, key, value, regions, scale, softcap, sink_logits), bulk_log_mass, margin)
     # An operator may not return views of one another or of other strides than its fake implementation says.
     scored = torch.as_tensor(attended.scored_keys, device=query.device)
     return attended.output.contiguous(), attended.open.contiguous(), scored
@@ -136,26 +134,24 @@ def _refuse_backward(ctx: object, *gradients: object) -> NoReturn:
 torch.library.register_autograd("patchattn::blockwise", _refuse_backward)
 
 
-def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
     inputs = _with_unit_strides(_within_the_keys(inputs))
     if is_plain_decode(inputs):
-        return attend_decode(inputs, bulk_log_mass, threshold)
+        return attend_decode(inputs, bulk_log_mass, margin)
     length = inputs.query.shape[2]
-    n_open = leading_open_rows(inputs, bulk_log_mass)
-    dense = dense_rows(inputs, n_open) if n_open else None
+    n_dense = n_dense_rows(inputs, bulk_log_mass)
+    leading = dense_rows(inputs, n_dense) if n_dense else None
     outputs, decisions, scored = [], [], 0
-    if dense is not None:
-        outputs, decisions, scored = [dense.output.transpose(1, 2)], [dense.open], dense.scored_keys
-    for begin in range(n_open if outputs else 0, length, SLAB):
+    if leading is not None:
+        outputs, decisions, scored = [leading.output.transpose(1, 2)], [leading.open], leading.scored_keys
+    for begin in range(n_dense if outputs else 0, length, SLAB):
         rows = slice(begin, min(begin + SLAB, length))
         local, triples = attend_local(inputs, rows)
         if inputs.sink_logits is not None:
             local = with_sink_logits(local, inputs.sink_logits[:, None])
-        asked = inputs.regions.known_asked[:, rows]
-        opened = decide(local.log_mass, bulk_log_mass[:, :, rows], asked, threshold)
+        opened = decide(local.log_mass, bulk_log_mass[:, :, rows], inputs.regions.asked[:, rows], margin)
         scored += triples
-        unasked = inputs.regions.known_unasked
-        reads_bulk = opened if unasked is None else opened | unasked[:, None, rows]
+        reads_bulk = opened | inputs.regions.unasked[:, None, rows]
         if reads_bulk.any():
             scored += add_bulk(inputs, rows, reads_bulk, local)
         outputs.append(local.output.transpose(1, 2))
@@ -181,3 +177,6 @@ def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:
         return inputs
     query, key, value = (with_unit_stride(x) for x in tensors)
     return AttentionInputs(query, key, value, inputs.regions, inputs.scale, inputs.softcap, inputs.sink_logits)
+
+
+BACKEND = Backend(attend, break_even=MinBulk(prefill=4096, decode=8192), own_dense=dense)

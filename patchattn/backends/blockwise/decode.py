@@ -12,9 +12,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from patchattn.backends.blockwise.softmax import Part, attend_to, is_fused, merge_visible, with_sink_logits
+from patchattn.backends.blockwise.softmax import Softmax, attend_to, is_fused, with_sink_logits
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.gates.gate import is_open
+from patchattn.gates.decision import is_open
 
 _MOST_SPLITS = 8
 _FEWEST_KEYS_TO_SPLIT = 512
@@ -27,10 +27,10 @@ def is_plain_decode(inputs: AttentionInputs) -> bool:
     if inputs.regions.query_length != 1:
         return False
     regions, host = inputs.regions, inputs.regions.host
-    return host.is_plain and host.filled - regions.window_size > host.last_first + regions.sink_size
+    return host.is_plain and min(regions.last_n_bulk, default=0) >= max(regions.break_even, 1)
 
 
-def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: float) -> Attended:
+def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
     """Attend a plain decode call to local keys, and to bulk keys where the head gate is open; see `reference.attend`.
 
     Decisions are taken on the host: it has to know anyway which keys to read.
@@ -40,7 +40,7 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: flo
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
     opened = [
-        [is_open(mass, far, threshold) for mass, (far,) in zip(chain.from_iterable(near), bulk, strict=True)]
+        [is_open(mass, far, margin) for mass, (far,) in zip(chain.from_iterable(near), bulk, strict=True)]
         for near, bulk in zip(local.log_mass.tolist(), bulk_log_mass.tolist(), strict=True)
     ]
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
@@ -52,7 +52,7 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, threshold: flo
     return Attended(local.output.reshape(batch, heads, 1, -1), decisions, scored)
 
 
-def _attend_local(inputs: AttentionInputs) -> Part:
+def _attend_local(inputs: AttentionInputs) -> Softmax:
     """Attend to sink and window: output [batch, kv_heads, group, value_dim], log mass [batch, kv_heads, group]."""
     regions, host = inputs.regions, inputs.regions.host
     query, begin = _grouped(inputs), host.filled - regions.window_size
@@ -62,10 +62,10 @@ def _attend_local(inputs: AttentionInputs) -> Part:
         return window
     # Two calls on views: one on a copy of both takes as long at best, and half as long again where its memory is new.
     key, value = (_sinks(x, host.first, regions.sink_size) for x in (inputs.key, inputs.value))
-    return merge_visible(window, attend_to(inputs, query, key, value))
+    return window.merge(attend_to(inputs, query, key, value))
 
 
-def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) -> int:
+def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Softmax) -> int:
     """Merge the bulk keys of open pairs into the local output in place; returns the triples scored."""
     regions, host, group = inputs.regions, inputs.regions.host, inputs.group_size
     end = host.filled - regions.window_size
@@ -83,7 +83,7 @@ def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) ->
         # Heads between open ones are taken along: their keys are read anyway.
         n_heads = heads[-1] - heads[0] + 1
         bulk = _one_kv_head(inputs, row, kv_head, heads[0], n_heads, begin, end)
-        near = Part(
+        near = Softmax(
             local.output[row, kv_head].narrow(0, heads[0], n_heads),
             local.log_mass[row, kv_head].narrow(0, heads[0], n_heads),
         )
@@ -91,24 +91,24 @@ def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Part) ->
         if n_heads > len(heads):
             at = kv_head * group + heads[0]
             kept = torch.tensor(opened[row][at : at + n_heads], device=inputs.query.device)
-        _merge_in_place(near, Part(bulk.output[0], bulk.log_mass[0]), kept)
+        near.take_in(Softmax(bulk.output[0], bulk.log_mass[0]), kept)
         scored += n_heads * (end - begin)
     return scored
 
 
-def _all_heads(inputs: AttentionInputs, opened: list[list[bool]], local: Part, begin: int, end: int) -> int:
+def _all_heads(inputs: AttentionInputs, opened: list[list[bool]], local: Softmax, begin: int, end: int) -> int:
     """Read the bulk keys of all heads in one call and keep the result where gates are open."""
     key, value = (x.narrow(2, begin, end - begin) for x in (inputs.key, inputs.value))
     kept = None
     if not all(map(all, opened)):
         kept = torch.tensor(opened, device=key.device).view(local.log_mass.shape)
-    _merge_in_place(local, attend_to(inputs, _grouped(inputs), key, value), kept)
+    local.take_in(attend_to(inputs, _grouped(inputs), key, value), kept)
     return local.log_mass.numel() * (end - begin)
 
 
 def _one_kv_head(
     inputs: AttentionInputs, row: int, kv_head: int, head: int, n_heads: int, begin: int, end: int
-) -> Part:
+) -> Softmax:
     """Attend `n_heads` heads of a group, from its `head` on, to slots cut into stretches so that every core has some.
 
     Returns:
@@ -125,7 +125,7 @@ def _one_kv_head(
         offset = x.storage_offset() + row * stride[0] + kv_head * stride[1] + start * stride[2]
         return x.as_strided((count, 1, length, x.shape[3]), (length * stride[2], 0, stride[2], 1), offset)
 
-    def attend(count: int, length: int, start: int) -> Part:
+    def attend(count: int, length: int, start: int) -> Softmax:
         query, stride = inputs.query, inputs.query.stride()
         first = kv_head * inputs.group_size + head
         offset = query.storage_offset() + row * stride[0] + first * stride[1]
@@ -135,21 +135,11 @@ def _one_kv_head(
         )
 
     together = attend(splits, size, begin)
-    parts = [Part(*part) for part in zip(together.output.unbind(0), together.log_mass.unbind(0), strict=True)]
+    parts = [Softmax(*part) for part in zip(together.output.unbind(0), together.log_mass.unbind(0), strict=True)]
     if splits * size < n_keys:
         rest = attend(1, n_keys - splits * size, begin + splits * size)
-        parts.append(Part(rest.output[0], rest.log_mass[0]))
-    return reduce(merge_visible, parts)
-
-
-def _merge_in_place(near: Part, far: Part, kept: Tensor | None) -> None:
-    """Merge attention to other keys into the output of `near`, of the rows that are `kept`; None means all."""
-    share = torch.sigmoid(far.log_mass - near.log_mass).unsqueeze(-1)
-    if kept is None and near.output.dtype == share.dtype:
-        near.output.lerp_(far.output, share)
-        return
-    merged = torch.lerp(near.output.to(share.dtype), far.output.to(share.dtype), share).to(near.output.dtype)
-    near.output.copy_(merged if kept is None else torch.where(kept.unsqueeze(-1), merged, near.output))
+        parts.append(Softmax(rest.output[0], rest.log_mass[0]))
+    return reduce(Softmax.merge, parts)
 
 
 def _grouped(inputs: AttentionInputs) -> Tensor:

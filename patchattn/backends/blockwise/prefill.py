@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.backends.blockwise.softmax import Part, attend_to
+from patchattn.backends.blockwise.softmax import Softmax, attend_to
 from patchattn.call.inputs import AttentionInputs
 
 SLAB = 4096
@@ -23,7 +23,7 @@ _LOCAL_CHUNKS = 32
 _MOST_MASKED = 6 << 20
 
 
-def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Part, int]:
+def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Softmax, int]:
     """Pass 1: queries against sink and window, in chunks of neighbours that share a short stretch of keys.
 
     Args:
@@ -58,10 +58,10 @@ def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Part, int]:
     if len(parts) == 1:
         return parts[0], scored
     output = torch.cat([part.output.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
-    return Part(output, torch.cat([part.log_mass for part in parts], dim=2)), scored
+    return Softmax(output, torch.cat([part.log_mass for part in parts], dim=2)), scored
 
 
-def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Part) -> int:
+def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Softmax) -> int:
     """Pass 2: open pairs against their bulk keys, merged into the output of pass 1 in place.
 
     Args:
@@ -86,7 +86,7 @@ def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Part) 
     return scored
 
 
-def _local_chunks(inputs: AttentionInputs, begin: int, count: int, size: int, *, is_plain: bool) -> tuple[Part, int]:
+def _local_chunks(inputs: AttentionInputs, begin: int, count: int, size: int, *, is_plain: bool) -> tuple[Softmax, int]:
     """Attend `count` chunks of `size` queries, from row `begin` on, in one call; also returns the keys per query."""
     regions, host = inputs.regions, inputs.regions.host
     batch, window = inputs.query.shape[0], regions.window_size
@@ -122,7 +122,7 @@ def _local_chunks(inputs: AttentionInputs, begin: int, count: int, size: int, *,
     part = attend_to(inputs, query, key, value, seen)
     output = part.output.transpose(1, 2).reshape(batch, count * size, -1, inputs.value.shape[3]).transpose(1, 2)
     log_mass = part.log_mass.unflatten(0, (batch, count)).transpose(1, 2).flatten(2)
-    return Part(output, log_mass), key.shape[2]
+    return Softmax(output, log_mass), key.shape[2]
 
 
 def _compacted(
@@ -133,7 +133,7 @@ def _compacted(
     bulk_begin: int,
     bulk_ends: Tensor,
     opened: Tensor,
-    local: Part,
+    local: Softmax,
 ) -> int:
     """Gather the open (position, head-in-group) rows of one KV head and attend them to the bulk."""
     regions, group = inputs.regions, inputs.group_size
@@ -146,7 +146,7 @@ def _compacted(
     real = None if regions.host.is_plain else regions.valid[row]
     ends = bulk_ends[position]
     # Indexed by tensors, so copies: merging changes them in place.
-    merged = Part(local.output[row, head, position].to(inputs.compute_dtype), local.log_mass[row, head, position])
+    merged = Softmax(local.output[row, head, position].to(inputs.compute_dtype), local.log_mass[row, head, position])
     scored = 0
     for some, slots, is_seen_whole in _rectangles(ends.tolist(), bulk_begin, _MOST_MASKED // query.shape[3]):
         scored += (some.stop - some.start) * (slots.stop - slots.start)
@@ -160,7 +160,7 @@ def _compacted(
             value[:, :, slots],
             None if seen is None else seen[None, None],
         )
-        _merge_in_place(merged, some, Part(far.output[0, 0], far.log_mass[0, 0]))
+        merged.take_in_rows(some, Softmax(far.output[0, 0], far.log_mass[0, 0]))
     local.output[row, head, position] = merged.output.to(local.output.dtype)
     return scored
 
@@ -200,15 +200,6 @@ def _evenly_shared(n_rows: int) -> int:
     tile = 256 if n_rows >= 768 else 64 if n_rows >= 192 else 32
     step = tile * torch.get_num_threads()
     return n_rows // step * step or n_rows
-
-
-def _merge_in_place(near: Part, rows: slice, far: Part) -> None:
-    """Merge attention of some rows to other slots into that of all rows, both [rows, ...]."""
-    output, mass = near.output[rows], near.log_mass[rows]
-    torch.logaddexp(mass, far.log_mass, out=mass)
-    # A row without any key so far would have the weight exp(-inf - -inf), which is NaN.
-    share = (far.log_mass - mass.masked_fill(mass == -torch.inf, 0)).exp()
-    output.lerp_(far.output.to(output.dtype), share.unsqueeze(-1))
 
 
 def _at_slots(x: Tensor, slots: Tensor) -> Tensor:

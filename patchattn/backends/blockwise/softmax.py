@@ -15,7 +15,7 @@ _MOST_SCORES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Part:
+class Softmax:
     """Attention of some rows to some keys.
 
     Args:
@@ -25,6 +25,38 @@ class Part:
 
     output: Tensor
     log_mass: Tensor
+
+    def merge(self, other: Softmax) -> Softmax:
+        """Return the softmax over the keys of both, which are disjoint; every row sees a key of at least one."""
+        output = _mix(self.output, other.output, self._share_of(other))
+        return Softmax(output, torch.logaddexp(self.log_mass, other.log_mass))
+
+    def take_in(self, other: Softmax, kept: Tensor | None = None) -> None:
+        """Change the output to that over the keys of both, in the rows that are `kept`; None means all."""
+        share = self._share_of(other)
+        if kept is None and self.output.dtype == share.dtype:
+            self.output.lerp_(other.output, share)
+            return
+        mixed = _mix(self.output, other.output, share)
+        self.output.copy_(mixed if kept is None else torch.where(kept.unsqueeze(-1), mixed, self.output))
+
+    def take_in_rows(self, rows: slice, other: Softmax) -> None:
+        """Change some rows, of [rows, ...], output and log mass, to those over the keys of both; a row may see none."""
+        own = Softmax(self.output[rows], self.log_mass[rows])
+        share = own._share_of(other).masked_fill((other.log_mass == -torch.inf).unsqueeze(-1), 0)
+        torch.logaddexp(own.log_mass, other.log_mass, out=own.log_mass)
+        own.output.lerp_(other.output.to(own.output.dtype), share)
+
+    def _share_of(self, other: Softmax) -> Tensor:
+        """Weight of the other output in that of both, [..., rows, 1]."""
+        return torch.sigmoid(other.log_mass - self.log_mass).unsqueeze(-1)
+
+
+def _mix(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """Mix outputs in the dtype of the log masses, [..., rows, value_dim]."""
+    if one.dtype == share.dtype:
+        return torch.lerp(one, other, share)
+    return torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
 
 
 def is_fused(inputs: AttentionInputs) -> bool:
@@ -40,7 +72,7 @@ def attend_to(
     seen: Tensor | None = None,
     *,
     causal: bool = False,
-) -> Part:
+) -> Softmax:
     """Attend rows to keys.
 
     Args:
@@ -73,20 +105,10 @@ def attend_to(
     return _without_rows(part, part.log_mass == -torch.inf)
 
 
-def merge_visible(one: Part, other: Part) -> Part:
-    """Merge attention to two disjoint sets of keys, for rows that see a key of at least one."""
-    share = torch.sigmoid(other.log_mass - one.log_mass).unsqueeze(-1)
-    if one.output.dtype == share.dtype:
-        output = torch.lerp(one.output, other.output, share)
-    else:
-        output = torch.lerp(one.output.to(share.dtype), other.output.to(share.dtype), share).to(one.output.dtype)
-    return Part(output, torch.logaddexp(one.log_mass, other.log_mass))
-
-
-def with_sink_logits(part: Part, sink_logits: Tensor) -> Part:
+def with_sink_logits(part: Softmax, sink_logits: Tensor) -> Softmax:
     """Let learned logits, which broadcast against the log mass, join the softmax without values."""
     total = torch.logaddexp(part.log_mass, sink_logits.to(part.log_mass.dtype))
-    return Part((part.output * (part.log_mass - total).exp()[..., None]).to(part.output.dtype), total)
+    return Softmax((part.output * (part.log_mass - total).exp()[..., None]).to(part.output.dtype), total)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
@@ -96,7 +118,7 @@ def with_unit_stride(x: Tensor) -> Tensor:
 
 def _fused(
     inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool
-) -> Part:
+) -> Softmax:
     dim, value_dim = query.shape[3], value.shape[3]
     if dim != value_dim:
         # The kernel takes one head size; zeros change neither scores nor the real part of the output.
@@ -105,10 +127,10 @@ def _fused(
     output, log_mass = torch._scaled_dot_product_flash_attention_for_cpu(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, is_causal=causal, attn_mask=bias, scale=inputs.scale
     )
-    return Part(output[..., :value_dim] if dim > value_dim else output, log_mass)
+    return Softmax(output[..., :value_dim] if dim > value_dim else output, log_mass)
 
 
-def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Part:
+def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Softmax:
     """Attend by two matrix products, as many rows at a time as bound the matrix of scores between them."""
     step = max(_MOST_SCORES // max(query.shape[0] * query.shape[1] * key.shape[2], 1), 1)
     if step < query.shape[2]:
@@ -117,7 +139,7 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
         parts = [
             _by_products(inputs, query[:, :, rows], key, value, mask) for rows, mask in zip(slabs, masks, strict=True)
         ]
-        return Part(
+        return Softmax(
             torch.cat([part.output for part in parts], dim=2), torch.cat([part.log_mass for part in parts], dim=2)
         )
     grouped = query.to(inputs.compute_dtype).unflatten(1, (key.shape[1], -1))
@@ -128,10 +150,10 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
         scores = scores.masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).unflatten(1, (key.shape[1], -1))
     output = (weights @ value.to(inputs.compute_dtype)[:, :, None]).flatten(1, 2)
-    return Part(output.to(query.dtype), scores.logsumexp(-1))
+    return Softmax(output.to(query.dtype), scores.logsumexp(-1))
 
 
-def _without_rows(part: Part, blind: Tensor) -> Part:
+def _without_rows(part: Softmax, blind: Tensor) -> Softmax:
     """Zero the rows that see no key, in place: the kernels give them NaN, or the log mass 0."""
     if blind.any():
         part.output.masked_fill_(blind[..., None], 0)

@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
-import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from patchattn.calibration.card import name_of, shown_target
-from patchattn.errors import CalibrationError
-from patchattn.policy import OpenFractionTarget, RiskTarget
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.findings import CURVE_ALPHAS, SCOPES, Findings, name_of
+from patchattn.gates.thresholds import OpenFractionTarget
 
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 _MARKERS = {"guarded": "o", "saturating": "s", "lognormal": "^"}
 
 
-def pictures(calibration: Calibration) -> dict[str, bytes]:
+def draw(findings: Findings) -> dict[str, bytes]:
     """Draw all pictures; PNG bytes by file name."""
     return {
-        "risk.png": _png(risk_figure(calibration)),
-        "heads.png": _png(heads_figure(calibration)),
-        "estimate.png": _png(estimate_figure(calibration)),
+        "risk.png": _png(risk_figure(findings)),
+        "heads.png": _png(heads_figure(findings)),
+        "estimate.png": _png(estimate_figure(findings)),
     }
 
 
-def risk_figure(calibration: Calibration) -> Figure:
+def risk_figure(findings: Findings) -> Figure:
     """Draw missed mass against open fraction for risks, budgets and one threshold for all heads."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     price, promise = figure.subplots(1, 2)
-    one = [calibration.expected(_everywhere(calibration, margin)) for margin in calibration.tensors["margins"]]
-    ways = {"one threshold for all heads": [(float(e.open_fraction.mean()), float(e.missed_mass.mean())) for e in one]}
-    budget = [calibration.thresholds(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
-    ways["open-fraction target"] = [_means(calibration, margins) for margins in budget]
-    promised: list[tuple[float, float, float]] = []
-    for scope in ("head", "model"):
-        found: list[tuple[float, float, float]] = []
-        for alpha in torch.logspace(-3.5, -0.5, 31).tolist():
-            try:
-                margins = calibration.thresholds(RiskTarget(alpha=alpha, scope=scope))
-            except CalibrationError:
-                continue
-            found.append((alpha, *_means(calibration, margins)))
-        promised += found
-        if not found:
-            continue
-        ways[f'risk target, scope "{scope}"'] = [(opened, missed) for _, opened, missed in found]
-        promise.plot([f[0] for f in found], [100 * f[1] for f in found], ".-", label=f'scope "{scope}"')
+    curves = {scope: findings.risk_curve(CURVE_ALPHAS, scope=scope) for scope in SCOPES}
+    budget = [findings.thresholds(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
+    ways = {"one threshold for all heads": [point[1:] for point in findings.margin_curve()]}
+    ways["open-fraction target"] = [findings.means(margins) for margins in budget]
+    for scope, points in curves.items():
+        if points:
+            ways[f'risk target, scope "{scope}"'] = [point[1:] for point in points]
+            promise.plot([p[0] for p in points], [100 * p[1] for p in points], ".-", label=f'scope "{scope}"')
     for name, points in ways.items():
         price.plot([100 * x for x, _ in points], [100 * max(y, 1e-5) for _, y in points], ".-", label=name)
     price.set_yscale("log")
@@ -63,14 +46,15 @@ def risk_figure(calibration: Calibration) -> Figure:
     price.set_ylabel("missed mass, % (mean over heads)")
     price.set_title("what closing costs, by way of choosing thresholds", fontsize=10)
     promise.set_xscale("log")
-    least, most = (limit(f[0] for f in promised) for limit in (min, max)) if promised else (0.01, 0.3)
+    promised = [alpha for points in curves.values() for alpha, *_ in points]
+    least, most = (min(promised), max(promised)) if promised else (0.01, 0.3)
     shown = [alpha for alpha in _TICKS if 0.8 * least <= alpha <= 1.2 * most]
     promise.set_xticks(shown, [f"{alpha:g}" for alpha in shown])
     promise.minorticks_off()
     promise.set_ylim(-3, 103)
     promise.set_xlabel("alpha of the risk target")
     promise.set_ylabel("open pairs, % (mean over heads)")
-    promise.set_title(f"what a promise costs with {calibration.manifest.n_documents} documents", fontsize=10)
+    promise.set_title(f"what a promise costs with {findings.manifest.n_documents} documents", fontsize=10)
     for axes in (price, promise):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -78,30 +62,30 @@ def risk_figure(calibration: Calibration) -> Figure:
     return figure
 
 
-def heads_figure(calibration: Calibration) -> Figure:
+def heads_figure(findings: Findings) -> Figure:
     """Draw the open fraction of each head: by the exact share, and under the calibration's own target."""
-    target = shown_target(calibration)
-    opened = None if target is None else calibration.expected(calibration.thresholds(target)).open_fraction
-    share = calibration.manifest.oracle_threshold
-    exact = calibration.tensors["oracle_open_fraction"]
+    target = findings.shown_target()
+    opened = None if target is None else findings.expected(findings.thresholds(target)).open_fraction
+    share = findings.manifest.oracle_threshold
+    exact = findings.tensors["oracle_open_fraction"]
     layers, heads = exact.shape
     size = (min(2 * (0.45 * heads + 1.6), 22), min(0.4 * layers + 1.8, 14))
     figure = Figure(figsize=(max(size[0], 8), max(size[1], 3)), layout="constrained")
     both = figure.subplots(1, 1 if opened is None else 2, squeeze=False)[0]
-    image = _grid(both[0], calibration, exact, f"exact local share below {share:g}")
+    image = _grid(both[0], findings, exact, f"exact local share below {share:g}")
     if target is not None and opened is not None:
-        _grid(both[1], calibration, opened, f"thresholds for {name_of(target)}")
+        _grid(both[1], findings, opened, f"thresholds for {name_of(target)}")
     figure.colorbar(image, ax=list(both), label="open fraction")
     return figure
 
 
-def estimate_figure(calibration: Calibration) -> Figure:
+def estimate_figure(findings: Findings) -> Figure:
     """Draw the error of the estimate, a point per head, for each estimate that was measured."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     error, doubt = figure.subplots(1, 2)
-    for index, estimate in enumerate(calibration.manifest.estimates):
-        bias, spread = (calibration.tensors[name][index].flatten() for name in ("bias", "spread"))
-        known = 100 * calibration.tensors["known_fraction"][index].flatten().sort(descending=True).values
+    for index, estimate in enumerate(findings.manifest.estimates):
+        bias, spread = (findings.tensors[name][index].flatten() for name in ("bias", "spread"))
+        known = 100 * findings.tensors["known_fraction"][index].flatten().sort(descending=True).values
         marker = _MARKERS[estimate]
         # Hollow markers, and lines of falling width: estimates that agree lie on top of each other.
         error.scatter(bias, spread, s=28, marker=marker, facecolors="none", edgecolors=f"C{index}", label=estimate)
@@ -124,7 +108,7 @@ def estimate_figure(calibration: Calibration) -> Figure:
     return figure
 
 
-def _grid(axes: Axes, calibration: Calibration, values: Tensor, title: str):
+def _grid(axes: Axes, findings: Findings, values: Tensor, title: str):
     image = axes.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
     layers, heads = values.shape
     axes.set_xlabel("query head")
@@ -132,22 +116,13 @@ def _grid(axes: Axes, calibration: Calibration, values: Tensor, title: str):
     axes.set_title(f"{title}: {100 * float(values.mean()):.1f}% open", fontsize=10)
     if layers * heads <= 200:
         axes.set_xticks(range(heads))
-        axes.set_yticks(range(layers), [str(layer) for layer in calibration.manifest.layers])
+        axes.set_yticks(range(layers), [str(layer) for layer in findings.manifest.layers])
         for row in range(layers):
             for column in range(heads):
                 value = float(values[row, column])
                 colour = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     return image
-
-
-def _everywhere(calibration: Calibration, margin: Tensor) -> Tensor:
-    return margin.expand_as(calibration.tensors["oracle_open_fraction"])
-
-
-def _means(calibration: Calibration, margins: Tensor) -> tuple[float, float]:
-    found = calibration.expected(margins)
-    return float(found.open_fraction.mean()), float(found.missed_mass.mean())
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,4 +1,4 @@
-"""Tests of `patchattn.measuring.collect`: the sums are those of the definitions, whatever way they were reached."""
+"""Tests of `patchattn.measuring`: the sums are those of the definitions, whatever way they were reached."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchattn
-from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OpenGate, OracleGate, Policy, RiskTarget
+from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OracleGate, Policy, RiskTarget
+from patchattn.backends.backend import all_open
 from patchattn.backends.reference import attend
 from patchattn.calibration import Rotary
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
-from patchattn.gates.gate import bulk_log_mass
-from patchattn.measuring.collect import Collecting, _half_upwards, calibrate, settings_of
+from patchattn.measuring.collect import calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary
 from patchattn.measuring.statistics import MARGINS, Settings, Totals, _closed_sums
+from patchattn.measuring.tensors import _half_upwards
 from patchattn.moments.gaussian import KeyMoments
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import Rotation
 from patchattn.testing import tiny_model
 from patchattn.testing.models import FAMILIES
@@ -73,7 +75,7 @@ def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> Attenti
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True)])
 def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several slabs.
-    monkeypatch.setitem(patchattn.measuring.statistics._SCORES_PER_SLAB, "cpu", 6 * 400 * 50)
+    monkeypatch.setattr(patchattn.call.masses, "_SCORES_PER_SLAB_ON_HOST", 6 * 400 * 50)
     inputs = make_inputs(softcap=softcap, sinks=sinks)
     settings = Settings((3,), 6, 2, 16, key_moments=True, oracle_margin=0.4)
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0]))
@@ -88,7 +90,7 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
     share = torch.sigmoid(bulk - local)[0][:, asked]
     needed = (local - bulk)[0][:, asked] < 0.4
     for index, estimate in enumerate(("guarded", "saturating", "lognormal")):
-        mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=MomentGate(estimate=estimate), min_bulk=0), 0, inputs)
+        mass, _ = bulk_log_mass_from_prompt(inputs, estimate=estimate)
         margin = (local - mass)[0][:, asked]
         rungs = [-math.inf, *MARGINS.tolist(), math.inf]
         for rung in (0, 1, 20, 30, len(rungs) - 2, len(rungs) - 1):
@@ -125,8 +127,7 @@ def local_sizes():
 
 
 def dense_output(inputs: AttentionInputs) -> torch.Tensor:
-    mass, _ = bulk_log_mass(Policy(**local_sizes(), gate=OpenGate(), min_bulk=0), 0, inputs)
-    return attend(inputs, mass, 0.0).output
+    return attend(inputs, all_open(inputs), 0.0).output
 
 
 def test_nan_opens_and_extreme_masses_do_not_break_the_sums() -> None:
@@ -203,8 +204,7 @@ def interleaved_model():
 def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None:
     model = interleaved_model() if family == "cohere" else tiny_model(family)
     settings, fingerprint = settings_of(model, POLICY, (300,), 0.6, key_moments=True)
-    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
-        found = find_rotary(collecting, 300)
+    found = find_rotary(model, settings.layers, 300)
     assert found is not None
     assert found.rotary.layout == ("interleaved" if family == "cohere" else "halves")
     assert found.rotary.size == {"deepseek_v3": 8, "gpt_neox": 4}.get(family, fingerprint.head_dim)
@@ -214,8 +214,7 @@ def test_keys_are_turned_back_whatever_the_rotary_embedding(family: str) -> None
 
 def rotary_of(model, longest=300):
     settings, _ = settings_of(model, POLICY, (longest,), 0.6, key_moments=True)
-    with Collecting(model, Policy(sink_size=0, window_size=1), settings) as collecting:
-        return find_rotary(collecting, longest)
+    return find_rotary(model, settings.layers, longest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -294,7 +293,7 @@ def test_a_broken_run_goes_on_from_the_last_finished_document(policy, last, tmp_
 MEASURE_FOREVER = """
 import sys, time
 sys.path[:0] = [{here!r}]
-from test_calibration_collect import measure
+from test_measuring import measure
 
 def tell(done, of):
     print(done, flush=True)
@@ -416,7 +415,7 @@ def test_curves_of_an_oracle_policy_are_those_of_prompt_moments() -> None:
 RANKS = """
 import sys, torch
 sys.path[:0] = [{here!r}]
-from test_calibration_collect import OTHER_TEXT, POLICY, measure
+from test_measuring import OTHER_TEXT, POLICY, measure
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{{port}}", rank=rank, world_size=2)
 for policy in (POLICY, OTHER_TEXT):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from patchattn.call.inputs import Attended
+from patchattn.call.regions import Regions, host_may_read
 from patchattn.hf.cache import REBUILD_REASONS
-from patchattn.policy import PHASES
+from patchattn.policy import PHASES, Phase
 
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
 """Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
@@ -45,15 +47,23 @@ class Counters(nn.Module):
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
         """Add to a counter; `which` is a phase or a reason."""
         place = _PLACE[name, which]
-        if torch.compiler.is_compiling() or not self.counts.is_cpu:
-            self.counts[place].add_(amount)
-        else:
+        if host_may_read(self.counts):
             self.on_host[place] += int(amount)
+        else:
+            self.counts[place].add_(amount)
 
-    def add_open(self, phase: str, opened: Tensor) -> None:
-        """Count the open pairs of a call, [batch, heads, query] bool."""
+    def count(self, phase: Phase, regions: Regions, attended: Attended) -> None:
+        """Add one gated call."""
+        counts = regions.counts
+        self._add_open(phase, attended.open)
+        self.add("asked", phase, counts.n_asked)
+        self.add("below", phase, counts.n_below)
+        self.add("scored", phase, attended.scored_keys)
+        self.add("causal", phase, counts.n_causal * attended.open.shape[1])
+
+    def _add_open(self, phase: Phase, opened: Tensor) -> None:
         row = PHASES.index(phase)
-        if torch.compiler.is_compiling() or not opened.is_cpu or opened.shape[2] != 1:
+        if not host_may_read(opened) or opened.shape[2] != 1:
             self.opened[row].add_(opened.sum((0, 2)))
             return
         self.waiting[row].append(opened)
@@ -72,7 +82,7 @@ class Counters(nn.Module):
         self._settle()
         return self.opened
 
-    def reset_counters(self) -> None:
+    def reset(self) -> None:
         """Set every counter back to zero."""
         self._settle()
         self.opened.zero_()

@@ -1,0 +1,126 @@
+"""The tensors of one call as a compiled function takes them: cut into slabs, or padded to buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchattn.backends.flex.local import local_log_mass
+from patchattn.call.inputs import AttentionInputs
+from patchattn.gates.decision import decide
+
+_SMALLEST_KEY_BUCKET = 512
+SLAB = 4096
+"""Queries of a two-pass call."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compiled function is specialised on."""
+
+    sink_size: int
+    window_size: int
+    scale: float
+    softcap: float | None
+    two_passes: bool
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs, *, two_passes: bool) -> Settings:
+        """Take the settings of a call."""
+        regions = inputs.regions
+        return cls(regions.sink_size, regions.window_size, float(inputs.scale), inputs.softcap, two_passes)
+
+
+Call = dict[str, Tensor]  # without sink_logits where there are none
+_QUERY_AXES = {"query": 2, "slots": 0, "asked": 1, "unasked": 1, "gate": 2}
+
+
+def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> Call:
+    """Collect the tensors of a call whose lengths are dynamic."""
+    query, key, value, regions = inputs.query, inputs.key, inputs.value, inputs.regions
+    return {
+        "query": query.detach(),
+        "key": key.detach(),
+        "value": value.detach(),
+        "valid": regions.valid,
+        "first": regions.first,
+        "slots": regions.query_slots,
+        "asked": regions.asked,
+        "unasked": regions.unasked,
+        "gate": bulk_log_mass.detach(),
+        **_sink_logits(inputs),
+    }
+
+
+def slab_of(call: Call, begin: int) -> Call:
+    """Cut the queries from `begin` on out of a call, `SLAB` of them or as many as there are."""
+    length = min(SLAB, call["query"].shape[2] - begin)
+    # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
+    return call | {name: call[name].narrow(axis, begin, length).contiguous() for name, axis in _QUERY_AXES.items()}
+
+
+def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the results of slabs together."""
+    outputs, opened, scored = zip(*parts, strict=True)
+    if len(outputs) == 1:
+        return outputs[0], opened[0], scored[0]
+    return torch.cat(outputs, dim=2), torch.cat(opened, dim=2), torch.stack(scored).sum()
+
+
+def with_dynamic_lengths(call: Call) -> Call:
+    """Mark the lengths of a call as dynamic, on views: the marks must not stay on the caller's tensors."""
+    axes = {"key": 2, "value": 2, "valid": 1} | (_QUERY_AXES if call["query"].shape[2] > 1 else {})
+    marked = {name: call[name].view_as(call[name]) for name in axes}
+    for name, axis in axes.items():
+        torch._dynamo.maybe_mark_dynamic(marked[name], axis)
+    return call | marked
+
+
+def one_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Call:
+    """Decide, and pad the tensors of a call to buckets of static length."""
+    query, key, value, regions = inputs.query.detach(), inputs.key.detach(), inputs.value.detach(), inputs.regions
+    local = local_log_mass(
+        query,
+        key,
+        regions.valid,
+        regions.first,
+        regions.query_slot,
+        regions.sink_size,
+        regions.window_size,
+        float(inputs.scale),
+        inputs.softcap,
+    )
+    if inputs.sink_logits is not None:
+        local = torch.logaddexp(local, inputs.sink_logits.detach().to(local.dtype)[:, None])
+    opened = decide(local, bulk_log_mass, regions.asked, margin)
+    n_null = 1 if inputs.sink_logits is not None else 0
+    more_queries = _bucket(query.shape[2], 1) - query.shape[2]
+    more_keys = _bucket(key.shape[2] + n_null, _SMALLEST_KEY_BUCKET) - key.shape[2]
+    return {
+        # Strides are part of what a graph is compiled for.
+        "query": F.pad(query, (0, 0, 0, more_queries)).contiguous(),
+        "key": F.pad(key, (0, 0, 0, more_keys)).contiguous(),
+        "value": F.pad(value, (0, 0, 0, more_keys)).contiguous(),
+        "valid": F.pad(regions.valid, (0, more_keys)),
+        "first": regions.first,
+        "slots": F.pad(regions.query_slots, (0, more_queries), value=-1),
+        "asked": F.pad(regions.asked, (0, more_queries)),
+        "unasked": F.pad(regions.unasked, (0, more_queries)),
+        "gate": F.pad(opened, (0, more_queries)),
+        **_sink_logits(inputs),
+    }
+
+
+def _sink_logits(inputs: AttentionInputs) -> Call:
+    return {} if inputs.sink_logits is None else {"sink_logits": inputs.sink_logits.detach()}
+
+
+def _bucket(length: int, smallest: int) -> int:
+    bucket = smallest
+    while bucket < length:
+        bucket *= 2
+    return bucket

@@ -1,0 +1,198 @@
+"""What a calibration found: curves, thresholds and what they give, as tables, cards and pictures show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patchattn.calibration.manifest import Manifest
+from patchattn.calibration.risk import Curves, documents_needed, rungs
+from patchattn.errors import CalibrationError
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
+from patchattn.moments.gaussian import Estimate
+
+ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+"""Risks that cards and tables show."""
+
+CURVE_ALPHAS: list[float] = torch.logspace(-3.5, -0.5, 31).tolist()
+"""Risks along a curve."""
+
+Scope = Literal["head", "model"]
+SCOPES: tuple[Scope, ...] = ("head", "model")
+
+_LEAST_SHOWN = 0.02
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What thresholds give on the calibration's documents, on dense activations.
+
+    Args:
+        open_fraction: [layers, query_heads].
+        missed_mass: [layers, query_heads].
+        recall: [layers, query_heads]; of the pairs that the exact share opens, those that open.
+        precision: [layers, query_heads]; of the pairs that open, those that the exact share opens.
+    """
+
+    open_fraction: Tensor
+    missed_mass: Tensor
+    recall: Tensor
+    precision: Tensor
+
+
+@dataclass(frozen=True)
+class RiskRow:
+    """What one risk target gives on the documents that were measured.
+
+    Args:
+        alpha: The risk asked for.
+        scope: `"head"` or `"model"`, see `RiskTarget`.
+        documents_needed: Documents that the promise needs.
+        open_fraction: Mean over heads; None where there are too few documents.
+        missed_mass: Mean over heads; None where there are too few documents.
+        never_open: Heads that are closed for every query.
+        always_open: Heads that are open for every query.
+    """
+
+    alpha: float
+    scope: str
+    documents_needed: int
+    open_fraction: float | None = None
+    missed_mass: float | None = None
+    never_open: int | None = None
+    always_open: int | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a calibration's tensors say. Where an estimate is not given, it is `estimate`.
+
+    Args:
+        manifest: Which model, which text, measured how.
+        tensors: The measured tensors.
+        estimate: The estimate of the calibration's policy; the first measured where it has none that was measured.
+        own_target: The target of the calibration's policy; None where it has none.
+    """
+
+    manifest: Manifest
+    tensors: dict[str, Tensor] = field(repr=False)
+    estimate: Estimate
+    own_target: Target | None
+
+    def index_of(self, estimate: Estimate | None) -> int:
+        """Return the index of an estimate in the tensors.
+
+        Raises:
+            CalibrationError: The estimate was not measured.
+        """
+        measured, wanted = self.manifest.estimates, estimate or self.estimate
+        if wanted not in measured:
+            raise CalibrationError(
+                f"The estimate {wanted!r} was not measured; the calibration has {', '.join(measured)}.",
+                fix="use an estimate that was measured",
+            )
+        return measured.index(wanted)
+
+    def curves(self, estimate: Estimate | None = None) -> Curves:
+        """Return the curves of one estimate."""
+        index, ends = self.index_of(estimate), torch.tensor([torch.inf])
+        return Curves(
+            torch.cat([-ends, self.tensors["margins"], ends]),
+            self.tensors["missed_mass"][:, index].float(),
+            self.tensors["open_fraction"][index].float(),
+            self.manifest.documents,
+        )
+
+    def thresholds(self, target: Target, estimate: Estimate | None = None) -> Tensor:
+        """Choose the margin from which each head closes, [layers, query_heads] nats; see `Calibration.thresholds`."""
+        curves = self.curves(estimate)
+        return curves.margins[rungs(curves, target)]
+
+    def expected(self, margins: Tensor, estimate: Estimate | None = None) -> Expected:
+        """Say what thresholds gave on the documents that were measured; see `Calibration.expected`."""
+        index, curves = self.index_of(estimate), self.curves(estimate)
+        chosen = (torch.searchsorted(curves.margins, margins.contiguous(), right=True) - 1).clamp(min=0)[..., None]
+
+        def at(curve: Tensor) -> Tensor:
+            return curve.float().gather(-1, chosen)[..., 0]
+
+        return Expected(
+            at(curves.open_fraction),
+            at(curves.missed_mass_of_all),
+            at(self.tensors["recall"][index]),
+            at(self.tensors["precision"][index]),
+        )
+
+    def everywhere(self, margin: float | Tensor) -> Tensor:
+        """Return the same margin for all heads, [layers, query_heads] nats."""
+        return torch.as_tensor(margin).expand_as(self.tensors["oracle_open_fraction"])
+
+    def means(
+        self, margins: Tensor, estimate: Estimate | None = None, layers: list[int] | None = None
+    ) -> tuple[float, float]:
+        """Return open fraction and missed mass for margins per head, means over the heads of some layers or of all.
+
+        Args:
+            margins: [layers, query_heads] nats.
+            estimate: The estimate.
+            layers: Where the layers are in the tensors; None means all.
+        """
+        found, rows = self.expected(margins, estimate), slice(None) if layers is None else layers
+        return float(found.open_fraction[rows].mean()), float(found.missed_mass[rows].mean())
+
+    def risk_curve(
+        self,
+        alphas: Iterable[float],
+        *,
+        scope: Scope = "head",
+        estimate: Estimate | None = None,
+        layers: list[int] | None = None,
+    ) -> list[tuple[float, float, float]]:
+        """Return (alpha, open fraction, missed mass) for the risks that so many documents can carry; see `means`."""
+        found = [(alpha, self._carried(RiskTarget(alpha=alpha, scope=scope), estimate)) for alpha in alphas]
+        return [(alpha, *self.means(margins, estimate, layers)) for alpha, margins in found if margins is not None]
+
+    def margin_curve(
+        self, *, estimate: Estimate | None = None, layers: list[int] | None = None
+    ) -> list[tuple[float, float, float]]:
+        """Return (margin, open fraction, missed mass) for each margin of the grid, the same for all heads."""
+        margins = self.tensors["margins"]
+        return [(float(m), *self.means(self.everywhere(m), estimate, layers)) for m in margins]
+
+    def shown_target(self) -> Target | None:
+        """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
+
+        Returns:
+            None where there are too few documents for any.
+        """
+        usual = [RiskTarget(alpha=alpha) for alpha in ALPHAS if alpha >= _LEAST_SHOWN]
+        return next((t for t in [self.own_target, *usual] if t and self._carried(t) is not None), None)
+
+    def risk_table(self) -> list[RiskRow]:
+        """Return a row for each alpha of `ALPHAS` and each scope."""
+        return [self._risk_row(RiskTarget(alpha=alpha, scope=scope)) for scope in SCOPES for alpha in ALPHAS]
+
+    def _risk_row(self, target: RiskTarget) -> RiskRow:
+        head, margins = (target.alpha, target.scope, documents_needed(target)), self._carried(target)
+        if margins is None:
+            return RiskRow(*head)
+        closed, opened = (int((margins == end).sum()) for end in (-torch.inf, torch.inf))
+        return RiskRow(*head, *self.means(margins), closed, opened)
+
+    def _carried(self, target: Target, estimate: Estimate | None = None) -> Tensor | None:
+        """Return the thresholds of a target, None where there are too few documents for it."""
+        try:
+            return self.thresholds(target, estimate)
+        except CalibrationError:
+            return None
+
+
+def name_of(target: Target) -> str:
+    """Name a target in a few words, for headings."""
+    if isinstance(target, OpenFractionTarget):
+        return f"budget {target.fraction:.0%}"
+    return f"alpha {target.alpha:g}" + ("" if target.scope == "head" else ", mean over heads")

@@ -1,0 +1,78 @@
+"""Gates that are decided beforehand: some heads, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from patchattn.call.inputs import AttentionInputs
+from patchattn.gates.base import HeadGate, Known
+from patchattn.gates.decision import forced
+from patchattn.moments.prompt import PromptMoments
+
+
+class StaticGate(HeadGate):
+    """Open the listed heads for every query and close all others, as DuoAttention (arXiv 2410.10819) does.
+
+    Args:
+        open_heads: Pairs of (layer, query head), both counted from 0.
+    """
+
+    kind: Literal["static"] = "static"
+    open_heads: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] = ()
+
+    @field_validator("open_heads")
+    @classmethod
+    def _sorted_and_unique(cls, heads: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(sorted(set(heads)))
+
+    @classmethod
+    def from_calibration(cls, calibration: Any, *, heads: int) -> StaticGate:
+        """Open the heads that need the bulk keys most often.
+
+        Args:
+            calibration: A `patchattn.Calibration`; its heads are ranked by how often the exact share opens them.
+            heads: Number of heads to keep open, at most all that were measured.
+        """
+        return cls(open_heads=tuple(calibration.heads_by_oracle()[:heads]))
+
+    def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
+        """Open the listed heads and close the others for certain; see `HeadGate.weigh`."""
+        listed = {head for layer, head in self.open_heads if layer == known.layer}
+        opened = [head in listed for head in range(inputs.query.shape[1])]
+        return forced(torch.tensor(opened, device=inputs.query.device)[:, None], inputs), known.moments
+
+    def unknown_heads(self, heads: Mapping[int, int]) -> list[tuple[int, int]]:
+        """List the heads that the gate names and a model does not have; see `HeadGate.unknown_heads`."""
+        return [(layer, head) for layer, head in self.open_heads if head >= heads.get(layer, 0)]
+
+    def of_heads(self, heads: range) -> StaticGate:
+        """Return the gate for some of the query heads of every layer; see `HeadGate.of_heads`."""
+        if not heads.start:
+            return self
+        pairs = tuple((layer, head - heads.start) for layer, head in self.open_heads if head in heads)
+        return self.model_copy(update={"open_heads": pairs})
+
+
+class OpenGate(HeadGate):
+    """Open every head for every query: dense attention, computed by the library."""
+
+    kind: Literal["open"] = "open"
+
+    def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
+        """Open for certain; see `HeadGate.weigh`."""
+        return forced(inputs.query.new_ones((), dtype=torch.bool), inputs), known.moments
+
+
+class ClosedGate(HeadGate):
+    """Close every head for every query: sink and window only, as StreamingLLM (arXiv 2309.17453) does."""
+
+    kind: Literal["closed"] = "closed"
+
+    def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
+        """Close for certain; see `HeadGate.weigh`."""
+        return forced(inputs.query.new_zeros((), dtype=torch.bool), inputs), known.moments

@@ -1,0 +1,72 @@
+"""Where a gate closes: a share of the mass, or a target that a calibration turns into one for each head."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+"""A share of the softmax mass held by the local keys, strictly between 0 and 1."""
+
+
+class Frozen(BaseModel):
+    """A part of a policy: it does not change, and takes no field that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RiskTarget(Frozen):
+    """Ask a calibration for the cheapest thresholds that keep the missed attention mass at `alpha`.
+
+    The promise is in expectation over documents like those of the calibration, in source and length, on dense
+    activations: the mean missed mass of a document is at most `alpha`. It needs `1 / alpha - 1` documents.
+
+    Args:
+        alpha: Share of a query's attention that may be missed on average, in (0, 1).
+        scope: `"head"`: the promise holds for every head by itself. `"model"`: for the mean over all heads, which
+            leaves heads that gain much by closing more of the risk; half of the documents choose how it is shared,
+            the other half carries the promise, so it needs twice as many documents.
+
+    Source: conformal risk control, arXiv 2208.02814, theorem 1.
+    """
+
+    kind: Literal["risk"] = "risk"
+    alpha: LocalShare
+    scope: Literal["head", "model"] = "head"
+
+
+class OpenFractionTarget(Frozen):
+    """Ask a calibration for the thresholds that miss least while at most `fraction` of the pairs are open.
+
+    One budget for all heads: those that lose most by closing get most of it. No promise about the missed mass.
+
+    Args:
+        fraction: Open fraction over all measured heads, in (0, 1).
+    """
+
+    kind: Literal["open_fraction"] = "open_fraction"
+    fraction: LocalShare
+
+
+Target = RiskTarget | OpenFractionTarget
+
+
+def _kind_of_threshold(threshold: Any) -> str:
+    if isinstance(threshold, dict):
+        return str(threshold.get("kind", "risk"))
+    return getattr(threshold, "kind", "share")
+
+
+Threshold = Annotated[
+    Annotated[LocalShare, Tag("share")]
+    | Annotated[RiskTarget, Tag("risk")]
+    | Annotated[OpenFractionTarget, Tag("open_fraction")],
+    Discriminator(_kind_of_threshold),
+]
+
+
+def margin_of(threshold: float) -> float:
+    """Margin in nats at which the local keys hold the share `threshold`: its logit."""
+    return math.log(threshold) - math.log1p(-threshold)

@@ -1,0 +1,48 @@
+"""Making models: from a folder or the Hub, and tiny ones from a configuration."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+
+def load_pretrained(name: str | PathLike[str], *, dtype: str = "auto", **options: Any) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, in evaluation mode, on the CPU.
+
+    Args:
+        name: Folder or Hub id.
+        dtype: Dtype of the weights; `"auto"` takes the one that they were saved in.
+        **options: More arguments of `from_pretrained`, for both.
+    """
+    # Not at import: transformers takes seconds, and most of the library works without it.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval(), tokenizer
+
+
+def random_model(family: str, fields: dict[str, Any], *, has_images: bool, seed: int, dtype: torch.dtype) -> Any:
+    """Make a model with random weights from the fields of its configuration, in evaluation mode.
+
+    Args:
+        family: The `model_type` of its configuration.
+        fields: Fields of the configuration.
+        has_images: Whether it is a vision-language model.
+        seed: Seed of the weights; the global random state is left as it was.
+        dtype: dtype of the weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(family, **fields)
+    auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # The grouped products of other implementations of experts exist in single and half precision only.
+        model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
+        for parameter in model.parameters():
+            # A matrix that starts at zero, as Gemma 3's projection of images, would hide what goes through it.
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=config.get_text_config().initializer_range)
+    return model.eval()

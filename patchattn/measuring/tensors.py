@@ -1,0 +1,55 @@
+"""From the sums over documents to the tensors of a calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchattn.calibration.key_moments import pack_covariance
+from patchattn.measuring.statistics import MARGINS
+from patchattn.moments.text import Rotation
+
+
+def curve_tensors(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the curves."""
+    halves = sums["documents"]
+    every, known = halves.sum(), sums["errors"][0]
+    bias = sums["errors"][1] / known.clamp(min=1)
+    variance = sums["errors"][2] / known.clamp(min=1) - bias.square()
+    pairs = sums["open_pairs"]
+    return {
+        "margins": MARGINS.clone(),
+        "missed_mass": _half_upwards((sums["missed_mass"] / halves.clamp(min=1).view(2, 1, 1, 1, 1)).clamp(0, 1)),
+        "open_fraction": (sums["open_fraction"] / every).clamp(0, 1).half(),
+        "recall": _share(sums["hits"], sums["oracle_pairs"][None, ..., None].expand_as(pairs)).half(),
+        "precision": _share(sums["hits"], pairs).half(),
+        "bias": bias.float(),
+        "spread": variance.clamp(min=0).sqrt().float(),
+        "known_fraction": (known / sums["asked"][:, None].clamp(min=1)).float(),
+        "oracle_open_fraction": (sums["oracle_open_fraction"] / every).float(),
+    }
+
+
+def key_tensors(sums: dict[str, Tensor], rotations: dict[int, Rotation]) -> tuple[dict[str, Tensor], float]:
+    """Return the tensors of the key moments, and the error of storing a covariance."""
+    divisor = sums["key_count"].clamp(min=1)[:, None, None]
+    mean = sums["key_total"] / divisor
+    covariance = sums["key_outer"] / divisor[..., None] - mean[..., :, None] * mean[..., None, :]
+    deviation, factor, error = pack_covariance((covariance + covariance.mT) / 2)
+    frequencies = torch.stack([rotation.frequencies for rotation in rotations.values()])
+    found = {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
+    # Two digits: the last ones depend on the order of the sums.
+    return found | {"key_frequencies": frequencies.float()}, min(float(f"{error:.1e}"), 1.0)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide counts; a share of nothing is 1."""
+    return torch.where(whole > 0, part / whole.clamp(min=1), 1).clamp(0, 1)
+
+
+def _half_upwards(values: Tensor) -> Tensor:
+    """Round values in [0, 1] to half precision, never down, so that no promise is broken by rounding."""
+    rounded = values.half()
+    # Positive half floats are ordered like their bits.
+    upwards = (rounded.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(rounded.double() < values, upwards, rounded)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
 from patchattn.evaluation import GROUPS, TASKS, DocumentError, Material, make_sample
-from patchattn.evaluation.material import Encoder, cut
+from patchattn.evaluation.documents import cut
+from patchattn.evaluation.material import Encoder
 from patchattn.evaluation.sample import recall
 from patchattn.evaluation.tasks import DRAWN, TEXT_LOSS, chosen_tasks
 

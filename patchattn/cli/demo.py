@@ -20,7 +20,7 @@ from rich.table import Table
 from patchattn import demo
 from patchattn.cli.models import load
 from patchattn.cli.problems import read_text, stop
-from patchattn.evaluation.compare import Comparison, compare
+from patchattn.demo.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy

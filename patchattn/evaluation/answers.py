@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,33 +59,6 @@ def written(model: Any, tokenizer: Any, sample: Sample) -> float:
     """Have a model write after a prompt, up to its budget or the end of a text, and score it, 0 to 1."""
     found, _ = write(model, sample.prompt, None, sample.budget, stop=stop_tokens(model, tokenizer))
     return sample.score(found, tokenizer)
-
-
-def conversation(model: Any, document: Document, done: Callable[[float], None]) -> tuple[int, list[int]]:
-    """Ask a model for every fact of a document in turn, in one conversation on one cache.
-
-    Args:
-        model: A causal language model, patched or not.
-        document: A document with all questions at its end.
-        done: Told the fraction of the questions that is answered.
-
-    Returns:
-        Answers of which every token was written; the tokens that the model read, in order.
-    """
-    right, read = 0, []
-    ids, questions = list(document.token_ids), document.questions
-    cache, given = None, ids[: questions[0].start]
-    for at, question in enumerate(questions, 1):
-        given += ids[question.start : question.answer_start]
-        answer = ids[question.answer_start : question.answer_end]
-        found, cache = write(model, given, cache, len(answer))
-        right += found == answer
-        read += given + found[:-1]
-        # What comes next in the conversation: the token that is not in the cache yet, and the line break.
-        after = questions[at].start if at < len(questions) else len(ids)
-        given = found[-1:] + ids[question.answer_end : after]
-        done(at / len(questions))
-    return right, read
 
 
 @dataclass(frozen=True)

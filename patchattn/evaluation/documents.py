@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, islice, takewhile
+from operator import eq
 from typing import Any, Literal
 
 from patchattn.errors import PatchAttnError
 from patchattn.evaluation.words import draw_number, draw_word
 from patchattn.hf.context import check_context
+
+Units = list[tuple[int, ...]]
+"""Tokens of pieces of text that follow each other: lines, sentences or words."""
 
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
@@ -56,6 +60,10 @@ class TokenizedText:
 
     lines: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
+
+    def tokens_from(self, line: int) -> Iterator[tuple[int, ...]]:
+        """Yield the tokens of each line from one on, over and over."""
+        return islice(cycle(self.tokens), line, None)
 
 
 @dataclass(frozen=True)
@@ -192,50 +200,52 @@ def make_document(
     """
     rng = random.Random(f"{seed}/{split}/{length}")
     tasks = [draw_task(kind, text, rng, split) for kind in kinds]
-    n_tasks = len(tasks)
-    pieces = [line for task in tasks for line in task.planted]
-    n_planted = len(pieces)
-    pieces += [task.prompt for task in tasks] + [task.prompt + task.answer for task in tasks]
-    encoded = tokenizer([*pieces, "\n"], add_special_tokens=False)["input_ids"]
-    planted, prompts = encoded[:n_planted], encoded[n_planted : n_planted + n_tasks]
-    asked, line_break = encoded[n_planted + n_tasks : -1], encoded[-1]
 
+    def encoded(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    planted = encoded([line for task in tasks for line in task.planted])
+    prompts = encoded([task.prompt for task in tasks])
+    asked = encoded([task.prompt + task.answer for task in tasks])
+    (line_break,) = encoded(["\n"])
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    n_fixed = len(bos) + sum(map(len, planted + asked)) + n_tasks * len(line_break)
+    n_fixed = len(bos) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
     if n_fixed > length:
         raise ValueError(
-            f"{n_tasks} tasks need {n_fixed} tokens and length is {length}: "
+            f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}: "
             "plant fewer tasks or make the document longer"
         )
-    filling = _take_filling(text, length - n_fixed, rng)
+    if not text.lines:
+        raise ValueError("the text has no lines: give some text to fill the document with")
+    size = length - n_fixed
+    filling = cut(take(text.tokens_from(rng.randrange(len(text.lines))), size), size)
 
     token_ids: list[int] = bos
     planted_spans: list[tuple[int, int]] = []
     planted_at: dict[int, int] = {}
     questions: list[Question] = []
-    events = _order_events(tasks, rng, ask=ask, depth=depth)
-    ends = [end / (length - n_fixed) for end in accumulate(map(len, filling))]
+    ends = [end / size for end in accumulate(map(len, filling))]
     n_placed = 0
-    for event in events:
-        while n_placed < len(filling) and ends[n_placed] <= event.depth:
+    for at, index, line in _places(tasks, rng, ask=ask, depth=depth):
+        while n_placed < len(filling) and ends[n_placed] <= at:
             token_ids += filling[n_placed]
             n_placed += 1
         start = len(token_ids)
-        if event.planted_line is not None:
-            planted_at.setdefault(event.task, start)
-            token_ids += planted[event.planted_line]
+        if line is not None:
+            planted_at.setdefault(index, start)
+            token_ids += planted[line]
             planted_spans.append((start, len(token_ids)))
             continue
-        tokens = asked[event.task]
+        task, tokens = tasks[index], asked[index]
         token_ids += tokens + line_break
         questions.append(
             Question(
-                kind=tasks[event.task].kind,
-                prompt=tasks[event.task].prompt,
-                answer=tasks[event.task].answer,
-                planted_at=planted_at[event.task],
+                kind=task.kind,
+                prompt=task.prompt,
+                answer=task.answer,
+                planted_at=planted_at[index],
                 start=start,
-                answer_start=start + n_shared(prompts[event.task], tokens),
+                answer_start=start + n_shared(prompts[index], tokens),
                 answer_end=start + len(tokens),
             )
         )
@@ -244,29 +254,21 @@ def make_document(
     return Document(tuple(token_ids), tuple(questions), tuple(planted_spans))
 
 
-@dataclass(frozen=True, order=True)
-class _Event:
-    """A place in the filling where one planted line, or the question of a task, stands."""
-
-    depth: float
-    task: int
-    planted_line: int | None
-
-
-def _order_events(
+def _places(
     tasks: Sequence[PlantedTask], rng: random.Random, *, ask: str, depth: tuple[float, float]
-) -> list[_Event]:
-    """Choose a depth for each planted line and question; a question follows all its lines."""
-    events = []
+) -> list[tuple[float, int, int | None]]:
+    """Choose where everything stands: depth in the filling, index of the task, and of the line, None for a question.
+
+    A question follows all its lines. Depths above 1 come after all filling.
+    """
+    found: list[tuple[float, int, int | None]] = []
     n_lines = 0
     for index, task in enumerate(tasks):
         depths = sorted(rng.uniform(*depth) for _ in task.planted)
-        events += [_Event(d, index, n_lines + i) for i, d in enumerate(depths)]
+        found += [(at, index, line) for line, at in enumerate(depths, n_lines)]
         n_lines += len(task.planted)
-        # Depths above 1 come after all filling.
-        asked_at = 1 + rng.random() if ask == "end" else rng.uniform(depths[-1], 1)
-        events.append(_Event(asked_at, index, None))
-    return sorted(events, key=lambda event: (event.depth, event.planted_line is None))
+        found.append((1 + rng.random() if ask == "end" else rng.uniform(depths[-1], 1), index, None))
+    return sorted(found, key=lambda place: (place[0], place[2] is not None))
 
 
 def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split) -> PlantedTask:
@@ -312,30 +314,27 @@ def _draw_line(text: TokenizedText, rng: random.Random) -> str:
     raise ValueError("the text has no line of 10 to 48 characters to copy: give other text")
 
 
-def _take_filling(text: TokenizedText, n_tokens: int, rng: random.Random) -> list[tuple[int, ...]]:
-    """Take consecutive lines of exactly `n_tokens` tokens; the first one may be cut."""
-    if not text.lines:
-        raise ValueError("the text has no lines: give some text to fill the document with")
-    filling: list[tuple[int, ...]] = []
-    line = rng.randrange(len(text.lines))
-    while n_tokens > 0:
-        filling.append(text.tokens[line % len(text.lines)])
-        n_tokens -= len(filling[-1])
-        line += 1
-    # Too many by less than the last line, which can be longer than the first one.
-    surplus = -n_tokens
-    while surplus > 0:
-        cut = min(surplus, len(filling[0]))
-        filling[0] = filling[0][cut:]
-        surplus -= cut
-        if not filling[0]:
-            filling.pop(0)
-    return filling
+def take(units: Iterable[tuple[int, ...]], size: int) -> Units:
+    """Take units until they have at least `size` tokens."""
+    found = []
+    for unit in units:
+        if size <= 0:
+            break
+        found.append(unit)
+        size -= len(unit)
+    return found
+
+
+def cut(units: Units, size: int) -> Units:
+    """Cut units at the front, so that exactly `size` tokens are left."""
+    surplus = sum(map(len, units)) - size
+    at = 0
+    while surplus > 0 and surplus >= len(units[at]):
+        surplus -= len(units[at])
+        at += 1
+    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []
 
 
 def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Count the tokens that two sequences share at their start."""
-    for count, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return count
-    return min(len(first), len(second))
+    return sum(1 for _ in takewhile(bool, map(eq, first, second)))

@@ -21,7 +21,6 @@ from patchattn.hf.observe import observing
 from patchattn.hf.patching import patch
 from patchattn.measuring.collect import read_document
 from patchattn.moments.gaussian import Estimate
-from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import Policy
 
 ESTIMATES: tuple[Estimate, ...] = ("guarded", "saturating", "lognormal")
@@ -101,20 +100,19 @@ def record_margins(
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
             at_window = with_window(inputs, window)
             asked = at_window.regions.asked[0]
-            guesses: dict[tuple[str, Estimate], Tensor] = {
-                ("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates
-            }
+            gates = [MomentGate(estimate=name) for name in estimates]
+            known = Known()
             if calibration is not None and calibration.manifest.window_size == window:
                 known = Known(measured=MeasuredHeads(moments=calibration.key_moments(layer)))
-                for name in estimates:
-                    gate = MomentGate(moments="calibration", estimate=name)
-                    guesses["calibration", name] = gate.weigh(at_window, known)[0]
+                gates += [MomentGate(estimate=name, moments="calibration") for name in estimates]
             found[window][layer] = Margins(
-                at_window.regions.positions[0, asked],
-                masses.local[0, :, asked],
-                masses.bulk[0, :, asked],
-                masses.largest_bulk[0, :, asked],
-                {name: mass[0, :, asked] for name, mass in guesses.items()},
+                positions=at_window.regions.positions[0, asked],
+                local=masses.local[0, :, asked],
+                bulk=masses.bulk[0, :, asked],
+                top=masses.largest_bulk[0, :, asked],
+                estimates={
+                    (gate.moments, gate.estimate): gate.weigh(at_window, known)[0][0, :, asked] for gate in gates
+                },
             )
         return attend()
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from patchattn.evaluation.documents import DocumentError, TokenizedText, tokenize_text
-
-Units = list[tuple[int, ...]]
-"""Tokens of pieces of text that follow each other: lines, sentences or words."""
+from patchattn.evaluation.documents import DocumentError, Units, take, tokenize_text
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"
@@ -66,7 +63,7 @@ class Material:
         self.encoder = Encoder(tokenizer)
         self.tokenizer = tokenizer
         self.source = text.lower()
-        self.text: TokenizedText = tokenize_text(text, tokenizer)
+        self.text = tokenize_text(text, tokenizer)
         if not self.text.lines:
             raise DocumentError("The text is empty.", fix="Give some text to fill the prompts with.")
         self._ends = list(accumulate(map(len, self.text.tokens)))
@@ -78,16 +75,7 @@ class Material:
 
     def lines(self, rng: random.Random) -> Callable[[int], Units]:
         """Return a haystack of consecutive lines of the text, from a random one on; a short text is repeated."""
-
-        def haystack(size: int) -> Units:
-            units, at = [], rng.randrange(len(self.text.lines))
-            while size > 0:
-                units.append(self.text.tokens[at % len(self.text.lines)])
-                size -= len(units[-1])
-                at += 1
-            return units
-
-        return haystack
+        return lambda size: take(self.text.tokens_from(rng.randrange(len(self.text.lines))), size)
 
     def noise(self) -> Callable[[int], Units]:
         """Return a haystack that repeats the same line."""
@@ -99,12 +87,8 @@ class Material:
 
         def haystack(size: int) -> Units:
             units: Units = []
-            while size > 0:
-                more = self.encoder.encode([draw() for _ in range(max(1, size // 64))])
-                for unit in more:
-                    if size > 0:
-                        units.append(unit)
-                        size -= len(unit)
+            while (missing := size - sum(map(len, units))) > 0:
+                units += take(self.encoder.encode([draw() for _ in range(max(1, missing // 64))]), missing)
             return units
 
         return haystack
@@ -134,13 +118,3 @@ class Material:
         tokens = [token for line in self.text.tokens for token in line]
         step = (self.n_tokens - body) // max(count - 1, 1)
         return [(*begin, *tokens[at * step : at * step + body]) for at in range(count)]
-
-
-def cut(units: Units, size: int) -> Units:
-    """Cut units at the front, so that exactly `size` tokens are left."""
-    surplus = sum(map(len, units)) - size
-    at = 0
-    while surplus > 0 and surplus >= len(units[at]):
-        surplus -= len(units[at])
-        at += 1
-    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []

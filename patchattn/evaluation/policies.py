@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import DocumentError
-from patchattn.gates import ClosedGate, Gate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
 from patchattn.hf.context import check_context
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
@@ -20,18 +20,12 @@ from patchattn.policy import Policy
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""
 
-NAMES = {
-    DENSE: "the model as it came",
-    "default": "the moment gate with its default threshold; default:0.8 sets the threshold",
-    "oracle": "the exact local share, which saves no time; oracle:0.3 sets the threshold",
-    "static": "a quarter of the heads always open, the others never; static:0.5 sets the share",
-    "open": "every head open: dense attention through the library",
-    "closed": "every head closed: sink and window only",
-    "calibrated": "the policy that the calibration brings along",
-}
-"""What each short name means."""
+_KINDS = {gate.model_fields["kind"].default: gate for gate in get_args(get_args(Gate)[0])}
+_GATES: dict[str, Any] = {"default": MomentGate, **_KINDS}
 
-_WITH_NUMBER = ("default", "oracle", "static")
+NAMES = (DENSE, *_GATES, "calibrated")
+"""Short names; every kind of gate is one. docs/how-to/evaluate-your-model.md says what they mean."""
+
 _STATIC_SHARE = 0.25
 _RANKING_THRESHOLD = 0.8
 
@@ -45,7 +39,8 @@ def named_policy(
     """Return the policy that a short name stands for; None for `dense`.
 
     Args:
-        name: One of `NAMES`; `default`, `oracle` and `static` may be followed by a colon and a number in (0, 1).
+        name: One of `NAMES`. A colon and a number in (0, 1) may follow where a gate has a threshold; for `static` it is
+            the share of the heads that are open.
         base: Sink, window, break-even, layers and phases.
         calibration: Brings the policy of `calibrated`, and the ranking of heads for `static`.
         ranked_heads: Ranks heads for `static` without a calibration; see `heads_by_oracle`.
@@ -58,7 +53,9 @@ def named_policy(
         OracleGate(kind='oracle', threshold=0.3)
     """
     kind, _, setting = name.partition(":")
-    if kind not in NAMES or (setting and kind not in _WITH_NUMBER):
+    gate = _GATES.get(kind)
+    takes_number = gate is not None and (gate is StaticGate or "threshold" in gate.model_fields)
+    if kind not in NAMES or (setting and not takes_number):
         raise PolicyError(
             f"There is no policy {name!r}.",
             fix=f"Choose from {', '.join(NAMES)}, with a number as in default:0.8, or give the path of a policy file.",
@@ -66,25 +63,18 @@ def named_policy(
     number = _number(name, setting)
     if kind == DENSE:
         return None
-    if kind == "calibrated":
+    if gate is None:
         if calibration is None:
             raise PolicyError("The policy calibrated needs a calibration.", fix="Give one, or leave this policy out.")
         return calibration.policy
-    gate: Gate
-    if kind == "static":
+    settings: dict[str, Any] = {} if number is None else {"threshold": number}
+    if gate is StaticGate:
         ranked_heads = ranked_heads if calibration is None else calibration.heads_by_oracle
         if ranked_heads is None:
             raise PolicyError("The policy static needs ranked heads.", fix="Pass calibration=... or ranked_heads=...")
         heads = ranked_heads()
-        gate = StaticGate(open_heads=tuple(heads[: max(1, round((number or _STATIC_SHARE) * len(heads)))]))
-    elif kind == "open":
-        gate = OpenGate()
-    elif kind == "closed":
-        gate = ClosedGate()
-    else:
-        of_kind = MomentGate if kind == "default" else OracleGate
-        gate = of_kind() if number is None else of_kind(threshold=number)
-    return base.model_copy(update={"gate": gate})
+        settings = {"open_heads": tuple(heads[: max(1, round((number or _STATIC_SHARE) * len(heads)))])}
+    return base.model_copy(update={"gate": gate(**settings)})
 
 
 def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) -> list[tuple[int, int]]:

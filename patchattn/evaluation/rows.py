@@ -7,51 +7,46 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
 from patchattn.errors import ReportError
 from patchattn.writing import made
 
+Row = TypeVar("Row")
 
-class Store:
+
+class Store(Generic[Row]):
     """Rows in one file, one JSON object a line. Several processes may add to it at the same time.
 
     Args:
         path: The file; it is made with the first row.
-        kinds: Dataclasses of the rows; where there are several, each line names its own.
+        kind: Dataclass of the rows.
     """
 
-    def __init__(self, path: str | Path, *kinds: type[Any]) -> None:
+    def __init__(self, path: str | Path, kind: type[Row]) -> None:
         self.path = Path(path)
-        self._kinds = {kind.__name__: TypeAdapter(kind) for kind in kinds}
+        self._kind = TypeAdapter(kind)
 
-    def add(self, *rows: Any) -> None:
+    def add(self, *rows: Row) -> None:
         """Append rows; makes the folder.
 
         Raises:
             ReportError: The file can't be written.
         """
-        several = len(self._kinds) > 1
-        named = ({"kind": type(row).__name__, **vars(row)} if several else row for row in rows)
-        lines = "".join(json.dumps(row, default=vars) + "\n" for row in named)
+        lines = "".join(json.dumps(row, default=vars) + "\n" for row in rows)
         try:
             # Without a buffer the lines are one call, which other processes can't write into.
-            with made(self.path.parent), self.path.open("ab", buffering=0) as file:
-                # A line that was broken off stays by itself.
-                file.write(("" if self._ends_a_line() else "\n").encode() + lines.encode())
+            with made(self.path.parent), self.path.open("a+b", buffering=0) as file:
+                file.seek(max(file.tell() - 1, 0))
+                broken_off = file.read() not in (b"", b"\n")
+                file.write(b"\n" * broken_off + lines.encode())
         except OSError as error:
             raise ReportError(f"Can't write {self.path}: {error.strerror}.", fix="Choose another place.") from error
 
-    def _ends_a_line(self) -> bool:
-        with self.path.open("rb") as file:
-            size = file.seek(0, io.SEEK_END)
-            file.seek(max(size - 1, 0))
-            return file.read() in (b"", b"\n")
-
-    def rows(self, kind: type[Any] | None = None) -> list[Any]:
-        """Read the rows, of one kind or all; none if there is no file. Lines that were broken off are left out.
+    def rows(self) -> list[Row]:
+        """Read the rows; none if there is no file. Lines that were broken off are left out.
 
         Raises:
             ReportError: The file holds something else.
@@ -59,33 +54,21 @@ class Store:
         if not self.path.exists():
             return []
         try:
-            found = [self._row(line) for line in self.path.read_text(encoding="utf-8").split("\n")]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            return [self._kind.validate_python(fields) for fields in map(_whole, lines) if fields is not None]
+        except ValueError as error:
             fix = "Delete it, or choose another place."
             raise ReportError(f"{self.path} is not a file of results.", fix=fix) from error
-        return [row for row in found if row is not None and (kind is None or isinstance(row, kind))]
 
-    def _row(self, line: str) -> Any:
-        """Read a line; None if it is empty or was broken off."""
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            if not line or line.startswith("{"):
-                return None
+
+def _whole(line: str) -> Any:
+    """Read a line; None if it is empty or was broken off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        if line and not line.startswith("{"):
             raise
-        name = fields.pop("kind") if len(self._kinds) > 1 else next(iter(self._kinds))
-        return self._kinds[name].validate_python(fields)
-
-    def by(self, *names: str) -> dict[Any, Any]:
-        """Read the rows by some of their fields, so that a run can tell which are there already; the latest counts.
-
-        Args:
-            names: One field, whose value is the key, or several, whose values are a tuple.
-        """
-        rows = self.rows()
-        if len(names) == 1:
-            return {getattr(row, names[0]): row for row in rows}
-        return {tuple(getattr(row, name) for name in names): row for row in rows}
+        return None
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], number: str = ".5g", **of_column: str) -> str:

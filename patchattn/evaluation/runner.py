@@ -106,7 +106,7 @@ def evaluate(
     measured_on = None if calibration is None else _sha(calibration.manifest.model_dump_json())
     about = [VERSION, _about_model(model), _sha(text), samples, seed, used, measured_on]
     store = None if checkpoint is None else Store(checkpoint, Cell)
-    known = {} if store is None else store.by("key")
+    known = {} if store is None else {cell.key: cell for cell in store.rows()}
     total, behind = len(resolved) * sum(part.tokens for part in plan), 0
     cells = []
     for policy_name, policy in resolved.items():

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from patchattn.evaluation.documents import DocumentError, n_shared
-from patchattn.evaluation.material import Encoder, Material, Units, cut
+from patchattn.evaluation.documents import DocumentError, Units, cut, n_shared
+from patchattn.evaluation.material import Encoder, Material
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
 _DEPTHS = tuple(at / 39 for at in range(40))

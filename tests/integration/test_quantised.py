@@ -6,10 +6,10 @@ from torch import nn
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy
-from patchattn.calibration.manifest import Fingerprint
 from patchattn.evaluation.answers import write
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.runner import _about_model
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.testing import assert_equivalent, assert_within_budget, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -177,7 +177,7 @@ def test_a_model_without_any_parameter():
             part.register_buffer(name, parameter.detach())
     assert not list(model.parameters())
     assert assert_equivalent(model, policy(MomentGate(threshold=0.1))).logit_error <= 1
-    assert Fingerprint.of(model).dtype == "float32"
+    assert fingerprint_of(model).dtype == "float32"
     tokens = list(range(2, 60))
     assert loss_by_position(model, tokens) == loss_by_position(want, tokens)
     assert write(model, tokens, None, 3)[0] == write(want, tokens, None, 3)[0]

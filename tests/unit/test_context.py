@@ -9,8 +9,8 @@ import pytest
 
 import patchattn
 from patchattn import CalibrationError, Policy, demo
+from patchattn.demo.compare import compare
 from patchattn.evaluation import evaluate
-from patchattn.evaluation.compare import compare
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.margins import record_margins

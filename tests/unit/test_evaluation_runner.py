@@ -98,12 +98,12 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 
 def test_cells_survive_a_run_that_was_broken_off(tmp_path: Path) -> None:
     store = Store(tmp_path / "cells.jsonl", Cell)
-    assert store.by("key") == {}
+    assert store.rows() == []
     cell = Cell("a", "fact", 9, (1.0, 0.5), counts={"decode": PhaseCounts(1, 2, 3, 4)}, key="k")
     store.add(cell)
     with store.path.open("a") as file:
         file.write('{"policy": "b", "ta')
-    assert store.by("key") == {"k": cell}
+    assert store.rows() == [cell]
     store.add(dataclasses.replace(cell, key="l"))
     assert [found.key for found in store.rows()] == ["k", "l"]
     store.path.write_text("# Notes\n")

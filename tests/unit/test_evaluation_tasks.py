@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import string
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
 from patchattn.evaluation import GROUPS, TASKS, DocumentError, Material, make_sample
-from patchattn.evaluation.material import Encoder, cut
+from patchattn.evaluation.documents import cut
+from patchattn.evaluation.material import Encoder
 from patchattn.evaluation.sample import recall
 from patchattn.evaluation.tasks import DRAWN, TEXT_LOSS, chosen_tasks
 
@@ -237,6 +239,11 @@ def test_stretches_do_not_overlap(length: int, most: int) -> None:
     for stretch in stretches:
         body = list(stretch[begin:])
         end += next(at for at in range(len(text) - end) if text[end + at : end + at + len(body)] == body) + len(body)
+
+
+def test_samples_are_the_same_in_every_process_and_every_version() -> None:
+    samples = [make_sample(task, material("bytes"), length=3000, seed=7) for task in PROMPTS]
+    assert hashlib.sha256(repr(samples).encode()).hexdigest()[:16] == "89fc6637ddd59121"
 
 
 def test_every_task_is_described() -> None:

@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchattn.evaluation.documents import DocumentError
-from patchattn.evaluation.material import Material, Units
+from patchattn.evaluation.documents import DocumentError, Units
+from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import Draft, Task
 from patchattn.evaluation.words import draw_letters, draw_word
 

@@ -35,13 +35,13 @@ def variable_tracking(material: Material, length: int, rng: random.Random) -> Dr
 
 def _draw_chain(material: Material, rng: random.Random, taken: set[str], *, letters: int) -> tuple[str, list[str]]:
     value = material.draw_new(lambda: draw_number(rng, digits=5), taken)
-    names: set[str] = set()
+    names: list[str] = []
     while len(names) <= _HOPS:
         name = draw_letters(rng, letters=letters).upper()
         if not any(name in other or other in name for other in taken):
-            names.add(name)
+            names.append(name)
             taken.add(name)
-    return value, sorted(names, key=lambda _: rng.random())
+    return value, names
 
 
 def _lines(value: str, names: list[str]) -> list[str]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from patchattn.evaluation.answers import conversation
+from patchattn.demo.timing import times
+from patchattn.evaluation.answers import write
 from patchattn.evaluation.documents import (
     Document,
     DocumentError,
@@ -23,7 +24,6 @@ from patchattn.evaluation.documents import (
     tokenize_text,
 )
 from patchattn.evaluation.loss import losses
-from patchattn.evaluation.timing import times
 from patchattn.hf.patching import patch
 from patchattn.policy import PHASES, Phase, Policy
 
@@ -180,9 +180,10 @@ def compare(
         right, loss, tokens = quality("patched")
     report = handle.report()
     phases: list[Phase] = [phase for phase in PHASES if phase in handle.policy.phases]
-    shares = ({phase: of(phase) for phase in phases} for of in (report.open_fraction, report.realised_density))
+    opened = {phase: report.open_fraction(phase) for phase in phases}
+    density = {phase: report.realised_density(phase) for phase in phases}
     with patch(model, policy, backend=backend):
-        patched = Measured(right, loss, *speed("patched"), *shares)
+        patched = Measured(right, loss, *speed("patched"), opened, density)
     return Comparison(
         dense=dense,
         patched=patched,
@@ -197,6 +198,33 @@ def compare(
         report=report,
         tokens=tuple(tokens),
     )
+
+
+def conversation(model: Any, document: Document, done: Callable[[float], None]) -> tuple[int, list[int]]:
+    """Ask a model for every fact of a document in turn, in one conversation on one cache.
+
+    Args:
+        model: A causal language model, patched or not.
+        document: A document with all questions at its end.
+        done: Told the fraction of the questions that is answered.
+
+    Returns:
+        Answers of which every token was written; the tokens that the model read, in order.
+    """
+    right, read = 0, []
+    ids, questions = list(document.token_ids), document.questions
+    cache, given = None, ids[: questions[0].start]
+    for at, question in enumerate(questions, 1):
+        given += ids[question.start : question.answer_start]
+        answer = ids[question.answer_start : question.answer_end]
+        found, cache = write(model, given, cache, len(answer))
+        right += found == answer
+        read += given + found[:-1]
+        # What comes next in the conversation: the token that is not in the cache yet, and the line break.
+        after = questions[at].start if at < len(questions) else len(ids)
+        given = found[-1:] + ids[question.answer_end : after]
+        done(at / len(questions))
+    return right, read
 
 
 def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:

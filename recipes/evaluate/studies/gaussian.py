@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from patchattn import OpenGate, Policy, patch
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.masses import attention_scores
 from patchattn.evaluation.page import number, table
 from patchattn.hf.observe import observing
 from patchattn.measuring.collect import read_document
@@ -98,15 +97,15 @@ def _samples(inputs: AttentionInputs, rng: random.Random) -> Iterator[tuple[Tens
     sink, window, length = inputs.regions.sink_size, inputs.regions.window_size, inputs.query.shape[2]
     first = sink + window - 1
     for chunks in range(1, (length - first) // CHUNK):
-        covered = KeyMoments.of(inputs.key[0, :, sink : sink + CHUNK * chunks])
         rows = sorted(rng.sample(range(first + CHUNK * chunks, first + CHUNK * (chunks + 1)), QUERIES_PER_CHUNK))
-        sampled = replace(inputs, query=inputs.query[:, :, rows])
-        query = sampled.query[0].float().unflatten(0, (covered.mean.shape[0], -1)) * inputs.scale
-        mean = torch.einsum("hgrd,hd->hgr", query, covered.mean).flatten(0, 1)
-        variance = torch.einsum("hgrd,hde,hgre->hgr", query, covered.covariance, query).flatten(0, 1)
         # The keys that are bulk for the first of the rows, so that all have as many.
-        bulk = attention_scores(sampled)[0, ..., sink : rows[0] + 1 - window]
-        yield (bulk - mean[..., None]) / variance.clamp(min=1e-12).sqrt()[..., None], variance
+        bulk = inputs.key[0, :, sink : rows[0] + 1 - window].float()
+        covered = KeyMoments.of(inputs.key[0, :, sink : sink + CHUNK * chunks])
+        query = inputs.query[0, :, rows].float().unflatten(0, (len(bulk), -1)) * inputs.scale
+        scores = torch.einsum("hgrd,hkd->hgrk", query, bulk)
+        mean = torch.einsum("hgrd,hd->hgr", query, covered.mean)[..., None]
+        variance = torch.einsum("hgrd,hde,hgre->hgr", query, covered.covariance, query)[..., None]
+        yield ((scores - mean) / variance.clamp(min=1e-12).sqrt()).flatten(0, 1), variance.flatten(0, 1)[..., 0]
 
 
 WHITENED = Measurement(

@@ -14,7 +14,7 @@ from studies.gates.ranking import FRACTIONS, RANKINGS, Ranking
 import patchattn
 from patchattn import MomentGate, OracleGate, RiskTarget, StaticGate
 from patchattn.evaluation.answers import teacher_forced
-from patchattn.policy import Gate
+from patchattn.gates import Gate
 from patchattn.testing.replay import replay_gates
 
 Place = tuple[str, int, int]

@@ -104,8 +104,6 @@ def record_margins(
             guesses: dict[tuple[str, Estimate], Tensor] = {
                 ("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates
             }
-                ("prompt", name): bulk_log_mass_from_prompt(at_window, estimate=name)[0] for name in estimates
-            }
             if calibration is not None and calibration.manifest.window_size == window:
                 known = Known(measured=MeasuredHeads(moments=calibration.key_moments(layer)))
                 for name in estimates:

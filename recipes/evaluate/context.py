@@ -80,7 +80,8 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from the gates and not from rounding.
     """
     model, tokenizer = demo.load()
-    return model.to(dtype), tokenizer
+    # Casting it to the dtype that it has would round the frequencies of the rotary embedding, which are in float32.
+    return (model if model.dtype == dtype else model.to(dtype)), tokenizer
 
 
 @cache

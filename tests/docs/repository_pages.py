@@ -12,7 +12,7 @@ PAGES = [
     ROOT / "README.md",
     *(page for folder in ("docs", "recipes", "calibrations") for page in sorted((ROOT / folder).rglob("*.md"))),
 ]
-PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "mkdocs", "tests/run-at", ".ci/run"
+PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "tests/run-at", ".ci/run"
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -62,7 +62,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as a code host makes them; the site makes the same of plain words."""
+    """The anchors of a page's headings, as a code host and the site make them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.+)$", prose(read(path)), flags=re.MULTILINE):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()

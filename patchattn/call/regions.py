@@ -233,17 +233,6 @@ class Regions:
         """
         return (self.n_bulk > 0) & ~self.asked
 
-    @cached_property
-    def n_free(self) -> int:
-        """Number of leading query rows that attend densely, for nobody is asked in them; 0 where there is padding.
-
-        Read on the host, not for compiled code.
-        """
-        if not self.is_without_padding:
-            return 0
-        first_asked = self.sink_size + self.window_size + max(self.break_even, 1) - 1
-        return min(max(first_asked - self.host.query_slot, 0), self.query_length)
-
     @property
     def n_causal(self) -> Tensor:
         """Number of real keys that each query row sees in a dense model, [batch, query] int64."""

@@ -281,6 +281,7 @@ def first_real_slot(valid: Tensor) -> Tensor:
     return torch.where(valid.bool(), slots, valid.shape[1]).amin(dim=1)
 
 
-def host_may_read(tensor: Tensor) -> bool:
+def host_may_read(where: Tensor | torch.device) -> bool:
     """Say whether reading a tensor on the host is free: neither in a compiled graph, nor by waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    device = where.device if isinstance(where, Tensor) else where
+    return device.type == "cpu" and not torch.compiler.is_compiling()

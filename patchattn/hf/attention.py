@@ -74,9 +74,7 @@ def attention(
     if (softcap is not None and not state.has_softcap) or (s_aux is not None and not state.has_sinks):
         raise _unknown_arguments(["softcap"] if not state.has_softcap and softcap is not None else ["s_aux"])
     policy, phase = state.policy, phase_of(query.shape[2])
-    regions = attention_mask.regions(
-        policy.sink_size, policy.window_size, policy.break_even(phase), query=query, key=key
-    )
+    regions = attention_mask.regions(policy.sink_size, policy.window_size, query, key, policy.break_even(phase))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
     reason = state.dense_reason(key.shape[2], phase)

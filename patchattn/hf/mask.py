@@ -174,15 +174,15 @@ class CausalMask(BlockMask):
             return whole[:, : self.sizes[3]]
         return whole[:, :, self.cut : self.cut + self.sizes[2], : self.sizes[3]]
 
-    def regions(self, sink_size: int, window_size: int, break_even: int = 0, *, query: Tensor, key: Tensor) -> Regions:
+    def regions(self, sink_size: int, window_size: int, query: Tensor, key: Tensor, break_even: int = 0) -> Regions:
         """Return the regions of an attention call; all layers of a forward pass share them outside of a graph.
 
         Args:
             sink_size: Number of first tokens that are always attended.
             window_size: Number of last tokens that are always attended.
-            break_even: Queries with fewer bulk keys than this are not asked.
             query: [batch, heads, query, dim].
             key: [batch, kv_heads, keys, dim].
+            break_even: Queries with fewer bulk keys than this are not asked.
 
         Raises:
             ShapeError: The mask is of a call of other sizes.
@@ -190,7 +190,7 @@ class CausalMask(BlockMask):
         given = (query.shape[0], 1, query.shape[2], key.shape[2])
         local = (sink_size, window_size, break_even)
         if self.sizes != given and self.sizes[:3] == given[:3] and self.cut is None:
-            return self._of_other_keys(given[3]).regions(*local, query=query, key=key)
+            return self._of_other_keys(given[3]).regions(sink_size, window_size, query, key, break_even)
         if self.sizes != given:
             raise ShapeError(
                 f"Expected an attention call of the sizes of its mask, {self.sizes} (batch, 1, queries, keys), got "

@@ -230,8 +230,8 @@ def test_stale_moments_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_padding_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     regions = CausalMask.regions
 
-    def unpadded(mask: CausalMask, *sizes: int, **call: Any) -> Regions:
-        known = regions(mask, *sizes, **call)
+    def unpadded(mask: CausalMask, *call: Any) -> Regions:
+        known = regions(mask, *call)
         return dataclasses.replace(known, valid=torch.ones_like(known.valid), first=torch.zeros_like(known.first))
 
     monkeypatch.setattr(CausalMask, "regions", unpadded)

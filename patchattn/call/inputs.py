@@ -39,30 +39,27 @@ class AttentionInputs:
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together before anything is computed."""
-        query, key, value = self.query, self.key, self.value
-        if not query.dim() == key.dim() == value.dim() == 4:
+        query, key, value = tuple(self.query.shape), tuple(self.key.shape), tuple(self.value.shape)
+        if not len(query) == len(key) == len(value) == 4:
             raise ShapeError(
-                "Expected query, key and value of shape [batch, heads, tokens, dim]; "
-                f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+                f"Expected query, key and value of shape [batch, heads, tokens, dim]; got {query}, {key}, {value}."
             )
-        kv_heads = key.shape[1]
-        if query.shape[1] % kv_heads or query.shape[3] != key.shape[3]:
+        if query[1] % key[1] or query[3] != key[3]:
             raise ShapeError(
-                f"Query {tuple(query.shape)} does not fit key {tuple(key.shape)}: the query heads must be a multiple "
-                "of the KV heads and the last dimensions equal."
+                f"Query {query} does not fit key {key}: the query heads must be a multiple of the KV heads and the last "
+                "dimensions equal."
             )
-        if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        if key[:3] != value[:3] or query[0] != key[0]:
             raise ShapeError(
-                f"Key {tuple(key.shape)} and value {tuple(value.shape)} must share batch, KV heads and tokens, and the "
-                f"batch of the query {tuple(query.shape)}."
+                f"Key {key} and value {value} must share batch, KV heads and tokens, and the batch of the query {query}."
             )
-        if not query.dtype == key.dtype == value.dtype:
-            raise ShapeError(f"Query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}.")
+        dtypes = self.query.dtype, self.key.dtype, self.value.dtype
+        if not dtypes[0] == dtypes[1] == dtypes[2]:
+            raise ShapeError(f"Query, key and value differ in dtype: {dtypes[0]}, {dtypes[1]}, {dtypes[2]}.")
         rows, slots = self.regions.query_length, tuple(self.regions.valid.shape)
-        if rows != query.shape[2] or slots != (key.shape[0], key.shape[2]):
+        if rows != query[2] or slots != (key[0], key[2]):
             raise ShapeError(
-                f"Regions for {rows} queries over {slots} key slots do not fit query {tuple(query.shape)} "
-                f"and key {tuple(key.shape)}."
+                f"Regions for {rows} queries over {slots} key slots do not fit query {query} and key {key}."
             )
 
     @property

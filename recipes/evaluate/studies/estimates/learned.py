@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from estimates_candidates import Call
+from studies.estimates.candidates import Call, Candidate
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -14,61 +12,43 @@ _DECAY = 1e-4
 _GRID = 200
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A logistic regression for each head of a layer, from the query to the share of the bulk keys.
+def fit_probe(calls: list[Call], *, quadratic: bool) -> Candidate:
+    """Fit a logistic regression for each head of a layer, from the query to the exact share of the bulk keys.
 
     Args:
+        calls: Calls whose exact log mass is known; every second pair is fitted.
         quadratic: Whether products of the query's components are among the features.
-        centre: [heads, 1, features], what is subtracted from the features.
-        scale: [heads, 1, features], what they are divided by then.
-        weight: [heads, features].
-        bias: [heads, 1].
     """
+    x = torch.cat([features(call, quadratic=quadratic)[:, ::2] for call in calls], 1)
+    share = torch.cat([call.share[:, ::2] for call in calls], 1)
+    centre, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True).clamp(min=1e-3)
+    x = (x - centre) / scale
+    weight = torch.zeros(x.shape[0], x.shape[2], 1, requires_grad=True)
+    bias = torch.zeros(x.shape[0], 1, requires_grad=True)
+    search = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe")
 
-    quadratic: bool
-    centre: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
+    def closure() -> Tensor:
+        search.zero_grad()
+        logits = (x @ weight)[..., 0] + bias
+        loss = binary_cross_entropy_with_logits(logits, share, reduction="none").mean(1).sum()
+        loss = loss + _DECAY * weight.square().sum()
+        loss.backward()
+        return loss
 
-    @classmethod
-    def fit(cls, calls: list[Call], *, quadratic: bool) -> Probe:
-        """Fit the exact share of the bulk keys on every second pair of some calls."""
-        x = torch.cat([features(call, quadratic=quadratic)[:, ::2] for call in calls], 1)
-        shares = [
-            torch.sigmoid(call.bulk - call.local).flatten(0, 1)[:, ::2] for call in calls if call.bulk is not None
-        ]
-        share = torch.cat(shares, 1)
-        centre = x.mean(1, keepdim=True)
-        scale = x.std(1, keepdim=True).clamp(min=1e-3)
-        x = (x - centre) / scale
-        weight = torch.zeros(x.shape[0], x.shape[2], requires_grad=True)
-        bias = torch.zeros(x.shape[0], 1, requires_grad=True)
-        search = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe")
+    search.step(closure)
 
-        def closure() -> Tensor:
-            search.zero_grad()
-            logits = (x @ weight[..., None])[..., 0] + bias
-            loss = binary_cross_entropy_with_logits(logits, share, reduction="none").mean(1).sum()
-            loss = loss + _DECAY * weight.square().sum()
-            loss.backward()
-            return loss
-
-        search.step(closure)
-        return cls(quadratic, centre, scale, weight.detach(), bias.detach())
-
-    def __call__(self, call: Call) -> Tensor:
-        """Return what, compared with the local log mass, gives the predicted share, [kv_heads, group, asked] nats."""
-        x = (features(call, quadratic=self.quadratic) - self.centre) / self.scale
-        logits = (x @ self.weight[..., None])[..., 0] + self.bias
+    @torch.no_grad()
+    def mass(call: Call) -> Tensor:
+        logits = ((features(call, quadratic=quadratic) - centre) / scale @ weight)[..., 0] + bias
         return call.local + logits.view_as(call.local)
+
+    return mass
 
 
 def features(call: Call, *, quadratic: bool) -> Tensor:
     """Local log mass, log of the number of bulk keys and the query, [heads, asked, features]."""
     query = call.query.flatten(0, 1)
-    known = torch.stack([call.local.flatten(0, 1), call.n.float().log().expand(query.shape[:2])], -1)
+    known = torch.stack([call.local.flatten(0, 1), call.log_n.expand(query.shape[:2])], -1)
     if not quadratic:
         return torch.cat([known, query], -1)
     row, column = torch.triu_indices(query.shape[-1], query.shape[-1])

@@ -1,0 +1,46 @@
+"""Facts and text loss beside dense attention: two panels over what was paid for them.
+
+A row has `right` facts of those `asked`, and `losses`, the text loss of each document in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from patchattn.evaluation.page import with_interval
+from patchattn.evaluation.statistics import Interval, relative_change, share
+
+
+def told(row: Any, dense: Any) -> dict[str, Any]:
+    """Return the fields of a row, and the texts of its `facts` and, where it was measured, the change of its `loss`."""
+    facts = with_interval(share(row.right, row.asked), ".3f")
+    loss = row.losses and with_interval(relative_change(row.losses, dense.losses), "+.2%", between=" to ")
+    return vars(row) | {"facts": facts, "loss": loss or ""}
+
+
+def draw_facts(axes: Any, paid: Sequence[float], rows: Sequence[Any], **look: Any) -> None:
+    """Draw the facts answered over what was paid for them, in percent."""
+    draw_intervals(axes, paid, [share(row.right, row.asked) for row in rows], **look)
+
+
+def draw_intervals(axes: Any, paid: Sequence[float], found: Sequence[Interval], **look: Any) -> None:
+    """Draw estimates with their intervals."""
+    reach = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+    axes.errorbar(paid, [one.value for one in found], reach, capsize=2, elinewidth=0.8, markersize=5, **look)
+
+
+def finish(figure: Figure, dense: Any) -> Figure:
+    """Add names and the levels of dense attention to two axes, facts and change of the text loss."""
+    facts, loss = figure.axes
+    facts.axhline(dense.right / dense.asked, color="black", linestyle=":", label="dense")
+    loss.axhline(0, color="black", linestyle=":")
+    facts.set_ylim(-0.03, 1.03)
+    facts.set_ylabel("facts answered exactly")
+    loss.set_ylabel("text loss against dense, %")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    figure.legend(*facts.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,216 @@
+"""Compare sources of key moments: the prompt, and other text, after or before the rotary embedding."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from context import Context, Measurement, document, load
+from page import Page, filled, lines
+from torch import Tensor
+
+from patchattn import OpenGate, Policy, patch
+from patchattn.backends.blockwise import attend as blockwise_attend
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.masses import Masses, exact_masses
+from patchattn.evaluation.answers import teacher_forced
+from patchattn.evaluation.documents import Document
+from patchattn.evaluation.page import with_interval
+from patchattn.evaluation.statistics import share
+from patchattn.hf.observe import observing
+from patchattn.measuring.reading import read_document
+from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
+from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
+
+LENGTH = 4096
+POLICY = Policy(sink_size=16, window_size=256, min_bulk=0, gate=OpenGate())
+MOST = LENGTH - 16 - 256
+FIVE = tuple(MOST >> step for step in range(4, -1, -1))
+GRID = tuple(range(CHUNK, MOST + 1, CHUNK))
+MARGIN = 0.405465  # a threshold of 0.6
+OPENED = (0.3, 0.5)
+MEASURED_ON, JUDGED_ON = 16, 6
+"""Documents that moments are taken from, and that sources are judged on."""
+
+ACCURACY = (
+    "| {source} | {accuracy[bias]:+.2f} ({accuracy[worst_bias]:+.1f}) | "
+    "{accuracy[spread]:.2f} ({accuracy[worst_spread]:.1f}) | "
+    "{accuracy[correlation]:.2f} ({accuracy[worst_correlation]:.2f}) | {accuracy[0.3]:.2%} | {accuracy[0.5]:.2%} |"
+)
+QUALITY = "| {source} | {open:.1%} | {facts} | {text_loss:.4f} |"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One source of moments: how well it estimates on dense activations, and what the model does where it decides.
+
+    `accuracy` has medians over heads and the worst heads, and the missed mass by open fraction; it is empty for dense
+    attention. `open` is the fraction in prefill, `text_loss` in nats per token.
+    """
+
+    source: str
+    accuracy: dict[str, float]
+    open: float
+    right: int
+    asked: int
+    text_loss: float
+
+
+def documents(seed: str, count: int) -> list[Document]:
+    """Make documents with facts."""
+    return [document("facts", LENGTH, f"{seed}/{at}") for at in range(count)]
+
+
+def read_densely(documents: list[Document], visit: Callable[[int, AttentionInputs], None]) -> None:
+    """Show every attention call of reading some documents."""
+
+    def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+        visit(layer, inputs)
+        return attend()
+
+    with patch(load()[0], POLICY, backend="blockwise") as handle, observing(handle, observer):
+        for one in documents:
+            read_document(load()[0], torch.tensor(one.token_ids))
+
+
+@cache
+def moments_of_text() -> tuple[dict[tuple[int, int], KeyMoments], dict[int, RotaryMoments]]:
+    """Take moments of the bulk keys of each document's last query.
+
+    Returns:
+        By layer and number of bulk keys, moments of keys as they are, [kv_heads, 1]; by layer, those before rotation.
+    """
+    rotation = Rotation(load()[0].model.rotary_emb.inv_freq)
+    after: dict[tuple[int, int], KeyMoments] = {}
+    before: dict[int, KeyMoments] = {}
+
+    def add(kept: dict[Any, KeyMoments], at: Any, keys: Tensor) -> None:
+        found = KeyMoments.of(keys)
+        kept[at] = kept[at].merge(found) if at in kept else found
+
+    def visit(layer: int, inputs: AttentionInputs) -> None:
+        slots = torch.arange(POLICY.sink_size, POLICY.sink_size + MOST)
+        keys = inputs.key[0, :, slots].double()
+        add(before, layer, rotation.undone(keys, slots))
+        for count in {*GRID, *FIVE}:
+            add(after, (layer, count), keys[:, None, :count])
+
+    read_densely(documents("calibrate", MEASURED_ON), visit)
+    return (
+        {at: KeyMoments(one.count, one.mean.float(), one.covariance.float()) for at, one in after.items()},
+        {
+            at: RotaryMoments(one.mean.float(), one.covariance.float(), rotation.frequencies)
+            for at, one in before.items()
+        },
+    )
+
+
+def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
+    """Estimate with moments of the sequence's own keys."""
+    return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0]
+
+
+def from_closed_form(layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
+    """Estimate as `MomentGate(moments="calibration")` does."""
+    return bulk_log_mass_from_text(inputs, moments_of_text()[1][layer], estimate=estimate)
+
+
+def from_lengths(lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
+    """Estimate with moments of rotated keys, those of the length nearest to a query's number of bulk keys, by ratio."""
+    n_bulk = inputs.regions.n_bulk[:, None, None]
+    query = inputs.query.unflatten(1, (inputs.key.shape[1], -1))
+    borders = torch.tensor([math.sqrt(low * high) for low, high in itertools.pairwise(lengths)])
+    nearest = torch.bucketize(n_bulk.float(), borders)
+    mass = query.new_zeros(query.shape[:-1])
+    for index, count in enumerate(lengths):
+        found = moments_of_text()[0][layer, count].log_mass(query, n_bulk, scale=inputs.scale, estimate=estimate)
+        mass = torch.where(nearest == index, found, mass)
+    return mass.flatten(1, 2)
+
+
+DENSE = "(dense)"
+SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
+    "prompt": from_prompt,
+    "other text, before RoPE, in closed form": from_closed_form,
+    "other text, after RoPE, 5 lengths": partial(from_lengths, FIVE),
+    "other text, after RoPE, 1 length": partial(from_lengths, (MOST,)),
+    f"other text, after RoPE, every {CHUNK} keys": partial(from_lengths, GRID),
+}
+"""From layer, call and estimate to the estimated bulk log mass, [1, heads, query]."""
+
+
+@cache
+def judged() -> list[tuple[int, AttentionInputs, Masses]]:
+    """Read the documents that sources are judged on; layer, inputs and exact masses of every call."""
+    found = []
+    judged_on = documents("moments", JUDGED_ON)
+    read_densely(judged_on, lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0])))
+    return found
+
+
+def accuracy_of(source: str) -> dict[str, float]:
+    """Compare a source with the truth on dense activations, over the pairs with at least a chunk of bulk keys."""
+    by_layer: dict[int, list[Tensor]] = {}
+    for layer, inputs, exact in judged():
+        enough = inputs.regions.n_bulk[0] >= CHUNK
+        guesses = [SOURCES[source](layer, inputs, estimate) for estimate in ("saturating", "guarded")]
+        masses = torch.cat([*guesses, exact.bulk, exact.local])[..., enough]
+        by_layer.setdefault(layer, []).append(masses.double())
+    saturating, guarded, bulk, local = torch.cat([torch.cat(calls, dim=-1) for calls in by_layer.values()], dim=1)
+    bias, spread = (saturating - bulk).mean(-1), (saturating - bulk).std(-1)
+    margins = torch.stack([local - saturating, local - bulk], dim=1)
+    correlation = torch.stack([torch.corrcoef(of_head)[0, 1] for of_head in margins])
+    bulk_share = torch.sigmoid(bulk - local).flatten()[(local - guarded).flatten().argsort()]
+    found = {"bias": bias.median(), "worst_bias": bias[bias.abs().argmax()]}
+    found |= {"spread": spread.median(), "worst_spread": spread.max()}
+    found |= {"correlation": correlation.median(), "worst_correlation": correlation.min()}
+    pairs = len(bulk_share)
+    found |= {str(opened): bulk_share[int(opened * pairs) :].sum() / pairs for opened in OPENED}
+    return {name: float(value) for name, value in found.items()}
+
+
+def measure(_: Context, source: str) -> Row:
+    """Judge a source, then let it decide about every pair of the patched model."""
+    model, judged_on = load()[0], documents("moments", JUDGED_ON)
+    accuracy = {} if source == DENSE else accuracy_of(source)
+
+    def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+        if source == DENSE:
+            return attend()
+        return blockwise_attend(inputs, SOURCES[source](layer, inputs, "guarded"), MARGIN)
+
+    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
+        found = teacher_forced(model, judged_on)
+    opened = handle.report().open_fraction("prefill")
+    return Row(source, accuracy, opened, found.right["fact"], found.asked["fact"], found.text_loss)
+
+
+ROWS = Measurement("key_moments", Row, ("source",), lambda _: [(source,) for source in (DENSE, *SOURCES)], measure)
+MEASURED = (ROWS,)
+
+
+def page(context: Context) -> Page:
+    """Show how well each source estimates, and what it opens and keeps."""
+    rows = ROWS.rows(context)
+    told = [vars(row) | {"facts": with_interval(share(row.right, row.asked), ".3f")} for row in rows]
+    markdown = filled(
+        "key_moments",
+        tokens=LENGTH,
+        policy=POLICY,
+        measured=MEASURED_ON,
+        judged=JUDGED_ON,
+        facts=rows[0].asked,
+        accuracy=lines(ACCURACY, (row for row in told if row["accuracy"])),
+        quality=lines(QUALITY, told),
+        chunk=CHUNK,
+        most=MOST,
+        five=", ".join(f"{count:,}" for count in FIVE),
+        grid=len(GRID),
+    )
+    return Page(markdown)

@@ -1,0 +1,123 @@
+"""What every study is made with: the shipped model, its calibration, documents for it, and rows that were measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from patchattn import demo
+from patchattn.calibration import Calibration
+from patchattn.evaluation.documents import Document, Kind, make_document, tokenize_text
+from patchattn.evaluation.rows import Store
+
+LENGTHS = (1024, 2048, 4096)
+WINDOWS = (64, 128, 256)
+SINK = 16
+KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {"facts": ("fact",) * 9, "chains and lists": ("chain", "list") * 3}
+"""What is planted and asked for, in every 1,024 tokens."""
+
+TASKS = ("plain text", "planted line", "question", "answer")
+"""What the token of a query belongs to; a query whose next token is part of an answer counts as `answer`."""
+
+Row = TypeVar("Row")
+Job = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a command was started with.
+
+    Args:
+        work: Folder of the rows; a run goes on from what is there.
+        options: What the command line says, by the options' names.
+    """
+
+    work: Path
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement(Generic[Row]):
+    """Something that is measured job by job, in several processes, and kept as one row for each job.
+
+    Args:
+        name: Of the file in the folder of what was measured.
+        row: Dataclass of the rows, of what JSON can hold.
+        key: Names of the fields that say which job a row is of.
+        jobs: From the context to all jobs, the values of those fields; what matters most comes first.
+        measure: From the context and the values of one job to its row. Runs in any process.
+    """
+
+    name: str
+    row: type[Row]
+    key: tuple[str, ...]
+    jobs: Callable[[Context], Sequence[Job]]
+    measure: Callable[..., Row]
+
+    def store(self, context: Context) -> Store:
+        """Return the rows on disk."""
+        return Store(context.work / f"{self.name}.jsonl", self.row)
+
+    def done(self, context: Context) -> dict[Job, Row]:
+        """Read the rows that are there by job, in the order of the jobs; rows of no job are left out."""
+        there = {tuple(getattr(row, name) for name in self.key): row for row in self.store(context).rows()}
+        return {job: there[job] for job in self.jobs(context) if job in there}
+
+    def rows(self, context: Context) -> list[Row]:
+        """Read the rows that are there, in the order of the jobs."""
+        return list(self.done(context).values())
+
+
+@cache
+def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return the shipped model and its tokenizer.
+
+    On processors without fast bfloat16 products float32 is three times as fast; differences between gates then come
+    from the gates and not from rounding.
+    """
+    model, tokenizer = demo.load()
+    return model.to(dtype), tokenizer
+
+
+@cache
+def calibration() -> Calibration:
+    """Return the shipped calibration for the same weights in float32; it was measured in bfloat16."""
+    shipped = Calibration.from_pretrained(ROOT / "calibrations" / "patchattn-demo")
+    fingerprint = shipped.manifest.fingerprint.model_copy(update={"dtype": "float32"})
+    return Calibration(
+        shipped.manifest.model_copy(update={"fingerprint": fingerprint}), shipped.policy, shipped.tensors
+    )
+
+
+@cache
+def text() -> Any:
+    """Return the held-out Python source that documents are cut from, tokenized."""
+    return tokenize_text(demo.sample_text(), load()[1])
+
+
+@cache
+def document(kinds: str, length: int, seed: str) -> Document:
+    """Make one document of held-out Python source with planted lines, all asked for at the end."""
+    planted = KINDS_PER_1024[kinds] * (length // 1024)
+    return make_document(text(), load()[1], length=length, kinds=planted, seed=seed)
+
+
+def tasks_of(one: Document) -> Tensor:
+    """Say for each token of a document which of `TASKS` it belongs to, [tokens] int64."""
+    found = torch.zeros(len(one.token_ids), dtype=torch.long)
+    for start, end in one.planted:
+        found[start:end] = 1
+    for question in one.questions:
+        found[question.start : question.answer_start - 1] = 2
+        found[question.answer_start - 1 : question.answer_end - 1] = 3
+    return found

@@ -1,0 +1,87 @@
+"""A study's page: its parts, how its text is filled in, and the look of its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+# Okabe & Ito: told apart by colour-blind readers too.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, RED, PURPLE, GREY = "#D8C400", "#0072B2", "#D55E00", "#CC79A7", "#888888"
+
+STYLES = {
+    "oracle": (BLACK, "o"),
+    "static": (ORANGE, "s"),
+    "static, answering": (RED, "o"),
+    "random heads": (GREY, "v"),
+    "random pairs": (GREY, "x"),
+    "prompt/guarded": (BLUE, "D"),
+    "prompt/saturating": (SKY, "^"),
+    "prompt/lognormal": (PURPLE, "P"),
+    "calibration/guarded": (BLUE, "D"),
+    "calibration/saturating": (SKY, "^"),
+    "calibration/lognormal": (PURPLE, "P"),
+    "budget, guarded": (GREEN, "h"),
+    "budget, saturating": (YELLOW, "*"),
+    "risk, each head": (RED, ">"),
+    "risk, mean over heads": (RED, "<"),
+}
+"""Colour and marker of each family of gates."""
+
+_PERCENT_TICKS = (1, 2, 5, 10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a study shows.
+
+    Args:
+        markdown: The text. It links the picture as `NAME.png`.
+        picture: Saved as `NAME.png`; None for no picture.
+        tables: By name without suffix, rows that are saved as CSV.
+        dpi: Dots per inch of the picture.
+        formats: How the floats of the tables are written, see `csv_text`: `number`, and columns by name.
+    """
+
+    markdown: str
+    picture: Figure | None = None
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    dpi: int = 120
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+
+def filled(study: str, **values: object) -> str:
+    """Read the text of a page, `pages/STUDY.md`, and fill in its fields; `made_by` is how it is made."""
+    text = (Path(__file__).parent / "pages" / f"{study}.md").read_text(encoding="utf-8")
+    return text.format(made_by=f"Made by `python recipes/evaluate/run.py {study}`", **values)
+
+
+def lines(form: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write rows as lines of one form."""
+    return "\n".join(form.format_map(row) for row in rows)
+
+
+def label(family: str) -> str:
+    """Return what pages call a family of gates."""
+    source, _, estimate = family.partition("/")
+    return f"moment, {estimate}{', calibration moments' * (source == 'calibration')}" if estimate else family
+
+
+def open_axis(axes: Any, *, low: float = 0.8) -> None:
+    """Make the x axis one of open fractions in percent, on a log scale."""
+    axes.set_xscale("log")
+    axes.set_xticks(_PERCENT_TICKS, [f"{tick}%" for tick in _PERCENT_TICKS])
+    axes.set_xlim(low, 110)
+    axes.minorticks_off()
+    axes.set_xlabel("open pairs")
+    tidy(axes)
+
+
+def tidy(axes: Any, *, grid: str = "both") -> None:
+    """Draw a light grid, and no frame above and on the right."""
+    axes.grid(axis=grid, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

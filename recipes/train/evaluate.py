@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Recipes run from a checkout: the package beside them is used, installed or not.
@@ -23,6 +22,7 @@ from corpus import collect, join
 
 from patchattn.evaluation.answers import Scores, teacher_forced
 from patchattn.evaluation.documents import Kind, TokenizedText, make_document, tokenize_text
+from patchattn.evaluation.loss import losses
 
 _KINDS_PER_1024: dict[str, list[Kind]] = {
     "fact": ["fact"] * 6,
@@ -44,16 +44,11 @@ def measure_tasks(
     )
 
 
-@torch.no_grad()
 def text_loss(model: Any, tokenizer: Any, tokens: list[int], *, length: int) -> float:
     """Mean loss in nats per token over windows of `length` tokens, each after a BOS."""
-    total, count = 0.0, 0
-    for start in range(0, len(tokens) - length + 1, length - 1):
-        row = torch.tensor([[tokenizer.bos_token_id, *tokens[start : start + length - 1]]])
-        logits = model(row).logits[0, :-1].float()
-        total += functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
-        count += length - 1
-    return total / count
+    starts = range(0, len(tokens) - length + 1, length - 1)
+    windows = ([tokenizer.bos_token_id, *tokens[start : start + length - 1]] for start in starts)
+    return torch.cat([losses(model, window) for window in windows]).double().mean().item()
 
 
 def ngram_losses(train: list[int], held_out: list[int], vocab_size: int) -> tuple[float, float]:

@@ -233,17 +233,6 @@ class Regions:
         """
         return (self.n_bulk > 0) & ~self.asked
 
-    @cached_property
-    def n_free(self) -> int:
-        """Number of leading query rows that attend densely, for nobody is asked in them; 0 where there is padding.
-
-        Read on the host, not for compiled code.
-        """
-        if not self.is_without_padding:
-            return 0
-        first_asked = self.sink_size + self.window_size + max(self.break_even, 1) - 1
-        return min(max(first_asked - self.host.query_slot, 0), self.query_length)
-
     @property
     def n_causal(self) -> Tensor:
         """Number of real keys that each query row sees in a dense model, [batch, query] int64."""
@@ -292,6 +281,7 @@ def first_real_slot(valid: Tensor) -> Tensor:
     return torch.where(valid.bool(), slots, valid.shape[1]).amin(dim=1)
 
 
-def host_may_read(tensor: Tensor) -> bool:
+def host_may_read(where: Tensor | torch.device) -> bool:
     """Say whether reading a tensor on the host is free: neither in a compiled graph, nor by waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    device = where.device if isinstance(where, Tensor) else where
+    return device.type == "cpu" and not torch.compiler.is_compiling()

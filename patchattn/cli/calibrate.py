@@ -250,14 +250,8 @@ def _policy(choice: Choice) -> Policy:
                 fix="Leave --moments out, or choose another policy.",
             )
         fields["gate"] = fields["gate"] | {"moments": choice.moments}
-    for name, value in (
-        ("sink_size", choice.sink),
-        ("window_size", choice.window),
-        ("min_bulk", choice.min_bulk),
-    ):
-        if value is not None:
-            fields[name] = value
-    return Policy.model_validate(fields)
+    given = {"sink_size": choice.sink, "window_size": choice.window, "min_bulk": choice.min_bulk}
+    return Policy.model_validate(fields | {name: value for name, value in given.items() if value is not None})
 
 
 def _texts(pattern: str) -> list[str]:

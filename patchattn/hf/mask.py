@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map_only
 
-from patchattn.call.regions import Regions, first_real_slot
+from patchattn.call.regions import Regions, first_real_slot, host_may_read
 from patchattn.errors import ShapeError, UnsupportedCallError
 from patchattn.hf.architecture import ORIGINAL_OF, implementation_of
 
@@ -320,7 +320,7 @@ def mask(
 
 def _is_plain(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor, device: Any) -> bool:
     """Say whether the host knows that nothing is padding and that the queries are the last slots."""
-    if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
+    if not host_may_read(torch.device(device)):
         return False
     if not isinstance(q_offset, int) or q_offset + q_length != kv_length:
         return False

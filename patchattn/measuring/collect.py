@@ -31,6 +31,7 @@ from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
 from patchattn.measuring.tensors import curve_tensors, key_tensors
 from patchattn.policy import Policy
+from patchattn.version import VERSION
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished documents and of all documents."""
@@ -268,4 +269,4 @@ def _name(model: Any) -> str:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("patchattn", "torch", "transformers")}
+    return {"patchattn": VERSION, **{name: version(name) for name in ("torch", "transformers")}}

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.gates import Gate, MomentGate
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import Target
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.policy import PHASES, MinBulk, Policy
 
@@ -111,10 +111,8 @@ def shapes(draw: st.DrawFn, *, max_keys: int = 400, max_heads: int = 14, decode:
     beyond = min(sink_size + window_size, max_keys - 1)
     at_least = draw(st.sampled_from([0, beyond, beyond, beyond]))
     keys = at_least + draw(lengths(max_length=max_keys - at_least, sink_size=sink_size, window_size=window_size))
-    queries = 1
-    if decode is not True:
-        fewest = 1 if decode is None else min(2, keys)
-        queries = draw(st.just(keys) | st.integers(fewest, keys))
+    fewest = 1 if decode is None else min(2, keys)
+    queries = 1 if decode else draw(st.just(keys) | st.integers(fewest, keys))
     spare = keys - queries
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     return Shape(
@@ -231,14 +229,10 @@ def attention_inputs(
         query_slot=sizes.query_slot,
         break_even=draw(st.sampled_from([0, 0, 1, 100])),
     )
+    kind, size = draw(st.sampled_from(key_kinds)), (sizes.batch, sizes.kv_heads, sizes.keys, sizes.head_dim)
     return AttentionInputs(
         normal(sizes.batch, sizes.heads, sizes.queries, sizes.head_dim),
-        make_keys(
-            draw(st.sampled_from(key_kinds)),
-            (sizes.batch, sizes.kv_heads, sizes.keys, sizes.head_dim),
-            seed=seed + 1,
-            dtype=dtype,
-        ),
+        make_keys(kind, size, seed=seed + 1, dtype=dtype),
         normal(sizes.batch, sizes.kv_heads, sizes.keys, sizes.value_dim),
         regions,
         draw(st.sampled_from([1.0, 2.0])) * sizes.head_dim**-0.5,
@@ -283,18 +277,20 @@ def gates(*, layers: int | tuple[int, ...] = 32, heads: int = 32, calibrated: bo
         "threshold": shares,
         "estimate": st.sampled_from(get_args(Estimate)),
         "open_heads": st.lists(st.tuples(known, st.integers(0, heads - 1)), max_size=6).map(tuple),
+        "alpha": shares,
+        "scope": st.sampled_from(["head", "model"]),
+        "fraction": shares,
     }
-    kinds: list[SearchStrategy[Gate]] = [
-        st.builds(kind, **{name: values for name, values in fields.items() if name in kind.model_fields})
-        for kind in get_args(get_args(Gate)[0])
-    ]
+
+    def of(kind: Any, **more: Any) -> Any:
+        own = {name: values for name, values in fields.items() if name in kind.model_fields}
+        return st.builds(kind, **(own | more))
+
+    found = [of(kind) for kind in get_args(get_args(Gate)[0])]
     if calibrated:
-        risks = st.builds(RiskTarget, alpha=shares, scope=st.sampled_from(["head", "model"]))
-        targets = risks | st.builds(OpenFractionTarget, fraction=shares)
-        estimate, other_text = fields["estimate"], st.just("calibration")
-        kinds.append(st.builds(MomentGate, threshold=targets, estimate=estimate))
-        kinds.append(st.builds(MomentGate, threshold=shares, estimate=estimate, moments=other_text))
-    return st.one_of(kinds)
+        targets = st.one_of([of(kind) for kind in get_args(Target)])
+        found += [of(MomentGate, threshold=targets), of(MomentGate, moments=st.just("calibration"))]
+    return st.one_of(found)
 
 
 @st.composite
@@ -311,16 +307,15 @@ def policies(
         calibrated: Whether gates that need a calibration are among them.
     """
     sizes = st.integers(0, max_size)
-    min_bulk: SearchStrategy[Any] = sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto")
     patched = draw(st.none() | st.lists(st.integers(0, layers - 1), min_size=1, max_size=6).map(tuple))
-    return Policy(
-        sink_size=draw(sizes),
-        window_size=draw(st.integers(1, max_size)),
-        gate=draw(gates(layers=patched or layers, heads=heads, calibrated=calibrated)),
-        layers=patched,
-        phases=draw(st.frozensets(st.sampled_from(PHASES), min_size=1)),
-        min_bulk=draw(min_bulk),
-    )
+    fields: dict[str, SearchStrategy[Any]] = {
+        "sink_size": sizes,
+        "window_size": st.integers(1, max_size),
+        "gate": gates(layers=patched or layers, heads=heads, calibrated=calibrated),
+        "phases": st.frozensets(st.sampled_from(PHASES), min_size=1),
+        "min_bulk": sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto"),
+    }
+    return Policy(layers=patched, **{name: draw(values) for name, values in fields.items()})
 
 
 @st.composite

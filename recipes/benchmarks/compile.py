@@ -5,77 +5,64 @@ python recipes/benchmarks/compile.py
 
 from __future__ import annotations
 
-import time
+import argparse
+import functools
+import statistics
+from typing import Any
 
 import torch
-from harness import arguments, prepare, progress, save
+from harness import Row, arguments, milliseconds, prepare, progress, save
+from problems import shipped_model
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import patchattn
-from patchattn import MomentGate, Policy, demo
-from patchattn.evaluation.documents import check_longest
+from patchattn import Policy
 from patchattn.hf.architecture import with_cache
 
 
 def main() -> None:
     """Compile the decode step of the shipped model, dense and patched, and feed it growing texts."""
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile; aot_eager needs no compiler")
     parser.add_argument("--steps", type=int, default=16)
-    options = parser.parse_args()
-    device = prepare(options)
-    model, tokenizer = demo.load()
-    check_longest(model, max(options.lengths) + options.steps)
-    model = model.to(device)
-    tokens = tokenizer(demo.sample_text()[:20000], return_tensors="pt").input_ids.to(device)
+    options = prepare(parser.parse_args())
+    model, tokens = shipped_model(max(options.lengths) + options.steps)
+    model, tokens = model.to(options.device), tokens.to(options.device)
     rows = []
-    with progress(2) as step, torch.no_grad():
-        for name in ("dense", "patched"):
-            step(name)
-            if name == "dense":
-                rows.append({"model": name} | compiled(options, model, tokens))
-                continue
-            with patchattn.patch(model, Policy(window_size=128, min_bulk=0, gate=MomentGate())):
-                rows.append({"model": name} | compiled(options, model, tokens))
+    with torch.no_grad():
+        for name in progress(("dense", "patched"), str):
+            if name == "patched":
+                patchattn.patch(model, Policy(window_size=128, min_bulk=0))
+            rows.append({"model": name} | compiled(options, model, tokens))
     notes = (
         f"Shipped model, static cache, `torch.compile(fullgraph=True, backend={options.compiler!r})` of the decode "
         f"step; prefill is not compiled. Texts of {', '.join(f'{length:,}' for length in options.lengths)} tokens, "
         f"{options.steps} steps each."
     )
-    save(options, "compile", "Compiling a patched model", rows, None, notes)
+    save(options, "compile", "Compiling a patched model", rows, notes, None)
 
 
-def compiled(options, model, tokens: torch.Tensor) -> dict[str, float | int]:
+def compiled(options: argparse.Namespace, model: Any, tokens: torch.Tensor) -> Row:
     """Compile, run all lengths, and count graphs."""
     torch._dynamo.reset()
     counters.clear()
     step = torch.compile(model.forward, fullgraph=True, backend=options.compiler)
-    first, graphs_after_first, timed, n_steps = 0.0, 0, 0.0, 0
+    firsts, laters, graphs = [], [], []
     for length in options.lengths:
         cache = StaticCache(config=model.config, max_cache_len=max(options.lengths) + options.steps)
         model(tokens[:, :length], **with_cache(model, cache))
-        for index in range(options.steps):
-            begin = time.perf_counter()
-            step(
-                tokens[:, length + index : length + index + 1],
-                **with_cache(model, cache),
-                position_ids=torch.tensor([[length + index]], device=tokens.device),
-            )
-            if tokens.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
-            if not first:
-                first, graphs_after_first = seconds, counters["stats"]["unique_graphs"]
-            elif index:
-                timed, n_steps = timed + seconds, n_steps + 1
-    graphs = counters["stats"]["unique_graphs"]
+        for at in range(length, length + options.steps):
+            given = with_cache(model, cache) | {"position_ids": torch.tensor([[at]], device=tokens.device)}
+            call = functools.partial(step, tokens[:, at : at + 1], **given)
+            (laters if at > length else firsts).append(milliseconds(call, tokens.device))
+            graphs.append(counters["stats"]["unique_graphs"])
     return {
-        "first step s": first,
-        "later steps ms": 1e3 * timed / n_steps,
-        "graphs after the first step": graphs_after_first,
-        "graphs at the end": graphs,
+        "first step s": firsts[0] / 1e3,
+        "later steps ms": statistics.mean(laters),
+        "graphs after the first step": graphs[0],
+        "graphs at the end": graphs[-1],
     }
 
 

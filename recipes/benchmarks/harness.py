@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, the environment, and results as JSON, Markdown and PNG."""
+"""What every benchmark shares: options, timing in turn, the environment, and results as JSON, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -6,71 +6,90 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 import patchattn
 
-_MOST_LEVEL_LABELS = 4
+RESULTS = Path("recipes/benchmarks/results")
+PAGES = Path("docs/results/benchmarks")
 Row = dict[str, Any]
+Item = TypeVar("Item")
+
 _BUSY = 0.1
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long one variant takes, in milliseconds, and how it compares with another of the same repeats.
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Make the parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each variant")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread, busy machines")
+    parser.add_argument("--out", type=Path, help=f"folder of all results, in place of {RESULTS} and {PAGES}")
+    parser.add_argument("--name", default="", help="name of the result files; the benchmark's own by default")
+    return parser
 
-    Args:
-        median: Median over the repeats.
-        low: First quartile.
-        high: Third quartile.
-        samples: Every repeat, in order.
-    """
 
-    median: float
-    low: float
-    high: float
-    samples: tuple[float, ...]
+def prepare(options: argparse.Namespace, *, cpu: Row | None = None, cuda: Row | None = None) -> argparse.Namespace:
+    """Apply the options that all benchmarks have, and fill in those that were not given by the kind of device."""
+    options.device = torch.device(options.device)
+    for name, value in ((cuda if options.device.type == "cuda" else cpu) or {}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.clock == "cpu":
+        options.threads = 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
 
-    @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        """Summarise repeats."""
-        ordered = sorted(samples)
-        low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else (ordered[0],) * 3
-        return cls(statistics.median(ordered), low, high, tuple(samples))
 
-    def ratio(self, other: Timing) -> float:
-        """Median over the repeats of this time divided by the other's in the same repeat."""
-        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
+def progress(items: Sequence[Item], describe: Callable[[Item], str]) -> Iterator[Item]:
+    """Go through items, with a bar on the error stream that says which one is measured."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(items))
+        for item in items:
+            bar.update(task, description=describe(item))
+            yield item
+            bar.advance(task)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Timings of several variants.
+    """How long variants take.
 
     Args:
-        timings: By variant.
+        samples: Milliseconds of every repeat, in order, by variant.
         is_quiet: False where other programs used more than a tenth of the cores in too many repeats.
     """
 
-    timings: dict[str, Timing]
+    samples: dict[str, list[float]]
     is_quiet: bool
 
-    def fastest(self, names: list[str]) -> str:
-        """Return the variant with the lowest median."""
-        return min(names, key=lambda name: self.timings[name].median)
+    def ms(self, name: str) -> float:
+        """Return the median over the repeats."""
+        return statistics.median(self.samples[name])
+
+    def ratios(self, name: str, other: str) -> list[float]:
+        """Divide one variant's time by another's within each repeat, and sort."""
+        return sorted(a / b for a, b in zip(self.samples[name], self.samples[other], strict=True))
+
+    def speedup(self, dense: str, name: str) -> Row:
+        """Say how many times as fast as `dense` a variant is: median, lowest and highest over the repeats."""
+        ratios = self.ratios(dense, name)
+        return {"speed-up": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
 
 
 def measure(
@@ -95,30 +114,31 @@ def measure(
     calls = {}
     for name, variant in variants.items():
         variant()
-        calls[name] = max(1, min(1000, round(at_least_ms / max(_milliseconds(variant, 1, device, now), 1e-3))))
+        calls[name] = max(1, min(1000, round(at_least_ms / max(milliseconds(variant, device, 1, now), 1e-3))))
     quiet: list[dict[str, float]] = []
     every: list[dict[str, float]] = []
     while len(quiet) < repeats and len(every) < 2 * repeats:
-        before = _foreign_seconds()
-        begin = time.perf_counter()
-        sample = {name: _milliseconds(variant, calls[name], device, now) for name, variant in variants.items()}
+        before, begin = _foreign_seconds(), time.perf_counter()
+        sample = {name: milliseconds(variant, device, calls[name], now) for name, variant in variants.items()}
         foreign = _foreign_seconds() - before
         every.append(sample)
         if clock == "cpu" or foreign <= _BUSY * (time.perf_counter() - begin) * (os.cpu_count() or 1):
             quiet.append(sample)
     is_quiet = len(quiet) >= min(3, repeats)
     chosen = quiet if is_quiet else every
-    return Timed({name: Timing.of([sample[name] for sample in chosen]) for name in variants}, is_quiet)
+    return Timed({name: [sample[name] for sample in chosen] for name in variants}, is_quiet)
 
 
-def _milliseconds(variant: Callable[[], Any], calls: int, device: torch.device, now: Callable[[], float]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def milliseconds(
+    variant: Callable[[], Any], device: torch.device, calls: int = 1, now: Callable[[], float] = time.perf_counter
+) -> float:
+    """Time one call of a function, the mean of several in a row."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
     begin = now()
     for _ in range(calls):
         variant()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return 1e3 * (now() - begin) / calls
 
 
@@ -130,27 +150,6 @@ def _foreign_seconds() -> float:
     own = os.times()
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy - own.user - own.system - own.children_user - own.children_system
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Make the parser with the options that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each variant")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread, busy machines")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"), help="folder of the results")
-    parser.add_argument("--name", default="", help="name of the result files; the benchmark's own by default")
-    return parser
-
-
-def prepare(options: argparse.Namespace) -> torch.device:
-    """Apply the options that all benchmarks have."""
-    if options.clock == "cpu":
-        options.threads = 1
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return torch.device(options.device)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -169,74 +168,59 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on the error stream; the function given says what comes next and advances it."""
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        started = False
-
-        def step(description: str) -> None:
-            nonlocal started
-            bar.update(task, description=description, advance=1 if started else 0)
-            started = True
-
-        yield step
+    named = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def save(
-    options: argparse.Namespace,
-    name: str,
-    title: str,
-    rows: list[Row],
-    figure: Figure | None = None,
-    notes: str = "",
+    options: argparse.Namespace, name: str, title: str, rows: list[Row], notes: str, figure: Figure | None = None
 ) -> None:
     """Write NAME.json, NAME.md and NAME.png, and print the table."""
-    device = torch.device(options.device)
-    folder, stem = options.out, options.name or name
-    folder.mkdir(parents=True, exist_ok=True)
-    # JSON has no NaN, which stands for what was not asked.
-    rows = [{key: None if content != content else content for key, content in row.items()} for row in rows]
+    stem = options.name or name
     found = {
         "benchmark": name,
         "command": command_line(),
-        "environment": environment(device) | {"clock": options.clock},
-        "rows": rows,
+        "title": title,
+        "notes": notes,
+        "environment": environment(options.device) | {"clock": options.clock},
+        # JSON has no NaN, which stands for what was not asked.
+        "rows": [{key: None if content != content else content for key, content in row.items()} for row in rows],
     }
-    (folder / f"{stem}.json").write_text(json.dumps(found, indent=1, default=asdict) + "\n", encoding="utf-8")
-    made_by = f"Made by `{found['command']}`."
-    text = f"# {title}\n\n{made_by} {notes}\n\n{described(found['environment'])}\n\n{table(rows)}\n"
+    results, pages = options.out or RESULTS, options.out or PAGES
+    for folder in (results, pages):
+        folder.mkdir(parents=True, exist_ok=True)
+    (results / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if figure is not None:
-        figure.savefig(folder / f"{stem}.png", dpi=120)
-        text += f"\n![{title}]({stem}.png)\n"
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
-    Console(width=200).print(table(rows), markup=False, highlight=False)
+        figure.savefig(pages / f"{stem}.png", dpi=120)
+    write_page(found, pages / f"{stem}.md")
+    Console(width=200).print(table(found["rows"]), markup=False, highlight=False)
 
 
 def command_line() -> str:
     """Return the command that runs this benchmark again, without the folder of the results."""
     program, *given = sys.argv
-    if "--out" in given:
-        at = given.index("--out")
-        del given[at : at + 2]
-    return " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given])
+    return re.sub(r" --out \S+", "", " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
+
+
+def write_page(found: dict[str, Any], path: Path) -> None:
+    """Write the page of one result, with the picture that lies beside it."""
+    parts = [
+        f"# {found['title']}",
+        f"Made by `{found['command']}`. {found['notes']}",
+        described(found["environment"]),
+        table(found["rows"]),
+    ]
+    if path.with_suffix(".png").exists():
+        parts.append(f"![{found['title']}]({path.stem}.png)")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def described(environment: dict[str, Any]) -> str:
     """Say in one sentence where the numbers come from."""
     return (
-        f"{environment['device']}, threads: {environment['threads']}, cores: {environment['cores']}, "
-        f"clock: {environment['clock']}, "
-        f"{environment['cpu_capability']}; patchattn {environment['patchattn']}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, Python {environment['python']}."
-    )
+        "{device}, threads: {threads}, cores: {cores}, clock: {clock}, {cpu_capability}; patchattn {patchattn}, "
+        "torch {torch}, transformers {transformers}, Python {python}."
+    ).format(**environment)
 
 
 def table(rows: list[Row]) -> str:
@@ -257,28 +241,24 @@ def _cell(content: Any) -> str:
     return f"{content:,}" if isinstance(content, int) else str(content)
 
 
-def speedup_figure(rows: list[Row], *, x: str, series: str, title: str) -> Figure:
-    """Draw the speed-up over `x`, one line for each value of `series`, and the arithmetic limit as dashes."""
+def speedup_figure(rows: list[Row], series: Sequence[str], title: str) -> Figure:
+    """Draw the speed-up over the tokens, a line for each value of `series`, and the limit dotted where there is one."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for index, label in enumerate(dict.fromkeys(row[series] for row in rows)):
-        chosen = [row for row in rows if row[series] == label]
-        at = [row[x] for row in chosen]
-        axes.plot(at, [row["speed-up"] for row in chosen], "o-", color=f"C{index % 10}", label=str(label))
-        axes.plot(at, [row["limit"] for row in chosen], ":", color=f"C{index % 10}", linewidth=1)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(row[name] for name in series), []).append(row)
+    for index, (label, chosen) in enumerate(lines.items()):
+        at, color = [row["tokens"] for row in chosen], f"C{index % 10}"
+        axes.plot(at, [row["speed-up"] for row in chosen], "o-", color=color, label=label)
+        axes.plot(at, [row.get("limit", float("nan")) for row in chosen], ":", color=color, linewidth=1)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel="times as fast as the fastest dense", title=title)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times as fast as dense", title=title)
     low, high = axes.get_ylim()
-    factors = [factor for factor in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= factor <= high]
+    factors = [factor for factor in (0.5, 0.7, 1, 1.5, 2, 5, 10, 20, 50, 100, 200) if low <= factor <= high]
     axes.set_yticks(factors, [f"{factor:g}x" for factor in factors])
-    tick_lengths(axes, rows, x)
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45 if len(lengths) > 4 else 0)
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     return figure
-
-
-def tick_lengths(axes: Any, rows: list[Row], x: str) -> None:
-    """Mark the measured lengths on a logarithmic x axis, and nothing between them."""
-    lengths = sorted({row[x] for row in rows})
-    rotation = 45 if len(lengths) > _MOST_LEVEL_LABELS else 0
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=rotation)
-    axes.minorticks_off()

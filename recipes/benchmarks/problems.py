@@ -1,23 +1,26 @@
-"""The calls that the kernel benchmarks time: inputs, gates, and every dense baseline of a device."""
+"""The calls that benchmarks time: of a layer, with every dense baseline of a device, and of the shipped model."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from harness import milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import patchattn
-from patchattn import MomentGate, Policy, demo
+from patchattn import Policy, demo
+from patchattn.backends import load, resolve
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
+from patchattn.evaluation.documents import check_longest
 from patchattn.gates.decision import forced
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,16 +61,21 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Atten
     )
 
 
-def iid_gates(inputs: AttentionInputs, open_fraction: float) -> Tensor:
-    """Open each pair on its own with the same probability: the worst case for a kernel."""
-    draw = torch.Generator(inputs.query.device).manual_seed(1)
-    shape = inputs.query.shape[:3]
-    return torch.rand(shape, generator=draw, device=inputs.query.device) < open_fraction
+def shape_on(device: torch.device, length: int, queries: int) -> Shape:
+    """Choose the layer of a small model for a CPU, and that of an 8B model for CUDA."""
+    return Shape(length, queries, 32, 8, 128, window=1024) if device.type == "cuda" else Shape(length, queries)
 
 
-def gated(attend: Callable[..., Attended], inputs: AttentionInputs, opened: Tensor) -> Callable[[], Attended]:
+def iid_gates(shape: Shape, open_fraction: float) -> Tensor:
+    """Open each pair on its own with the same probability: the worst case for a kernel. [batch, heads, queries]."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.rand(shape.batch, shape.heads, shape.queries, generator=draw) < open_fraction
+
+
+def gated(inputs: AttentionInputs, opened: Tensor, backend: str = "auto") -> Callable[[], Attended]:
     """Make a call with decisions taken beforehand."""
-    mass = forced(opened, inputs)
+    attend = load(resolve(backend, inputs.query.device)).attend
+    mass = forced(opened.to(inputs.query.device), inputs)
     return lambda: attend(inputs, mass, 0.0)
 
 
@@ -85,80 +93,67 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def facts(attended: Attended, inputs: AttentionInputs) -> dict[str, float]:
-    """Say how many pairs were open and how many keys were scored."""
-    regions, heads = inputs.regions, inputs.query.shape[1]
-    asked = regions.asked.sum() * heads
-    density = float(attended.scored_keys / (regions.n_causal.sum() * heads))
-    return {"open": float(attended.open.sum() / asked), "density": density, "limit": 1 / density}
-
-
 def dense_baselines(inputs: AttentionInputs, *, compiled_flex: bool) -> dict[str, Callable[[], Any]]:
     """Try every dense kernel - SDPA's, compiled FlexAttention, flash-attn if it is installed - and keep the fast ones.
 
     SDPA kernels are tried with grouped keys ("gqa") and with keys repeated beforehand.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    group = inputs.group_size
-    repeated = [x.repeat_interleave(group, dim=1) for x in (key, value)]
+    repeated = [x.repeat_interleave(inputs.group_size, dim=1) for x in (key, value)]
     causal = query.shape[2] > 1
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     if key.shape[2] <= _LONGEST_MATH or not causal:
         kernels.append(SDPBackend.MATH)
 
-    def sdpa(kernel: SDPBackend, *, grouped: bool) -> Callable[[], Tensor]:
-        keys = (key, value) if grouped else repeated
-
-        def call() -> Tensor:
-            with sdpa_kernel(kernel):
-                return scaled_dot_product_attention(query, *keys, is_causal=causal, enable_gqa=grouped)
-
-        return call
+    def sdpa(kernel: SDPBackend, keys: Sequence[Tensor], **options: bool) -> Tensor:
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(query, *keys, is_causal=causal, **options)
 
     found: dict[str, Callable[[], Any]] = {}
     for kernel in kernels:
         name = f"sdpa {kernel.name.lower().removesuffix('_attention')}"
-        for grouped in (True, False) if group > 1 else (False,):
-            found[f"{name} gqa" if grouped else name] = sdpa(kernel, grouped=grouped)
+        found[name] = partial(sdpa, kernel, repeated)
+        if inputs.group_size > 1:
+            found[f"{name} gqa"] = partial(sdpa, kernel, (key, value), enable_gqa=True)
     if compiled_flex:
         found["flex"] = _dense_flex(inputs)
-    if inputs.query.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+    if query.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
         flash = importlib.import_module("flash_attn").flash_attn_func
-        rows = [x.transpose(1, 2) for x in (query, key, value)]
-        found["flash-attn"] = lambda: flash(*rows, causal=causal)
-    seconds = {name: _seconds(call, query.device) for name, call in found.items()}
-    fastest = min(seconds.values())
-    return {name: call for name, call in found.items() if seconds[name] <= _WORTH_TIMING * fastest}
+        found["flash-attn"] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=causal)
+    once = {name: _milliseconds(call, query.device) for name, call in found.items()}
+    return {name: call for name, call in found.items() if once[name] <= _WORTH_TIMING * min(once.values())}
 
 
 def _dense_flex(inputs: AttentionInputs) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    query, key, value = inputs.query, inputs.key, inputs.value
-    before = key.shape[2] - query.shape[2]
-    mask = create_block_mask(
-        lambda batch, head, row, column: column <= row + before,
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        device=query.device.type,
-    )
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    causal = lambda batch, head, row, column: column <= row + keys - queries  # noqa: E731
+    mask = create_block_mask(causal, None, None, queries, keys, device=inputs.query.device.type)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=inputs.group_size > 1)
+    call = inputs.query, inputs.key, inputs.value
+    return lambda: compiled(*call, block_mask=mask, enable_gqa=inputs.group_size > 1)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     """Time the second call of a kernel; infinite where it does not take this call, which it says by raising."""
     try:
         call()
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        return milliseconds(call, device)
     except (RuntimeError, NotImplementedError, ValueError):
         return math.inf
-    return time.perf_counter() - begin
+
+
+def shipped_model(length: int) -> tuple[Any, Tensor]:
+    """Load the shipped model, and tokens [1, length] of its text; refuse more tokens than it reads."""
+    model, tokenizer = demo.load()
+    check_longest(model, length)
+    return model, tokenizer(demo.sample_text()[: 10 * length], return_tensors="pt").input_ids[:, :length]
+
+
+def reading(model: Any, tokens: Tensor) -> Callable[[], Any]:
+    """Make a call that reads tokens [batch, length] into a new cache."""
+    return lambda: model(tokens, use_cache=True, logits_to_keep=1)
 
 
 def shipped_gates(length: int = 4096, steps: int = 32, window: int = 256) -> dict[str, list[Tensor]]:
@@ -168,10 +163,8 @@ def shipped_gates(length: int = 4096, steps: int = 32, window: int = 256) -> dic
         `"prefill"`: one [1, heads, length] tensor for each layer; `"decode"`: one [1, heads, 1] tensor for each layer
         and step.
     """
-    model, tokenizer = demo.load()
-    tokens = tokenizer(demo.sample_text(), return_tensors="pt").input_ids[:, : length - steps]
-    policy = Policy(window_size=window, min_bulk=0, gate=MomentGate())
-    with torch.no_grad(), patchattn.patch(model, policy, record="timeline") as handle:
-        model.generate(tokens, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
+    model, tokens = shipped_model(length)
+    with torch.no_grad(), patchattn.patch(model, Policy(window_size=window, min_bulk=0), record="timeline") as handle:
+        model.generate(tokens[:, :-steps], max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
     calls = [call for layer in handle.report().timeline.values() for call in layer]
     return {phase: [opened for name, opened in calls if name == phase] for phase in ("prefill", "decode")}

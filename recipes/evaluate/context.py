@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,14 +33,8 @@ Row = TypeVar("Row")
 Job = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a command was started with.
-
-    Args:
-        work: Folder of the rows; a run goes on from what is there.
-        options: What the command line says, by the options' names.
-    """
+class Context(NamedTuple):
+    """What a command was started with: a folder for rows, from which a run goes on, and options by name."""
 
     work: Path
     options: Mapping[str, Any]
@@ -51,7 +45,7 @@ class Measurement(Generic[Row]):
     """Something that is measured job by job, in several processes, and kept as one row for each job.
 
     Args:
-        name: Of the file in the folder of what was measured.
+        name: Of the file in the folder of rows.
         row: Dataclass of the rows, of what JSON can hold.
         key: Names of the fields that say which job a row is of.
         jobs: From the context to all jobs, the values of those fields; what matters most comes first.
@@ -86,7 +80,8 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from the gates and not from rounding.
     """
     model, tokenizer = demo.load()
-    return model.to(dtype), tokenizer
+    # Casting it to the dtype that it has would round the frequencies of the rotary embedding, which are in float32.
+    return (model if model.dtype == dtype else model.to(dtype)), tokenizer
 
 
 @cache
@@ -94,9 +89,8 @@ def calibration() -> Calibration:
     """Return the shipped calibration for the same weights in float32; it was measured in bfloat16."""
     shipped = Calibration.from_pretrained(ROOT / "calibrations" / "patchattn-demo")
     fingerprint = shipped.manifest.fingerprint.model_copy(update={"dtype": "float32"})
-    return Calibration(
-        shipped.manifest.model_copy(update={"fingerprint": fingerprint}), shipped.policy, shipped.tensors
-    )
+    manifest = shipped.manifest.model_copy(update={"fingerprint": fingerprint})
+    return Calibration(manifest, shipped.policy, shipped.tensors)
 
 
 @cache

@@ -22,7 +22,6 @@ from documents import documents
 from patchattn import Policy, RiskTarget, demo
 from patchattn.calibration.risk import Curves, documents_needed, rungs
 from patchattn.evaluation.documents import check_longest
-from patchattn.gates.measured import MeasuredHeads
 from patchattn.measuring.collect import Collecting, read_document, settings_of
 from patchattn.measuring.statistics import MARGINS, Totals
 
@@ -116,8 +115,8 @@ def on_patched(model: Any, tokens: list[Tensor], margins: Tensor, settings: Any)
         Missed mass, mean over heads and of the worst head, and the open fraction.
     """
     missed, opened = [], []
-    measured = {layer: MeasuredHeads(margins[at]) for at, layer in enumerate(settings.layers)}
-    with Collecting(model, POLICY, settings, measured=measured) as collecting:
+    by_layer = {layer: margins[at] for at, layer in enumerate(settings.layers)}
+    with Collecting(model, POLICY, settings, margins=by_layer) as collecting:
         for ids in tokens:
             totals = Totals(settings)
             collecting.start(totals.add_document(0))

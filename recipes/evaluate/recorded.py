@@ -137,11 +137,11 @@ class Confusion:
 
     Args:
         counts: [documents, 4] pairs: both open, only the gate, only the oracle, both closed.
-        missed: [documents] sum of the bulk shares of the pairs that the gate closes.
+        missed: [documents] sum of the bulk shares of the pairs that the gate closes; None if not known.
     """
 
     counts: np.ndarray
-    missed: np.ndarray
+    missed: np.ndarray | None
 
     def value(self, measure: str) -> float:
         """A measure over all documents."""
@@ -153,8 +153,13 @@ class Confusion:
         above, below = self._parts(measure)
         return bootstrap(self.counts, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
 
+    def intervals(self, **more: Any) -> dict[str, Any]:
+        """Every measure by name, with its interval, and what else a form asks for."""
+        names = SHARES if self.missed is None else (*SHARES, MISSED)
+        return {name: self.interval(name) for name in names} | more
+
     def _parts(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
-        if measure == MISSED:
+        if measure == MISSED and self.missed is not None:
             return self.missed, self.counts.sum(1)
         above, below = (self.counts[:, list(cells)].sum(1) for cells in SHARES[measure])
         return above, below
@@ -194,7 +199,7 @@ class Recorded:
         missed = self.array("missed", estimate)[:, layers, :, at:].sum((1, 2, 3))
         opened, closed = pairs[:, :oracle_at].sum(1), pairs[:, oracle_at:].sum(1)  # [documents, gate bins]
         cells = [part.sum(1) for part in (opened[:, :at], closed[:, :at], opened[:, at:], closed[:, at:])]
-        return Confusion(np.stack(cells, axis=1), np.full_like(missed, np.nan) if answering else missed)
+        return Confusion(np.stack(cells, axis=1), None if answering else missed)
 
     def oracle(self, threshold: float) -> Confusion:
         """The oracle against itself: what it misses."""

@@ -63,9 +63,7 @@ def main() -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--processes", type=int, default=2, help="of one thread each")
     shared.add_argument("--work", type=Path, default=Path("runs/evaluate"), help="folder of what was measured")
-    shared.add_argument(
-        "--out", type=Path, help="one folder for all files; default: docs/results and, for tables, here"
-    )
+    shared.add_argument("--out", type=Path, help="of all files; default: docs/results, and recipes/evaluate/results")
     parser = argparse.ArgumentParser(description="Make a page of docs/results.")
     named = parser.add_subparsers(dest="study", metavar="NAME", required=True)
     studies = {name: importlib.import_module(f"studies.{name}") for name in STUDIES}

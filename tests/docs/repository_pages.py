@@ -14,7 +14,7 @@ PAGES = [
 ]
 # Pages with fields; filled in they are in `docs/results`.
 PAGES = [page for page in PAGES if page.parent != ROOT / "recipes" / "evaluate" / "pages"]
-PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "mkdocs", "tests/run-at", ".ci/run"
+PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "tests/run-at", ".ci/run"
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as a code host makes them; the site makes the same of plain words."""
+    """The anchors of a page's headings, as a code host and the site make them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.+)$", prose(read(path)), flags=re.MULTILINE):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()

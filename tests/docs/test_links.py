@@ -1,4 +1,4 @@
-"""Links, anchors and pictures lead somewhere, and pages say the same on a code host and on the site."""
+"""Links, anchors and pictures lead somewhere on a code host too, and the reference names what is public."""
 
 from __future__ import annotations
 
@@ -30,13 +30,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_pages_read_the_same_in_both_dialects(path: Path) -> None:
-    text = read(path)
-    assert len(text.split()) > 30
-    # A code host takes any indentation for a block within a list; the site's Markdown asks for four spaces.
-    assert not re.findall(r"^ {1,3}(?:[-*|]|\d+\.|```).*$", prose(text), flags=re.MULTILINE)
-    # Both draw formulas in `math` fences; what stands between $$ they treat differently.
-    assert "$$" not in prose(text)
+def test_pages_say_something(path: Path) -> None:
+    assert len(read(path).split()) > 30
 
 
 def test_pages_named_in_messages_exist() -> None:

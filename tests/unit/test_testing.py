@@ -210,7 +210,7 @@ def test_wrong_backends_are_caught(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 def test_wrong_thresholds_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "margin_threshold", lambda gate: 0.0)
+    use_backend(monkeypatch, lambda inputs, mass, margin: reference.attend(inputs, mass, 0.0))
     with pytest.raises(AssertionError, match=r"policy's gates: layer 0.* (opens|closes), but in float64 its margin"):
         assert_equivalent(tiny_model("llama"), policy(OracleGate(threshold=0.3)), padded())
 
@@ -230,8 +230,8 @@ def test_stale_moments_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_padding_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     regions = CausalMask.regions
 
-    def unpadded(mask: CausalMask, *call: Any) -> Regions:
-        known = regions(mask, *call)
+    def unpadded(mask: CausalMask, *sizes: int, **call: Any) -> Regions:
+        known = regions(mask, *sizes, **call)
         return dataclasses.replace(known, valid=torch.ones_like(known.valid), first=torch.zeros_like(known.first))
 
     monkeypatch.setattr(CausalMask, "regions", unpadded)

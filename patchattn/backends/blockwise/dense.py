@@ -48,11 +48,11 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
 
 
 def n_dense_rows(inputs: AttentionInputs, bulk_log_mass: Tensor) -> int:
-    """Count the leading query rows that attend densely whatever their local mass: none is asked, or all open."""
+    """Count the leading query rows in which every head attends densely, whatever its local mass."""
     if not is_plain(inputs):
         return 0
-    is_open = bool((bulk_log_mass == torch.inf).all())
-    return inputs.regions.query_length if is_open else inputs.regions.n_free
+    undecided = ((bulk_log_mass != torch.inf).any(1) & inputs.regions.asked).any(0)
+    return int(undecided.int().argmax()) if undecided.any() else inputs.regions.query_length
 
 
 def dense_rows(inputs: AttentionInputs, n_rows: int) -> Attended | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from context import LENGTHS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, filled, label, open_axis, tidy
-from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Confusion, Recorded, recorded
+from page import STYLES, Page, filled, label, lines, open_axis, tidy
+from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, recorded
 
 from patchattn.evaluation.page import table, with_interval
 
@@ -19,27 +19,18 @@ SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9)
 GUARDED = "prompt/guarded"
 GOAL = 0.95
 
+_RECALL = "{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f})"
 _ONE = (
-    "| {name} | {oracle open:.1%} | {open:.1%} | {accuracy:.3f} | {recall interval} | {precision:.3f} | "
-    "{false negatives:.3f} | {false positives:.3f} | {missed interval} |"
+    "| {name} | {oracle open.value:.1%} | {open.value:.1%} | {accuracy.value:.3f} | " + _RECALL + " | "
+    "{precision.value:.3f} | {false negatives.value:.3f} | {false positives.value:.3f} | "
+    "{missed mass.value:.2%} ({missed mass.low:.2%}-{missed mass.high:.2%}) |"
 )
 _ONE_ANSWERING = (
-    "| {name}, {default} | {oracle open:.1%} | {open:.1%} | {recall interval} | {precision:.3f} | {by layer} |"
+    "| {name}, {threshold} | {oracle open.value:.1%} | {open.value:.1%} | " + _RECALL + " | {precision.value:.3f} | "
+    "{by layer} |"
 )
-_ONE_THRESHOLD = "{recall:.2f} / {open:.0%}"
-_ONE_PLACE = "{recall:.3f} / {precision:.3f} / {missed mass:.2%}"
-
-
-def measures(found: Confusion, **more: Any) -> dict[str, Any]:
-    """Return all measures by name, and recall with its interval as text."""
-    recall = with_interval(found.interval("recall"), ".3f")
-    return {name: found.value(name) for name in (*SHARES, MISSED)} | {"recall interval": recall} | more
-
-
-def line(name: str, found: Confusion) -> str:
-    """Write one line of the tables that show every measure."""
-    missed = with_interval(found.interval(MISSED), ".2%")
-    return _ONE.format_map(measures(found, name=name) | {"missed interval": missed})
+_ONE_THRESHOLD = "{recall.value:.2f} / {open.value:.0%}"
+_ONE_PLACE = "{recall.value:.3f} / {precision.value:.3f} / {missed mass.value:.2%}"
 
 
 def every_measure(found: dict[tuple[int, int], Recorded]) -> Iterator[dict[str, Any]]:
@@ -61,33 +52,27 @@ def page(context: Context) -> Page:
     default = place.confusion(GUARDED, DEFAULT)
     against = {threshold: place.confusion(GUARDED, threshold, oracle=DEFAULT) for threshold in THRESHOLDS}
     reached = next((threshold for threshold, one in against.items() if one.value("recall") >= GOAL), None)
+
+    def answering(name: str) -> dict[str, Any]:
+        layers = [place.confusion(name, DEFAULT, layer=at, answering=True) for at in range(place.layers)]
+        by_layer = {"by layer": " / ".join(f"{layer.value('recall'):.2f}" for layer in layers)}
+        one = place.confusion(name, DEFAULT, answering=True)
+        return one.intervals(name=label(name), threshold=DEFAULT, **by_layer)
+
+    def thresholds(name: str) -> list[str]:
+        found = [place.confusion(name, threshold, oracle=DEFAULT).intervals() for threshold in THRESHOLDS]
+        return [label(name), *map(_ONE_THRESHOLD.format_map, found)]
+
+    def windows(length: int, name: str) -> list[str]:
+        cells = [found[length, window].confusion(name, DEFAULT).intervals() for window in WINDOWS]
+        return [f"{length:,}, {label(name)}", *map(_ONE_PLACE.format_map, cells)]
+
     layers = [
-        line(name, place.confusion(GUARDED, threshold, layer=layer))
+        place.confusion(GUARDED, threshold, layer=at).intervals(name=f"{name}, {'all' if at is None else at}")
         for threshold in SHOWN
-        for name, layer in [
-            (f"**{threshold}**, all", None),
-            *((f"{threshold}, {layer}", layer) for layer in range(place.layers)),
-        ]
+        for at, name in ((None, f"**{threshold}**"), *((at, f"{threshold}") for at in range(place.layers)))
     ]
-    answering = []
-    for name in place.estimates:
-        by_layer = [place.confusion(name, DEFAULT, layer=at, answering=True) for at in range(place.layers)]
-        written = {"by layer": " / ".join(f"{one.value('recall'):.2f}" for one in by_layer), "default": DEFAULT}
-        one = measures(place.confusion(name, DEFAULT, answering=True), name=label(name))
-        answering.append(_ONE_ANSWERING.format_map(one | written))
-    thresholds = [
-        [
-            label(name),
-            *(_ONE_THRESHOLD.format_map(measures(place.confusion(name, t, oracle=DEFAULT))) for t in THRESHOLDS),
-        ]
-        for name in place.estimates
-    ]
-    places = [
-        [f"{length:,}, {label(name)}"]
-        + [_ONE_PLACE.format_map(measures(found[length, window].confusion(name, DEFAULT))) for window in WINDOWS]
-        for length in LENGTHS
-        for name in (GUARDED, "prompt/saturating", "prompt/lognormal")
-    ]
+    prompt = (GUARDED, "prompt/saturating", "prompt/lognormal")
     markdown = filled(
         "classification",
         documents=", ".join(f"{DOCUMENTS[length]} of {length:,} tokens" for length in LENGTHS),
@@ -101,11 +86,14 @@ def page(context: Context) -> Page:
         if reached is None
         else f"Against the oracle at {DEFAULT}, the guarded gate reaches {GOAL} from threshold {reached} on, with "
         f"{against[reached].value('open'):.0%} open.",
-        layers="\n".join(layers),
-        estimates="\n".join(line(label(name), place.confusion(name, DEFAULT)) for name in place.estimates),
-        thresholds=table(["estimate", *map(str, THRESHOLDS)], thresholds),
-        answering="\n".join(answering),
-        places=table(["tokens, estimate", *(f"window {window}" for window in WINDOWS)], places),
+        layers=lines(_ONE, layers),
+        estimates=lines(_ONE, (place.confusion(name, DEFAULT).intervals(name=label(name)) for name in place.estimates)),
+        thresholds=table(["estimate", *map(str, THRESHOLDS)], map(thresholds, place.estimates)),
+        answering=lines(_ONE_ANSWERING, map(answering, place.estimates)),
+        places=table(
+            ["tokens, estimate", *(f"window {window}" for window in WINDOWS)],
+            (windows(length, name) for length in LENGTHS for name in prompt),
+        ),
     )
     return Page(markdown, draw(place), {"classification": list(every_measure(found))})
 

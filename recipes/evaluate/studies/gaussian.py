@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from patchattn import OpenGate, Policy, patch
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.masses import attention_scores
-from patchattn.evaluation.page import number, table
+from patchattn.evaluation.page import number
 from patchattn.hf.observe import observing
 from patchattn.measuring.collect import read_document
 from patchattn.moments.gaussian import CHUNK, KeyMoments
@@ -30,17 +29,10 @@ QUERIES_PER_CHUNK = 3
 GRID = torch.arange(-8, 60.01, 0.1)
 """Whitened scores that are counted between."""
 
-FEATURES = {
-    "layer": "layer",
-    "bulk_share": "bulk share of the attention",
-    "bulk_share_answering": "bulk share while answering",
-    "top_share": "share of the bulk mass on its top key",
-    "top_share_answering": "the same while answering",
-    "largest": "largest whitened score",
-    "skewness": "skewness of the scores",
-    "kurtosis": "excess kurtosis of the scores",
-    "frozen": "queries above the freezing point",
-}
+FEATURES = (
+    "layer", "bulk_share", "bulk_share_answering", "top_share", "top_share_answering", "largest", "skewness",
+    "kurtosis", "frozen",
+)  # fmt: skip
 OUTCOMES = ("rank_saturating", "spread_saturating", "bias_saturating", "recall")
 
 _ONE_HEAD = (
@@ -98,15 +90,15 @@ def _samples(inputs: AttentionInputs, rng: random.Random) -> Iterator[tuple[Tens
     sink, window, length = inputs.regions.sink_size, inputs.regions.window_size, inputs.query.shape[2]
     first = sink + window - 1
     for chunks in range(1, (length - first) // CHUNK):
-        covered = KeyMoments.of(inputs.key[0, :, sink : sink + CHUNK * chunks])
         rows = sorted(rng.sample(range(first + CHUNK * chunks, first + CHUNK * (chunks + 1)), QUERIES_PER_CHUNK))
-        sampled = replace(inputs, query=inputs.query[:, :, rows])
-        query = sampled.query[0].float().unflatten(0, (covered.mean.shape[0], -1)) * inputs.scale
-        mean = torch.einsum("hgrd,hd->hgr", query, covered.mean).flatten(0, 1)
-        variance = torch.einsum("hgrd,hde,hgre->hgr", query, covered.covariance, query).flatten(0, 1)
         # The keys that are bulk for the first of the rows, so that all have as many.
-        bulk = attention_scores(sampled)[0, ..., sink : rows[0] + 1 - window]
-        yield (bulk - mean[..., None]) / variance.clamp(min=1e-12).sqrt()[..., None], variance
+        bulk = inputs.key[0, :, sink : rows[0] + 1 - window].float()
+        covered = KeyMoments.of(inputs.key[0, :, sink : sink + CHUNK * chunks])
+        query = inputs.query[0, :, rows].float().unflatten(0, (len(bulk), -1)) * inputs.scale
+        scores = torch.einsum("hgrd,hkd->hgrk", query, bulk)
+        mean = torch.einsum("hgrd,hd->hgr", query, covered.mean)[..., None]
+        variance = torch.einsum("hgrd,hde,hgre->hgr", query, covered.covariance, query)[..., None]
+        yield ((scores - mean) / variance.clamp(min=1e-12).sqrt()).flatten(0, 1), variance.flatten(0, 1)[..., 0]
 
 
 WHITENED = Measurement(
@@ -144,13 +136,16 @@ def per_head(place: Recorded, moments: np.ndarray) -> list[dict[str, Any]]:
     return by_head(columns)
 
 
-def correlations(heads: list[dict[str, Any]], certain: float) -> Iterator[str]:
-    """Write how properties of heads go with their errors, in bold beyond what is `certain`."""
-    for feature, name in FEATURES.items():
-        pairs = ([[head[name] for head in heads] for name in (feature, outcome)] for outcome in OUTCOMES)
-        values = [spearman(*pair) for pair in pairs]
-        cells = [f"**{value:+.2f}**" if abs(value) > certain else f"{value:+.2f}" for value in values]
-        yield f"| {name} | {' | '.join(cells)} |"
+def correlation(heads: list[dict[str, Any]], feature: str, certain: float) -> str:
+    """Write how a property of heads goes with their errors, in bold beyond what is `certain`."""
+    pairs = ([[head[name] for head in heads] for name in (feature, outcome)] for outcome in OUTCOMES)
+    values = [spearman(*pair) for pair in pairs]
+    return " | ".join(f"**{value:+.2f}**" if abs(value) > certain else f"{value:+.2f}" for value in values)
+
+
+def means(heads: list[dict[str, Any]]) -> str:
+    """Write the means of the properties of some heads."""
+    return " | ".join(f"{np.mean([head[feature] for head in heads]):.2f}" for feature in FEATURES)
 
 
 def answering(heads: list[dict[str, Any]]) -> str:
@@ -175,10 +170,6 @@ def page(context: Context) -> Page:
     chosen = {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]}
     ranks = [head["rank_saturating"] for head in ordered]
     half = 1.96 / math.sqrt(len(heads) - 3)
-    groups = {
-        f"the {_WORST} heads with the lowest rank correlation": ordered[:_WORST],
-        "the other heads": ordered[_WORST:],
-    }
     markdown = filled(
         "gaussian",
         documents=len(place.documents),
@@ -189,14 +180,10 @@ def page(context: Context) -> Page:
         guarded=np.nanmedian([head["rank_guarded"] for head in heads]),
         chosen=", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items()),
         half=half,
-        correlations="\n".join(correlations(heads, half)),
-        means=table(
-            ["mean over", *FEATURES.values()],
-            [
-                [name, *(f"{np.mean([h[feature] for h in some]):.2f}" for feature in FEATURES)]
-                for name, some in groups.items()
-            ],
-        ),
+        correlation={feature: correlation(heads, feature, half) for feature in FEATURES},
+        n_worst=_WORST,
+        worst=means(ordered[:_WORST]),
+        others=means(ordered[_WORST:]),
         answering=answering(heads),
         every_head=lines(_ONE_HEAD, [head | {"known_recall": number(head["recall"], ".2f")} for head in heads]),
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from context import LENGTHS, SINK, WINDOWS, Context, Job, Measurement, calibration, document, load
 from studies.gates.ranking import FRACTIONS, RANKINGS, Ranking
 
 import patchattn
-from patchattn import MomentGate, OpenGate, Policy, StaticGate
+from patchattn import MomentGate, OracleGate, RiskTarget, StaticGate
 from patchattn.evaluation.answers import teacher_forced
-from patchattn.policy import Gate
+from patchattn.gates import Gate
 from patchattn.testing.replay import replay_gates
 
 Place = tuple[str, int, int]
@@ -33,39 +33,31 @@ _FACTS_ONLY = ("static", "random pairs", "calibration/saturating", "budget, guar
 """Families that other questions are left out of."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One gate: a point, `setting`, of a curve, `family`.
+class Case(NamedTuple):
+    """One gate, a point of a curve: `family` and `setting` name it. Goals are stated for `headline` ones.
 
-    Args:
-        family: Name of the curve.
-        setting: Which point.
-        gate: The gate; None for the model without patchattn.
-        random: Share of the pairs, or number of heads, to open at random in each document; 0 for no.
-        headline: Whether goals are stated for it.
+    No gate means the model without patchattn. `random` is a share of the pairs, or a number of heads, that opens.
     """
 
     family: str
     setting: str
-    gate: Gate | None = None
-    random: float = 0
+    gate: Gate | None
     headline: bool = False
+    random: float = 0
 
 
 def cases(place: Place, found: Ranking) -> list[Case]:
     """List the gates of one place, whose thresholds and heads come from its ranking."""
-    full = place == FULL
-    listed = [*_without_moments(found, full=full), *_moment_gates(found, full=full)]
-    if place[2] == 256:
-        listed += _targets(full=full)
-    return [case for case in listed if place[0] == "facts" or case.family not in _FACTS_ONLY]
+    return [case for case in _cases(place, found) if place[0] == "facts" or case.family not in _FACTS_ONLY]
 
 
-def _without_moments(found: Ranking, *, full: bool) -> Iterator[Case]:
-    yield Case("open", "", OpenGate(), headline=True)
+def _cases(place: Place, found: Ranking) -> Iterator[Case]:
+    full, fractions = place == FULL, FRACTIONS if place == FULL else (0.1, 0.2)
+    opened = patchattn.OpenGate()
+    yield Case("open", "", opened, headline=True)
     yield Case("closed", "", patchattn.ClosedGate(), headline=True)
     if full:
-        yield Case("stock", "")
+        yield Case("stock", "", None)
     for count in (1, 2, 3, 5, 6, 9) if full else (3, 6):
         name = "1 head" if count == 1 else f"{count} heads"
         yield Case("static", name, StaticGate(open_heads=tuple(found.heads[:count])))
@@ -73,49 +65,38 @@ def _without_moments(found: Ranking, *, full: bool) -> Iterator[Case]:
             gate = StaticGate(open_heads=tuple(found.heads_answering[:count]))
             yield Case("static, answering", name, gate, headline=count in (5, 6))
     for count in (1, 2, 3, 6, 9) if full else ():
-        yield Case("random heads", f"{count} of {len(found.heads)}", OpenGate(), random=count)
+        yield Case("random heads", f"{count} of {len(found.heads)}", opened, random=count)
     for share in (0.01, 0.03, 0.05, 0.1, 0.2, 0.3) if full else (0.1,):
-        yield Case("random pairs", f"{share:.0%}", OpenGate(), random=share)
-    for fraction in FRACTIONS if full else (0.1, 0.2):
-        share = found.threshold("oracle", fraction)
-        if share is not None:
-            yield Case(
-                "oracle", f"for {fraction:.0%}", patchattn.OracleGate(threshold=share), headline=fraction == 0.15
-            )
+        yield Case("random pairs", f"{share:.0%}", opened, random=share)
+    thresholds = {
+        family: {f: share for f in fractions if (share := found.threshold(family, f)) is not None}
+        for family in found.quantiles
+    }
+    for fraction, share in thresholds.pop("oracle").items():
+        yield Case("oracle", f"for {fraction:.0%}", OracleGate(threshold=share), headline=fraction == 0.15)
     if full:
-        yield Case("oracle", "0.6", patchattn.OracleGate(threshold=0.6))
-
-
-def _moment_gates(found: Ranking, *, full: bool) -> Iterator[Case]:
-    for threshold in (0.2, 0.4, 0.6, 0.8) if full else (0.6,):
-        yield Case("prompt/guarded", f"{threshold}", MomentGate(threshold=threshold), headline=threshold != 0.2)
-    for family in found.quantiles:
-        source, _, estimate = family.partition("/")
-
-        def gate(threshold: float, source: str = source, estimate: str = estimate) -> Gate:
-            return MomentGate.model_validate({"threshold": threshold, "moments": source, "estimate": estimate})
-
-        if full and family not in ("oracle", "prompt/guarded"):
-            yield Case(family, "0.6", gate(0.6))
-        if estimate in ("", "guarded") or (family == "calibration/lognormal" and not full):
+        yield Case("oracle", "0.6", OracleGate(threshold=0.6))
+    for share in (0.2, 0.4, 0.6, 0.8) if full else (0.6,):
+        yield Case("prompt/guarded", f"{share}", MomentGate(threshold=share), headline=share != 0.2)
+    for family, shares in thresholds.items():
+        source, estimate = family.split("/")
+        gate = MomentGate.model_validate({"threshold": 0.6, "moments": source, "estimate": estimate})
+        if full and family != "prompt/guarded":
+            yield Case(family, "0.6", gate)
+        # Below its floor, which is high, a guarded gate has no threshold.
+        if estimate == "guarded" or (family == "calibration/lognormal" and not full):
             continue
-        for fraction in FRACTIONS if full else (0.1, 0.2):
-            share = found.threshold(family, fraction)
-            if share is not None:
-                headline = full and fraction == 0.15 and source == "prompt"
-                yield Case(family, f"for {fraction:.0%}", gate(share), headline=headline)
-
-
-def _targets(*, full: bool) -> Iterator[Case]:
+        for fraction, share in shares.items():
+            headline = full and fraction == 0.15 and source == "prompt"
+            yield Case(family, f"for {fraction:.0%}", gate.model_copy(update={"threshold": share}), headline)
     for alpha in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3) if full else ():
-        gate = MomentGate(threshold=patchattn.RiskTarget(alpha=alpha))
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha))
         yield Case("risk, each head", f"{alpha}", gate, headline=0.1 <= alpha <= 0.25)
     for alpha in (0.05, 0.1, 0.15, 0.2) if full else ():
-        yield Case(
-            "risk, mean over heads", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha, scope="model"))
-        )
-    for estimate in ("guarded", "saturating"):
-        for fraction in FRACTIONS[1:] if full else (0.1, 0.2):
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha, scope="model"))
+        yield Case("risk, mean over heads", f"{alpha}", gate)
+    for estimate in ("guarded", "saturating") if place[2] == 256 else ():
+        for fraction in FRACTIONS[1:] if full else fractions:
             gate = MomentGate(threshold=patchattn.OpenFractionTarget(fraction=fraction), estimate=estimate)
             yield Case(f"budget, {estimate}", f"{fraction:.0%}", gate, headline=fraction == 0.15)
 
@@ -131,7 +112,7 @@ class Scored:
     family: str
     setting: str
     document: int
-    counts: tuple[int, int, int, int]
+    counts: tuple[int, ...]
     right: dict[str, int]
     asked: dict[str, int]
     loss: float
@@ -150,25 +131,22 @@ def _jobs(context: Context) -> list[Job]:
 
 def _measure(context: Context, place: Place, family: str, setting: str, index: int) -> Scored:
     model, (kinds, length, window) = load()[0], place
-    one = document(kinds, length, f"gates/{index}")
+    one, counts = document(kinds, length, f"gates/{index}"), (0, 0, 0, 0)
     listed = cases(place, RANKINGS.done(context)[length, window])
-    case = next(case for case in listed if (case.family, case.setting) == (family, setting))
+    case = next(case for case in listed if case[:2] == (family, setting))
     if case.gate is None:
-        found, counts = teacher_forced(model, [one]), (0, 0, 0, 0)
+        found = teacher_forced(model, [one])
     else:
-        policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
+        policy = patchattn.Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
         measured = calibration() if window == calibration().manifest.window_size else None
         with patchattn.patch(model, policy, calibration=measured) as handle:
             if case.random:
                 replay_gates(handle, at_random(model, case.random, place, f"{family}/{setting}/{place}/{index}"))
             found = teacher_forced(model, [one])
         layers = [phases["prefill"] for phases in handle.report().layers.values()]
-        counts = (
-            sum(sum(layer.open_pairs) for layer in layers),
-            sum(layer.asked * len(layer.open_pairs) for layer in layers),
-            sum(layer.scored_keys for layer in layers),
-            sum(layer.causal_keys for layer in layers),
-        )
+        pairs = [(sum(one.open_pairs), one.asked * len(one.open_pairs)) for one in layers]
+        keys = [(one.scored_keys, one.causal_keys) for one in layers]
+        counts = tuple(map(sum, [*zip(*pairs, strict=True), *zip(*keys, strict=True)]))
     return Scored(place, family, setting, index, counts, found.right, found.asked, found.text_loss)
 
 

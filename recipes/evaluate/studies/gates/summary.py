@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,22 +17,12 @@ AREA = (0.05, 0.30)
 FAMILIES = ("stock", "open", "closed", *STYLES)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One gate in one place, which names the kind of question where only that is counted.
+class Summary(NamedTuple):
+    """One gate in one place beside dense attention on the same documents; intervals by bootstrap over documents.
 
-    Args:
-        place: What was asked for, length and window.
-        family: Which curve.
-        setting: Which point of it.
-        documents: Documents scored.
-        open_fraction: Open pairs over pairs asked; NaN for the stock model, as is `density`.
-        density: Realised density.
-        right: Right answers of those asked.
-        asked: Questions.
-        lost: Exact match below dense attention on the same documents, in points; bootstrap over documents.
-        loss: Mean text loss over documents, nats per token.
-        rise: Text loss above dense attention's on the same documents, as a fraction; bootstrap over documents.
+    `lost` is exact match below dense attention, in points, `rise` text loss above it, as a fraction; `loss` is in nats
+    per token. Open fraction and density are NaN for the stock model. Where only one kind of question is counted, the
+    place names it.
     """
 
     place: Place
@@ -119,15 +108,12 @@ class Area(NamedTuple):
 
 
 def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Weigh the points of a curve so that they sum to its average over the logarithm of `x` between two limits.
+    """Weigh the points of a curve so that they sum to its average over the logarithm of `x`: its area over its width.
 
     Args:
-        x: [points] ascending and positive.
+        x: [points] ascending and positive; the curve is straight in log x between them.
         low: Lower limit, inside the range of `x`.
         high: Upper limit, inside the range of `x`.
-
-    Returns:
-        [points]; straight lines in log x between points, so the area under them over the width.
     """
     at = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
     weights = np.stack([np.interp(np.log(at), np.log(x), unit) for unit in np.eye(len(x))], axis=-1)
@@ -136,29 +122,30 @@ def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def areas(rows: Iterable[Scored], place: Place) -> list[Area]:
-    """Average every curve of one place that reaches from one end of `AREA` to the other."""
+    """Average every curve of one place that reaches from one end of `AREA` to the other, the best answers first."""
     found = {key[1:]: of_gate for key, of_gate in _by_gate(rows).items() if key[0] == place}
     every = sorted(set.intersection(*map(set, found.values())))
-    dense = _curve([found["open", ""]], every)
+
+    def curve(family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Open fractions, ascending, [points]; exact match and text loss, [documents, points]."""
+        gates = [[of_gate[i] for i in every] for (name, _), of_gate in found.items() if name == family]
+        counts = np.array([[row.counts for row in gate] for gate in gates]).sum(1)
+        right = np.array([[sum(row.right.values()) / sum(row.asked.values()) for row in gate] for gate in gates])
+        losses = np.array([[row.loss for row in gate] for gate in gates])
+        x = counts[:, 0] / counts[:, 1]
+        order = x.argsort(kind="stable")
+        return x[order], right[order].T, losses[order].T
+
+    _, dense_right, dense_losses = curve("open")
     listed = []
     for family in dict.fromkeys(family for family, _ in found if family not in ("open", "closed", "stock")):
-        x, right, losses = _curve([of_gate for (name, _), of_gate in found.items() if name == family], every)
+        x, right, losses = curve(family)
         lost = rise = None
         # A tenth beyond an end counts as reaching it: thresholds hit their fraction nearly.
         if len(x) > 2 and x[0] <= AREA[0] * 1.1 and x[-1] >= AREA[1] * 0.9:
-            mean = 100 * weights_over_log(x, max(AREA[0], x[0]), min(AREA[1], x[-1]))
-            below, above, base = dense[1] - right, losses - dense[2], dense[2][:, 0]
-            lost = bootstrap(below, lambda w, mean=mean, below=below: w @ below @ mean)
-            rise = bootstrap(above, lambda w, mean=mean, above=above, base=base: w @ above @ mean / (w @ base))
+            weights = 100 * weights_over_log(x, max(AREA[0], x[0]), min(AREA[1], x[-1]))
+            below, above = (dense_right - right) @ weights, (losses - dense_losses) @ weights
+            lost = bootstrap(below, lambda w, below=below: w @ below)
+            rise = bootstrap(above, lambda w, above=above: w @ above / (w @ dense_losses[:, 0]))
         listed.append(Area(family, lost, rise, (float(x[0]), float(x[-1]))))
     return sorted(listed, key=lambda one: one.lost.value if one.lost else np.inf)
-
-
-def _curve(gates: Sequence[dict[int, Scored]], documents: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return open fractions, ascending, [points], exact match and text loss, [documents, points], of some gates."""
-    rows = [[of_gate[i] for i in documents] for of_gate in gates]
-    opened, pairs = np.moveaxis(np.array([[row.counts[:2] for row in of_gate] for of_gate in rows]).sum(1), -1, 0)
-    right = [[sum(row.right.values()) / sum(row.asked.values()) for row in of_gate] for of_gate in rows]
-    losses = [[row.loss for row in of_gate] for of_gate in rows]
-    order = (opened / pairs).argsort(kind="stable")
-    return (opened / pairs)[order], np.array(right)[order].T, np.array(losses)[order].T

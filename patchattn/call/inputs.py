@@ -46,12 +46,13 @@ class AttentionInputs:
             )
         if query[1] % key[1] or query[3] != key[3]:
             raise ShapeError(
-                f"Query {query} does not fit key {key}: the query heads must be a multiple of the KV heads and the last "
-                "dimensions equal."
+                f"Query {query} does not fit key {key}: the query heads must be a multiple of the KV heads and the "
+                "last dimensions equal."
             )
         if key[:3] != value[:3] or query[0] != key[0]:
             raise ShapeError(
-                f"Key {key} and value {value} must share batch, KV heads and tokens, and the batch of the query {query}."
+                f"Key {key} and value {value} must share batch, KV heads and tokens, "
+                f"and the batch of the query {query}."
             )
         dtypes = self.query.dtype, self.key.dtype, self.value.dtype
         if not dtypes[0] == dtypes[1] == dtypes[2]:

@@ -41,21 +41,20 @@ def percent(value: float, digits: int = 1) -> str:
     return number(value, f".{digits}%")
 
 
-def with_interval(found: Interval, how: str, *, between: str = "-", unit: str = "") -> str:
+def with_interval(found: Interval, how: str, *, between: str = "-") -> str:
     """Write an estimate and its interval in brackets.
 
     Args:
         found: The estimate.
         how: Format specification of all three numbers.
         between: What stands between the ends.
-        unit: What follows the estimate, but not the ends.
 
     Example:
         >>> with_interval(Interval(0.5, 0.25, 0.75), ".2f")
         '0.50 (0.25-0.75)'
     """
     value, low, high = (format(number, how) for number in found)
-    return f"{value}{unit} ({low}{between}{high})"
+    return f"{value} ({low}{between}{high})"
 
 
 def escaped(text: str) -> str:

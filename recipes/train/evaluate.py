@@ -47,8 +47,8 @@ def measure_tasks(
 def text_loss(model: Any, tokenizer: Any, tokens: list[int], *, length: int) -> float:
     """Mean loss in nats per token over windows of `length` tokens, each after a BOS."""
     starts = range(0, len(tokens) - length + 1, length - 1)
-    windows = [[tokenizer.bos_token_id, *tokens[start : start + length - 1]] for start in starts]
-    return torch.cat([losses(model, window) for window in windows]).mean().item()
+    windows = ([tokenizer.bos_token_id, *tokens[start : start + length - 1]] for start in starts)
+    return torch.cat([losses(model, window) for window in windows]).double().mean().item()
 
 
 def ngram_losses(train: list[int], held_out: list[int], vocab_size: int) -> tuple[float, float]:

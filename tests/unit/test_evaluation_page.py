@@ -17,5 +17,4 @@ def test_numbers_and_texts() -> None:
     assert (percent(0.1234), percent(math.nan), percent(1, 0)) == ("12.3%", "", "100%")
     assert number(math.nan, ".3f", unknown="-") == "-"
     assert with_interval(Interval(0.01, -0.02, 0.03), "+.2%", between=" to ") == "+1.00% (-2.00% to +3.00%)"
-    assert with_interval(Interval(1, -2, 3), "+.2f", between=" to ", unit="%") == "+1.00% (-2.00 to +3.00)"
     assert escaped("a|b *c*\nd") == "a\\|b \\*c\\* d"

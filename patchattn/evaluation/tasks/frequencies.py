@@ -185,19 +185,12 @@ def _too_short(task: str, enough: int) -> DocumentError:
     )
 
 
+_COMMON_ASKED = (
+    "the ten most common ones: 30 times against 3, in short lists 6 times against once; after a solved example"
+)
+_FREQUENT_IN = "coded words, zeta distribution with exponent 2"
+
 TASKS = (
-    Task(
-        "cwe",
-        "ruler",
-        "a numbered list of words",
-        "the ten most common ones: 30 times against 3, in short lists 6 times against once; after a solved example",
-        common_words,
-    ),
-    Task(
-        "fwe",
-        "ruler",
-        "coded words, zeta distribution with exponent 2",
-        "the three most frequent ones, apart from dots",
-        frequent_words,
-    ),
+    Task("cwe", "ruler", "a numbered list of words", _COMMON_ASKED, common_words),
+    Task("fwe", "ruler", _FREQUENT_IN, "the three most frequent ones, apart from dots", frequent_words),
 )

@@ -90,24 +90,23 @@ def _joined(items: list[str] | tuple[str, ...]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
 
 
-_TEXT, _NOISE, _OTHERS = "your text", "one line of noise, repeated", "needles with other keys"
+_HAYSTACKS = {
+    "noise": "one line of noise, repeated",
+    "text": "your text",
+    "needles": "needles with other keys",
+}
 
 TASKS = tuple(
-    Task(name, "ruler", haystack, asked, needles)
-    for name, haystack, asked, needles in (
-        ("niah_single_1", _NOISE, "the 7-digit number of a key, planted once", Needles("noise")),
-        ("niah_single_2", _TEXT, "the same", Needles("text")),
-        ("niah_single_3", _TEXT, "a UUID in place of the number", Needles("text", value="uuid")),
-        ("niah_multikey_1", _TEXT, "one of four planted keys", Needles("text", keys=4)),
-        ("niah_multikey_2", _OTHERS, "the one key", Needles("needles")),
-        (
-            "niah_multikey_3",
-            _OTHERS,
-            "the same, where keys and values are UUIDs",
-            Needles("needles", key="uuid", value="uuid"),
-        ),
-        ("niah_multivalue", _TEXT, "the four numbers of one key", Needles("text", values=4)),
-        ("niah_multiquery", _TEXT, "the numbers of four keys", Needles("text", keys=4, asked=4)),
+    Task(name, "ruler", _HAYSTACKS[needles.haystack], asked, needles)
+    for name, asked, needles in (
+        ("niah_single_1", "the 7-digit number of a key, planted once", Needles("noise")),
+        ("niah_single_2", "the same", Needles("text")),
+        ("niah_single_3", "a UUID in place of the number", Needles("text", value="uuid")),
+        ("niah_multikey_1", "one of four planted keys", Needles("text", keys=4)),
+        ("niah_multikey_2", "the one key", Needles("needles")),
+        ("niah_multikey_3", "the same, where keys and values are UUIDs", Needles("needles", key="uuid", value="uuid")),
+        ("niah_multivalue", "the four numbers of one key", Needles("text", values=4)),
+        ("niah_multiquery", "the numbers of four keys", Needles("text", keys=4, asked=4)),
     )
 )
 """RULER's eight settings, by its names."""

@@ -72,6 +72,7 @@ NAVIGATION = {
         "explanation/guarantee",
         "explanation/performance",
         "explanation/limits",
+        "explanation/house",
         "explanation/*",
     ],
     "Reference": [

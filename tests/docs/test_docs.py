@@ -133,6 +133,15 @@ def test_errors_page_agrees_with_the_code() -> None:
     assert listed == raised
 
 
+def test_house_page_agrees_with_the_code() -> None:
+    sys.path[:0] = [str(ROOT / ".ci" / "docs")]
+    from house import ORDER, PICTURE, picture  # pyright: ignore[reportMissingImports]
+
+    page = (ROOT / "docs/explanation/house.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == ORDER
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "run python .ci/docs/house.py"
+
+
 def test_policy_page_agrees_with_the_code() -> None:
     page = (ROOT / "docs/reference/policy.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \| [^|]+ \| [^|]+ \|$", page, flags=re.MULTILINE))

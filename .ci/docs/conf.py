@@ -72,6 +72,7 @@ NAVIGATION = {
         "explanation/guarantee",
         "explanation/performance",
         "explanation/limits",
+        "explanation/house",
         "explanation/*",
     ],
     "Reference": [
@@ -154,7 +155,7 @@ def commands() -> str:
 
 def untyped(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
     """Keep napoleon from taking words before a colon for the type of a value, which the annotation tells."""
-    values = [0] if what in ("attribute", "data") else []
+    values = [0] if what in ("attribute", "data", "property") else []
     values += [at + 1 for at, line in enumerate(lines) if line.strip() in ("Returns:", "Yields:")]
     for at in values:
         lines[at] = re.sub(r"^( *)", r"\1: ", lines[at])

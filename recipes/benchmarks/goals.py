@@ -1,4 +1,4 @@
-"""Goals against measurements: the pages of results, made from the JSON files of the other benchmarks and goals.md.in.
+"""Goals against measurements: the pages of results, made from what the other benchmarks stored.
 
 python recipes/benchmarks/goals.py
 """
@@ -36,8 +36,8 @@ def main() -> None:
         found.append(json.loads(path.read_text(encoding="utf-8")))
         write_page(found[-1], options.pages / f"{path.stem}.md")
     kernels = [file for file in found if file["benchmark"] in ("prefill", "decode")]
-    template = Path(__file__).with_suffix(".md.in").read_text(encoding="utf-8")
-    page = template.format(
+    template = Path(__file__).parent / "pages" / "benchmarks.md"
+    page = template.read_text(encoding="utf-8").format(
         environments="\n\n".join(sorted({described(file["environment"]) for file in kernels})),
         cpu=_by_goal(found, _reached),
         limits=_by_goal(found, lambda row, _: f"{row['share']:.0%} of {row['limit']:.3g}x" if row else ""),

@@ -13,7 +13,7 @@ PAGES = [
     *(page for folder in ("docs", "recipes", "calibrations") for page in sorted((ROOT / folder).rglob("*.md"))),
 ]
 # Pages with fields; filled in they are in `docs/results`.
-PAGES = [page for page in PAGES if page.parent != ROOT / "recipes" / "evaluate" / "pages"]
+PAGES = [page for page in PAGES if page.parent.name != "pages"]
 PROGRAMS = "patchattn", "python", "torchrun", "pytest", "pip", "tests/run-at", ".ci/run"
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
 

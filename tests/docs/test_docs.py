@@ -12,15 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import patchattn
 from patchattn import demo
-from patchattn.calibration import plots
+from patchattn.calibration import pictures
 from patchattn.errors import PatchAttnError
-from patchattn.gates import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.gates import Gate, MomentGate
 from patchattn.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,7 +58,7 @@ def without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     hub = FakeHub()
     hub.serve_client(monkeypatch, tmp_path / "hub")
     # Drawing takes most of the time of a push, and what is drawn is tested elsewhere.
-    monkeypatch.setattr(plots, "pictures", lambda _: {"risk.png": b"picture"})
+    monkeypatch.setattr(pictures, "draw", lambda _: {"risk.png": b"picture"})
     (tmp_path / "calibrations").symlink_to(ROOT / "calibrations")
     monkeypatch.chdir(tmp_path)
     yield
@@ -133,16 +133,25 @@ def test_errors_page_agrees_with_the_code() -> None:
     assert listed == raised
 
 
+def test_house_page_agrees_with_the_code() -> None:
+    sys.path[:0] = [str(ROOT / ".ci" / "docs")]
+    from house import ORDER, PICTURE, picture  # pyright: ignore[reportMissingImports]
+
+    page = (ROOT / "docs/explanation/house.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == ORDER
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "run python .ci/docs/house.py"
+
+
 def test_policy_page_agrees_with_the_code() -> None:
     page = (ROOT / "docs/reference/policy.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \| [^|]+ \| [^|]+ \|$", page, flags=re.MULTILINE))
-    gates = [kind.__name__ for kind in (MomentGate, OracleGate, StaticGate, OpenGate, ClosedGate)]
-    assert {name for name in rows if name not in gates} == set(Policy.model_fields)
+    gates = {kind.__name__: kind.model_fields["kind"].default for kind in get_args(get_args(Gate)[0])}
+    assert rows.keys() - gates.keys() == set(Policy.model_fields)
     defaults = Policy()
     for name in ("sink_size", "window_size", "layers", "schema_version"):
         assert rows[name] == f"`{getattr(defaults, name)}`"
     assert rows["min_bulk"] == f'`"{defaults.min_bulk}"`'
-    assert set(gates) <= set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    assert gates.items() <= set(re.findall(r'^\| `(\w+)` \| `"(\w+)"` \|', page, flags=re.MULTILINE))
     assert f"`threshold` ({MomentGate().threshold})" in page
     for block in blocks(page):
         Policy.model_validate(json.loads(block.text))

@@ -304,7 +304,7 @@ class Calibration:
             "one": self.findings.margin_curve(estimate=estimate, layers=layers),
         }
 
-    def measured(self, policy: Policy) -> dict[int, MeasuredHeads]:
+    def measured_heads(self, policy: Policy) -> dict[int, MeasuredHeads]:
         """Prepare what a policy's gate needs, by layer; empty if it needs nothing.
 
         Args:

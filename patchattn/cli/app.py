@@ -8,17 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from patchattn.cli import calibrate as calibrate_command
+from patchattn.cli import calibrations
 from patchattn.cli import demo as demo_command
 from patchattn.cli import doctor as doctor_command
 from patchattn.cli import evaluate as evaluate_command
+from patchattn.cli.calibrations import Json
 from patchattn.cli.problems import explained
 
 Backend = Annotated[str, typer.Option(help="auto, blockwise, flex or reference.")]
 Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")]
-HubId = Annotated[str, typer.Argument(help="Hub id: namespace/name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Place = Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 
 app = typer.Typer(
     name="patchattn",
@@ -43,6 +41,7 @@ def about() -> None:
 
 
 @app.command()
+@explained()
 def demo(
     *,
     text: Annotated[
@@ -83,11 +82,11 @@ def demo(
     - `patchattn demo --text notes.txt --threshold 0.4 --window 512`: your text; more heads closed, a wider window
     - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
-    with explained():
-        demo_command.run(demo_command.Choice(**locals()))
+    demo_command.run(demo_command.Choice(**locals()))
 
 
 @app.command()
+@explained()
 def doctor(
     *,
     json: Json = False,
@@ -102,11 +101,11 @@ def doctor(
     - `patchattn doctor`: tables for reading
     - `patchattn doctor --json`: the same for a bug report
     """
-    with explained():
-        raise typer.Exit(0 if doctor_command.run(as_json=json) else 1)
+    raise typer.Exit(0 if doctor_command.run(as_json=json) else 1)
 
 
 @app.command()
+@explained()
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="Folder or Hub id of a causal language model, or demo for the shipped model.")
@@ -166,11 +165,11 @@ def evaluate(
     - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
     - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
     """
-    with explained():
-        evaluate_command.run(evaluate_command.Choice(**locals()))
+    evaluate_command.run(evaluate_command.Choice(**locals()))
 
 
 @app.command()
+@explained()
 def calibrate(
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of a causal language model. Default: the shipped model.")
@@ -220,84 +219,8 @@ def calibrate(
     - `patchattn calibrate --texts notes --window 256 --documents 64 --out calibrations/demo`: the shipped model
     - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --device cuda --out found`: four GPUs
     """
-    with explained():
-        calibrate_command.run(calibrate_command.Choice(**locals()))
+    calibrate_command.run(calibrate_command.Choice(**locals()))
 
 
-@app.command()
-def inspect(
-    calibration: Place,
-    *,
-    revision: Revision = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder to write the plots and the card into.")] = None,
-    json: Json = False,
-) -> None:
-    """Show what a calibration holds: what was measured, what a risk costs, and a row for each layer.
-
-    **Examples**
-
-    - `patchattn inspect calibrations/patchattn-demo`
-    - `patchattn inspect org/model-patchattn --revision v1 --plots plots`
-    """
-    with explained():
-        found = calibrate_command.read(calibration, revision=revision)
-        if plots is not None:
-            calibrate_command.write_plots(found, plots)
-        calibrate_command.show(found, where=calibration, as_json=json)
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a calibration.")],
-    repo: HubId,
-    *,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    pull_request: Annotated[bool, typer.Option(help="Open a pull request in place of a commit.")] = False,
-    json: Json = False,
-) -> None:
-    """Publish a calibration with its card; prints the commit.
-
-    **Examples**
-
-    - `patchattn push calibrations/my-model org/my-model-patchattn`
-    - `patchattn push calibrations/my-model org/my-model-patchattn --private --message "128k tokens"`
-    """
-    with explained():
-        calibrate_command.push(folder, repo, private=private, message=message, pull_request=pull_request, as_json=json)
-
-
-@app.command()
-def pull(
-    repo: HubId,
-    folder: Annotated[Path, typer.Argument(help="Folder to write the calibration into.")],
-    *,
-    revision: Revision = None,
-    json: Json = False,
-) -> None:
-    """Get a calibration from the Hub, check it, and write it into a folder.
-
-    **Examples**
-
-    - `patchattn pull org/my-model-patchattn calibrations/my-model --revision v1`
-    """
-    with explained():
-        calibrate_command.pull(repo, folder, revision=revision, as_json=json)
-
-
-@app.command()
-def card(
-    calibration: Place,
-    *,
-    write: Annotated[bool, typer.Option("--write", help="Write card and plots into the folder.")] = False,
-    json: Json = False,
-) -> None:
-    """Print the model card of a calibration, or write it again.
-
-    **Examples**
-
-    - `patchattn card calibrations/my-model`
-    - `patchattn card calibrations/my-model --write`
-    """
-    with explained():
-        calibrate_command.card(calibration, write=write, as_json=json)
+for _command in (calibrations.inspect, calibrations.push, calibrations.pull, calibrations.card):
+    app.command()(explained()(_command))

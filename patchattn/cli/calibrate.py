@@ -1,23 +1,18 @@
-"""`patchattn calibrate`, `inspect`, `push`, `pull` and `card`: measure a calibration, look at it, share it."""
+"""`patchattn calibrate`: measure a calibration."""
 
 from __future__ import annotations
 
 import glob
-import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from patchattn.calibration import Calibration
-from patchattn.calibration.card import card_text, write_card
-from patchattn.calibration.files import writing
-from patchattn.calibration.findings import Findings, RiskRow, name_of
+from patchattn.cli.calibrations import show
 from patchattn.cli.models import load
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
@@ -25,9 +20,7 @@ from patchattn.gates import MomentGate
 from patchattn.gates.thresholds import RiskTarget
 from patchattn.measuring.collect import calibrate
 from patchattn.policy import Policy
-from patchattn.writing import made, tidied
-
-_SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
+from patchattn.writing import tidied
 
 
 @dataclass(frozen=True)
@@ -98,140 +91,6 @@ def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process)
         if process.rank == 0:
             calibration.save_pretrained(choice.out)
     return calibration
-
-
-def read(where: str, *, revision: str | None = None) -> Calibration:
-    """Read a calibration from a folder or the Hub; the commit it was taken at goes to standard error."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        calibration = Calibration.from_pretrained(where, revision=revision)
-    for warning in caught:
-        Console(stderr=True).print(str(warning.message), style="dim", markup=False, soft_wrap=True)
-    return calibration
-
-
-def write_plots(calibration: Calibration, folder: Path) -> None:
-    """Write the card and the plots into a folder, which is made."""
-    with writing(folder), made(folder):
-        write_card(calibration.findings, folder)
-
-
-def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
-    """Print the manifest, what risks cost, and a row for each layer."""
-    findings = calibration.findings
-    rows = findings.risk_table()
-    found = {
-        "calibration": where,
-        "manifest": calibration.manifest.model_dump(mode="json"),
-        "policy": calibration.policy.model_dump(mode="json"),
-        "risks": [asdict(row) for row in rows],
-        "layers": _layers(findings),
-    }
-    console = Console()
-    if as_json:
-        console.print_json(json.dumps(found))
-        return
-    manifest = calibration.manifest
-    console.print(f"[bold]Calibration of {manifest.model}[/], in {where}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{manifest.n_documents} documents of {', '.join(f'{n:,}' for n in manifest.lengths)} tokens from "
-        f"{manifest.corpus.name}; sink {manifest.sink_size}, window {manifest.window_size}, "
-        f"{manifest.fingerprint.dtype}; thresholds are for moments of the {_SOURCES[manifest.moments]}.",
-        highlight=False,
-    )
-    _print_risks(console, rows)
-    target = findings.shown_target()
-    layers = Table("layer", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
-        "open by exact share",
-        *([f"open at {name_of(target)}", "missed"] if target else []),
-        "bias",
-        "spread",
-    ):
-        layers.add_column(name, justify="right")
-    for row in found["layers"]:
-        chosen = (f"{row['open_fraction']:.1%}", f"{row['missed_mass']:.2%}") if target else ()
-        exact = f"{row['oracle_open_fraction']:.1%}"
-        layers.add_row(str(row["layer"]), exact, *chosen, f"{row['bias']:+.2f}", f"{row['spread']:.2f}")
-    console.print(layers)
-    console.print(
-        "Means over the heads of a layer; bias and spread of the estimated log mass in nats. Measured on dense "
-        "activations.",
-        style="dim",
-    )
-
-
-def _print_risks(console: Console, rows: list[RiskRow]) -> None:
-    """Print what can be promised as a table, and below it what would take how many documents."""
-    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open pairs", "missed mass", "heads\nnever open", "heads\nalways open"):
-        risks.add_column(name, justify="right")
-    needed: dict[str, list[str]] = {}
-    for row in rows:
-        scope = "each head" if row.scope == "head" else "mean of heads"
-        if row.open_fraction is None or row.missed_mass is None:
-            needed.setdefault(scope, []).append(f"alpha {row.alpha:g} needs {row.documents_needed} documents")
-        else:
-            cells = (f"{row.open_fraction:.1%}", f"{row.missed_mass:.2%}", str(row.never_open), str(row.always_open))
-            risks.add_row(f"{row.alpha:g}", scope, *cells)
-    if risks.rows:
-        console.print(risks)
-    for scope, lines in needed.items():
-        console.print(f"Promise for {scope}: {', '.join(lines)}.", style="dim", highlight=False)
-
-
-def push(
-    folder: Path, repo: str, *, private: bool | None, message: str | None, pull_request: bool, as_json: bool
-) -> None:
-    """Publish a folder, and print the commit."""
-    commit = Calibration.from_pretrained(folder).push_to_hub(
-        repo, private=private, commit_message=message, create_pr=pull_request
-    )
-    _print(json.dumps({"repo": repo, "commit": commit}) if as_json else commit)
-
-
-def pull(repo: str, folder: Path, *, revision: str | None, as_json: bool) -> None:
-    """Write a repository's calibration into a folder, and say what it is."""
-    calibration = read(repo, revision=revision)
-    calibration.save_pretrained(folder)
-    if as_json:
-        show(calibration, where=str(folder), as_json=True)
-    else:
-        documents = calibration.manifest.n_documents
-        _print(f"Calibration of {calibration.manifest.model} on {documents} documents, in {folder}")
-
-
-def card(where: str, *, write: bool, as_json: bool) -> None:
-    """Print the card of a folder or repository, or write card and pictures of a folder again."""
-    calibration = Calibration.from_pretrained(Path(where)) if write else read(where)
-    if write:
-        write_card(calibration.findings, Path(where))
-    text = card_text(calibration.findings)
-    if as_json:
-        _print(json.dumps({"calibration": where, "written": write, "card": text}))
-    else:
-        _print(f"{where}/README.md" if write else text)
-
-
-def _print(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _layers(findings: Findings) -> list[dict[str, Any]]:
-    target, tensors, index = findings.shown_target(), findings.tensors, findings.index_of(None)
-    found = None if target is None else findings.expected(findings.thresholds(target))
-    return [
-        {
-            "layer": layer,
-            "oracle_open_fraction": float(tensors["oracle_open_fraction"][at].mean()),
-            "target": None if target is None else target.model_dump(),
-            "open_fraction": None if found is None else float(found.open_fraction[at].mean()),
-            "missed_mass": None if found is None else float(found.missed_mass[at].mean()),
-            "bias": float(tensors["bias"][index, at].mean()),
-            "spread": float(tensors["spread"][index, at].mean()),
-        }
-        for at, layer in enumerate(findings.manifest.layers)
-    ]
 
 
 def _policy(choice: Choice) -> Policy:

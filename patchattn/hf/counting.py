@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,14 @@ from patchattn.call.inputs import Attended
 from patchattn.call.regions import Regions, host_may_read
 from patchattn.hf.cache import REBUILD_REASONS
 from patchattn.policy import PHASES, Phase
+from patchattn.report import LayerCounts
 
 DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
 """Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
 the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
 or chunked). The last two run the model's own attention implementation."""
 
+# In the order of the fields of `LayerCounts`.
 _BY_PHASE = ("asked", "below", "scored", "causal", "gated_calls")
 _PLACES = [(name, phase) for name in _BY_PHASE for phase in PHASES] + [("dense_calls", why) for why in DENSE_REASONS]
 _PLACES += [("rebuilt", why) for why in REBUILD_REASONS]
@@ -33,7 +37,6 @@ class Counters(nn.Module):
         heads: Number of query heads on this device.
     """
 
-    dense_reasons, rebuild_reasons = DENSE_REASONS, REBUILD_REASONS
     opened: Tensor
     counts: Tensor
 
@@ -76,12 +79,6 @@ class Counters(nn.Module):
                 self.opened[row].add_(torch.cat(calls).sum((0, 2)).to(self.opened.device))
                 calls.clear()
 
-    @property
-    def open_pairs(self) -> Tensor:
-        """Open pairs by phase and query head, [phases, heads] int64."""
-        self._settle()
-        return self.opened
-
     def reset(self) -> None:
         """Set every counter back to zero."""
         self._settle()
@@ -89,41 +86,16 @@ class Counters(nn.Module):
         self.counts.zero_()
         self.on_host = [0] * len(_PLACES)
 
-    def _read(self, name: str, kinds: tuple[str, ...]) -> list[int]:
-        counts = [a + b for a, b in zip(self.counts.tolist(), self.on_host, strict=True)]
-        return [counts[_PLACE[name, kind]] for kind in kinds]
+    def of_phase(self, phase: Phase) -> LayerCounts:
+        """Return what the gates did in one phase."""
+        self._settle()
+        totals = self._totals()
+        opened = self.opened[PHASES.index(phase)].tolist()
+        return LayerCounts(tuple(opened), *(totals[name, phase] for name in _BY_PHASE))
 
-    @property
-    def asked(self) -> list[int]:
-        """Queries whose gates decided, by phase."""
-        return self._read("asked", PHASES)
+    def by_reason(self, name: Literal["dense_calls", "rebuilt"]) -> dict[str, int]:
+        """Return how many calls did not go through the gate, or rebuilt prompt moments, by reason; none with 0."""
+        return {reason: count for (counter, reason), count in self._totals().items() if counter == name and count}
 
-    @property
-    def below(self) -> list[int]:
-        """Queries below break-even, by phase."""
-        return self._read("below", PHASES)
-
-    @property
-    def scored(self) -> list[int]:
-        """Triples (query head, query, key) whose score was computed, by phase."""
-        return self._read("scored", PHASES)
-
-    @property
-    def causal(self) -> list[int]:
-        """Triples that dense attention has to score, by phase."""
-        return self._read("causal", PHASES)
-
-    @property
-    def gated_calls(self) -> list[int]:
-        """Calls that went through the gate, by phase."""
-        return self._read("gated_calls", PHASES)
-
-    @property
-    def dense_calls(self) -> list[int]:
-        """Calls that did not, by reason."""
-        return self._read("dense_calls", DENSE_REASONS)
-
-    @property
-    def rebuilt(self) -> list[int]:
-        """Steps of decode whose prompt moments were taken from all keys again, by reason."""
-        return self._read("rebuilt", REBUILD_REASONS)
+    def _totals(self) -> dict[tuple[str, str], int]:
+        return {what: a + b for what, a, b in zip(_PLACES, self.counts.tolist(), self.on_host, strict=True)}

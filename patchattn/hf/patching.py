@@ -243,7 +243,7 @@ def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> di
     """Return what a calibration says about each layer; empty where the gate has no use for it."""
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(underlying(model)))
-        return calibration.measured(policy)
+        return calibration.measured_heads(policy)
     if policy.gate.needs_calibration:
         raise PolicyError(
             f"The policy's gate needs a calibration: {policy.gate.of_calibration()}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -54,6 +55,9 @@ def wrong_decisions(
         call = replace(inputs, **tensors, regions=regions, scale=inputs.scale * factor)
         return gate.weigh(call, Known(layer))[0]
 
+    # From the definition: a proof that asks the gate for its margin believes whatever it says.
+    share = getattr(gate, "threshold", 0.5)
+    threshold = math.log(share / (1 - share))
     masses = [weighed(factor, torch.float64) for factor in (1.0, 1 - _FREEZING, 1 + _FREEZING)]
     margin = truth.local_log_mass - masses[0]
     rounded = plain.local_log_mass.double() - weighed(1.0, inputs.query.dtype).double()
@@ -63,8 +67,8 @@ def wrong_decisions(
         size = torch.maximum(truth.local_log_mass.abs(), masses[0].abs())[both].max().item()
         error = (margin - rounded)[both].abs().max().item()
         tolerance = 2 * (error + torch.finfo(plain.output.dtype).eps * size)
-    should_open = regions.asked[:, None] & ~(margin >= gate.margin)
-    unsure = (margin - gate.margin).abs() <= tolerance
+    should_open = regions.asked[:, None] & ~(margin >= threshold)
+    unsure = (margin - threshold).abs() <= tolerance
     for mass in masses[1:]:
         unsure |= mass.isfinite() != masses[0].isfinite()
     return (opened != should_open) & ~unsure, margin, tolerance

@@ -215,6 +215,12 @@ def test_wrong_thresholds_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equivalent(tiny_model("llama"), policy(OracleGate(threshold=0.3)), padded())
 
 
+def test_a_gate_with_a_wrong_margin_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OracleGate, "margin", property(lambda gate: 0.0))
+    with pytest.raises(AssertionError, match=r"policy's gates: layer 0.* (opens|closes), but in float64 its margin"):
+        assert_equivalent(tiny_model("llama"), policy(OracleGate(threshold=0.3)), padded())
+
+
 def test_stale_moments_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     load_moments = hf_attention.load_moments
 

@@ -1,4 +1,4 @@
-"""The attention and mask functions that a patched model calls, and the state each of its layers keeps."""
+"""The attention and mask functions that a patched model calls."""
 
 from __future__ import annotations
 

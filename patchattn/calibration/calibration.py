@@ -171,16 +171,18 @@ class Calibration:
         """
         message = commit_message or f"Calibration of {self.manifest.model} on {self.manifest.n_documents} documents"
         with tempfile.TemporaryDirectory() as name:
-            self._save(Path(name), card=True, repo=repo)
-            return hub.upload(
-                Path(name), repo, private=private, commit_message=message, create_pr=create_pr, token=token
-            )
+            folder = Path(name)
+            self._save(folder, card=True, repo=repo)
+            return hub.upload(folder, repo, private=private, message=message, create_pr=create_pr, token=token)
 
     @property
     def findings(self) -> Findings:
         """What tables, cards and pictures show."""
-        estimate = self._estimate_of(self.policy) or self.manifest.estimates[0]
-        return Findings(self.manifest, self.tensors, estimate, _target_of(self.policy))
+        return self._found(None)
+
+    def _found(self, estimate: Estimate | None) -> Findings:
+        own = self._estimate_of(self.policy) or self.manifest.estimates[0]
+        return Findings(self.manifest, self.tensors, estimate or own, _target_of(self.policy))
 
     def curves(self, estimate: Estimate | None = None) -> Curves:
         """Return the curves of one estimate; None means the one of the calibration's policy, or the first measured.
@@ -188,7 +190,7 @@ class Calibration:
         Raises:
             CalibrationError: The estimate was not measured.
         """
-        return self.findings.curves(estimate)
+        return self._found(estimate).curves
 
     def thresholds(self, target: RiskTarget | OpenFractionTarget, *, estimate: Estimate | None = None) -> Tensor:
         """Choose the margin from which each head closes.
@@ -204,7 +206,7 @@ class Calibration:
         Raises:
             CalibrationError: The target promises more than the measured documents can carry; says how many it needs.
         """
-        return self.findings.thresholds(target, estimate)
+        return self._found(estimate).thresholds(target)
 
     def expected(self, margins: Tensor, *, estimate: Estimate | None = None) -> Expected:
         """Say what thresholds gave on the documents that were measured.
@@ -213,7 +215,7 @@ class Calibration:
             margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
             estimate: See `curves`.
         """
-        return self.findings.expected(margins, estimate)
+        return self._found(estimate).expected(margins)
 
     def heads_by_oracle(self) -> list[tuple[int, int]]:
         """Rank all measured (layer, query head), the one that the exact share opens most often first."""
@@ -231,8 +233,8 @@ class Calibration:
         rotary = self.manifest.rotary
         if rotary is None:
             raise CalibrationError("The calibration has no key moments.", fix="measure it again with key moments")
-        order = rotary.order(self.manifest.fingerprint.head_dim)
-        return unpack_moments(self.tensors, self._layer_index(layer), order)
+        dim = self.manifest.fingerprint.head_dim
+        return unpack_moments(self.tensors, self._layer_index(layer), rotary.order(dim))
 
     def check_policy(self, policy: Policy) -> None:
         """Refuse a policy with another sink or window than was measured, or a target for other moments.
@@ -287,21 +289,19 @@ class Calibration:
             CalibrationMismatchError: The calibration is of other layers or heads, or of another sink or window.
         """
         self.check_policy(policy)
-        measured = self.manifest
-        counts = set(heads.values())
+        measured, counts = self.manifest, set(heads.values())
         if not heads.keys() <= set(measured.layers) or counts - {measured.fingerprint.query_heads}:
             raise CalibrationMismatchError(
                 f"The calibration measured layers {list(measured.layers)} of {measured.fingerprint.query_heads} query "
                 f"heads; the report has layers {list(heads)} of {sorted(counts)} heads.",
                 fix="use the calibration of the model that was run",
             )
-        estimate, layers = self._estimate_of(policy), [self._layer_index(layer) for layer in heads] or None
-        alphas = [round(alpha, 5) for alpha in CURVE_ALPHAS]
+        found, layers = self._found(self._estimate_of(policy)), [self._layer_index(layer) for layer in heads] or None
         return {
             "model": measured.model,
             "documents": measured.n_documents,
-            "targets": self.findings.risk_curve(alphas, estimate=estimate, layers=layers),
-            "one": self.findings.margin_curve(estimate=estimate, layers=layers),
+            "targets": found.risk_curve([round(alpha, 5) for alpha in CURVE_ALPHAS], layers=layers),
+            "one": found.margin_curve(layers=layers),
         }
 
     def measured_heads(self, policy: Policy) -> dict[int, MeasuredHeads]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,10 +107,11 @@ def _fit_lines(findings: Findings) -> list[str]:
         "| estimate | pairs with an estimate | bias, median head | spread, median head | recall | precision |",
         "|---|---|---|---|---|---|",
     ]
-    share = torch.tensor(findings.manifest.oracle_threshold)
-    for index, estimate in enumerate(findings.manifest.estimates):
-        found = findings.expected(findings.everywhere(torch.logit(share)), estimate)
-        known, bias, spread = (findings.tensors[n][index] for n in ("known_fraction", "bias", "spread"))
+    margins = findings.everywhere(torch.logit(torch.tensor(findings.manifest.oracle_threshold)))
+    for estimate in findings.manifest.estimates:
+        of = replace(findings, estimate=estimate)
+        found = of.expected(margins)
+        known, bias, spread = (of.tensors[name][of.index] for name in ("known_fraction", "bias", "spread"))
         lines.append(
             f"| {estimate} | {known.mean():.1%} | {bias.median():+.2f} | {spread.median():.2f} | "
             f"{found.recall.mean():.1%} | {found.precision.mean():.1%} |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -69,13 +70,16 @@ class RiskRow:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a calibration's tensors say. Where an estimate is not given, it is `estimate`.
+    """What a calibration's tensors say, with one of the estimates.
 
     Args:
         manifest: Which model, which text, measured how.
         tensors: The measured tensors.
-        estimate: The estimate of the calibration's policy; the first measured where it has none that was measured.
+        estimate: The estimate.
         own_target: The target of the calibration's policy; None where it has none.
+
+    Raises:
+        CalibrationError: The estimate was not measured.
     """
 
     manifest: Manifest
@@ -83,85 +87,74 @@ class Findings:
     estimate: Estimate
     own_target: Target | None
 
-    def index_of(self, estimate: Estimate | None) -> int:
-        """Return the index of an estimate in the tensors.
-
-        Raises:
-            CalibrationError: The estimate was not measured.
-        """
-        measured, wanted = self.manifest.estimates, estimate or self.estimate
-        if wanted not in measured:
+    def __post_init__(self) -> None:
+        """Refuse an estimate that was not measured."""
+        measured = self.manifest.estimates
+        if self.estimate not in measured:
             raise CalibrationError(
-                f"The estimate {wanted!r} was not measured; the calibration has {', '.join(measured)}.",
+                f"The estimate {self.estimate!r} was not measured; the calibration has {', '.join(measured)}.",
                 fix="use an estimate that was measured",
             )
-        return measured.index(wanted)
 
-    def curves(self, estimate: Estimate | None = None) -> Curves:
-        """Return the curves of one estimate."""
-        index, ends = self.index_of(estimate), torch.tensor([torch.inf])
+    @property
+    def index(self) -> int:
+        """Where the estimate is in the tensors."""
+        return self.manifest.estimates.index(self.estimate)
+
+    @cached_property
+    def curves(self) -> Curves:
+        """The curves."""
+        ends = torch.tensor([torch.inf])
         return Curves(
             torch.cat([-ends, self.tensors["margins"], ends]),
-            self.tensors["missed_mass"][:, index].float(),
-            self.tensors["open_fraction"][index].float(),
+            self.tensors["missed_mass"][:, self.index].float(),
+            self.tensors["open_fraction"][self.index].float(),
             self.manifest.documents,
         )
 
-    def thresholds(self, target: Target, estimate: Estimate | None = None) -> Tensor:
+    def thresholds(self, target: Target) -> Tensor:
         """Choose the margin from which each head closes, [layers, query_heads] nats; see `Calibration.thresholds`."""
-        curves = self.curves(estimate)
-        return curves.margins[rungs(curves, target)]
+        return self.curves.margins[rungs(self.curves, target)]
 
-    def expected(self, margins: Tensor, estimate: Estimate | None = None) -> Expected:
+    def expected(self, margins: Tensor) -> Expected:
         """Say what thresholds gave on the documents that were measured; see `Calibration.expected`."""
-        index, curves = self.index_of(estimate), self.curves(estimate)
-        chosen = (torch.searchsorted(curves.margins, margins.contiguous(), right=True) - 1).clamp(min=0)[..., None]
+        rung = torch.searchsorted(self.curves.margins, margins.contiguous(), right=True) - 1
+        chosen = rung.clamp(min=0)[..., None]
 
         def at(curve: Tensor) -> Tensor:
             return curve.float().gather(-1, chosen)[..., 0]
 
         return Expected(
-            at(curves.open_fraction),
-            at(curves.missed_mass_of_all),
-            at(self.tensors["recall"][index]),
-            at(self.tensors["precision"][index]),
+            at(self.curves.open_fraction),
+            at(self.curves.missed_mass_of_all),
+            at(self.tensors["recall"][self.index]),
+            at(self.tensors["precision"][self.index]),
         )
 
     def everywhere(self, margin: float | Tensor) -> Tensor:
         """Return the same margin for all heads, [layers, query_heads] nats."""
         return torch.as_tensor(margin).expand_as(self.tensors["oracle_open_fraction"])
 
-    def means(
-        self, margins: Tensor, estimate: Estimate | None = None, layers: list[int] | None = None
-    ) -> tuple[float, float]:
+    def means(self, margins: Tensor, layers: list[int] | None = None) -> tuple[float, float]:
         """Return open fraction and missed mass for margins per head, means over the heads of some layers or of all.
 
         Args:
             margins: [layers, query_heads] nats.
-            estimate: The estimate.
             layers: Where the layers are in the tensors; None means all.
         """
-        found, rows = self.expected(margins, estimate), slice(None) if layers is None else layers
+        found, rows = self.expected(margins), slice(None) if layers is None else layers
         return float(found.open_fraction[rows].mean()), float(found.missed_mass[rows].mean())
 
     def risk_curve(
-        self,
-        alphas: Iterable[float],
-        *,
-        scope: Scope = "head",
-        estimate: Estimate | None = None,
-        layers: list[int] | None = None,
+        self, alphas: Iterable[float], *, scope: Scope = "head", layers: list[int] | None = None
     ) -> list[tuple[float, float, float]]:
         """Return (alpha, open fraction, missed mass) for the risks that so many documents can carry; see `means`."""
-        found = [(alpha, self._carried(RiskTarget(alpha=alpha, scope=scope), estimate)) for alpha in alphas]
-        return [(alpha, *self.means(margins, estimate, layers)) for alpha, margins in found if margins is not None]
+        found = [(alpha, self._carried(RiskTarget(alpha=alpha, scope=scope))) for alpha in alphas]
+        return [(alpha, *self.means(margins, layers)) for alpha, margins in found if margins is not None]
 
-    def margin_curve(
-        self, *, estimate: Estimate | None = None, layers: list[int] | None = None
-    ) -> list[tuple[float, float, float]]:
+    def margin_curve(self, *, layers: list[int] | None = None) -> list[tuple[float, float, float]]:
         """Return (margin, open fraction, missed mass) for each margin of the grid, the same for all heads."""
-        margins = self.tensors["margins"]
-        return [(float(m), *self.means(self.everywhere(m), estimate, layers)) for m in margins]
+        return [(float(m), *self.means(self.everywhere(m), layers)) for m in self.tensors["margins"]]
 
     def shown_target(self) -> Target | None:
         """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
@@ -183,10 +176,10 @@ class Findings:
         closed, opened = (int((margins == end).sum()) for end in (-torch.inf, torch.inf))
         return RiskRow(*head, *self.means(margins), closed, opened)
 
-    def _carried(self, target: Target, estimate: Estimate | None = None) -> Tensor | None:
+    def _carried(self, target: Target) -> Tensor | None:
         """Return the thresholds of a target, None where there are too few documents for it."""
         try:
-            return self.thresholds(target, estimate)
+            return self.thresholds(target)
         except CalibrationError:
             return None
 

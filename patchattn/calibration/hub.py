@@ -62,7 +62,7 @@ def upload(
     repo: str,
     *,
     private: bool | None,
-    commit_message: str,
+    message: str,
     create_pr: bool,
     token: str | bool | None,
 ) -> str:
@@ -76,9 +76,7 @@ def upload(
     api = HfApi(token=token, library_name="patchattn")
     with _explained(repo, None, offline=False, may_be_folder=False):
         api.create_repo(repo, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr
-        ).oid
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr).oid
 
 
 @contextlib.contextmanager

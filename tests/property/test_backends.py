@@ -1,23 +1,31 @@
-"""The blockwise backend equals the reference for any call and any decisions, also where keys are not finite."""
+"""Every backend equals the reference for any call and any decisions, also where keys are not finite.
+
+But `flex`, which compiles anew for each shape; `tests/unit/test_flex.py` has its cases.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from patchattn.backends import blockwise, reference
+from patchattn.backends import BackendName, load
+from patchattn.backends.backend import Backend, all_open
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.gates.decision import forced
 from patchattn.testing import assert_within_budget
 from patchattn.testing.dense import dense_attention
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, cast, decisions, shapes
+
+REFERENCE = load("reference")
+BACKENDS = {name: load(name) for name in get_args(BackendName) if name not in ("reference", "flex")}
+fast = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+every = pytest.mark.parametrize("backend", [REFERENCE, *BACKENDS.values()], ids=["reference", *BACKENDS])
 
 
 def note_what_it_shows(inputs: AttentionInputs, opened: torch.Tensor) -> None:
@@ -27,29 +35,31 @@ def note_what_it_shows(inputs: AttentionInputs, opened: torch.Tensor) -> None:
     event("open and closed" if mixed else "one kind of decision" if asked.any() else "nothing asked")
 
 
+@fast
 @pytest.mark.parametrize("decode", [True, None], ids=["decode", "any"])
 @given(st.data())
-def test_blockwise_equals_the_reference(decode: bool | None, data: st.DataObject) -> None:
+def test_a_backend_equals_the_reference(backend: Backend, decode: bool | None, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(shape=shapes(decode=decode)))
     opened = data.draw(decisions(inputs))
     note_what_it_shows(inputs, opened)
-    expected, actual = (backend.attend(inputs, forced(opened, inputs), 0.0) for backend in (reference, blockwise))
+    expected, actual = (b.attend(inputs, forced(opened, inputs), 0.0) for b in (REFERENCE, backend))
     assert torch.equal(actual.open, expected.open)
     left_out = ~expected.output.isfinite()
     got, want = (attended.output.masked_fill(left_out, 0) for attended in (actual, expected))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_blockwise_is_within_the_error_budget(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_a_backend_is_within_the_error_budget(backend: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     rounded = cast(data.draw(attention_inputs(key_kinds=FINITE_KEYS)), dtype)
     exact = cast(rounded, torch.float64)
     opened = data.draw(decisions(rounded))
     note_what_it_shows(rounded, opened)
-    truth = reference.attend(exact, forced(opened, exact), 0.0).output
-    plain, got = (b.attend(rounded, forced(opened, rounded), 0.0).output for b in (reference, blockwise))
+    truth = REFERENCE.attend(exact, forced(opened, exact), 0.0).output
+    plain, got = (b.attend(rounded, forced(opened, rounded), 0.0).output for b in (REFERENCE, backend))
     assert_within_budget(got, plain, truth)
 
 
@@ -57,7 +67,7 @@ def test_blockwise_is_within_the_error_budget(dtype: torch.dtype, data: st.DataO
 def test_the_reference_equals_dense_attention_under_the_token_level_mask(data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(key_kinds=FINITE_KEYS))
     opened = data.draw(decisions(inputs))
-    attended = reference.attend(inputs, forced(opened, inputs), 0.0)
+    attended = REFERENCE.attend(inputs, forced(opened, inputs), 0.0)
     regions = inputs.regions
     want = dense_attention(
         inputs.query,
@@ -77,10 +87,19 @@ def test_the_reference_equals_dense_attention_under_the_token_level_mask(data: s
     assert torch.equal(attended.open, opened & regions.asked[:, None])
 
 
-@pytest.mark.parametrize("backend", [reference, blockwise], ids=lambda backend: backend.__name__)
+@fast
 @given(st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_permuting_the_batch_permutes_the_output(backend: ModuleType, data: st.DataObject) -> None:
+def test_dense_attention_equals_the_reference_with_all_gates_open(backend: Backend, data: st.DataObject) -> None:
+    inputs = data.draw(attention_inputs(key_kinds=FINITE_KEYS))
+    want = REFERENCE.attend(inputs, all_open(inputs), 0.0).output
+    torch.testing.assert_close(backend.dense(inputs), want, rtol=1e-9, atol=1e-10)
+
+
+@every
+@given(st.data())
+@settings(max_examples=settings().max_examples // 2)
+def test_permuting_the_batch_permutes_the_output(backend: Backend, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(key_kinds=FINITE_KEYS))
     opened = data.draw(decisions(inputs))
     order = torch.tensor(data.draw(st.permutations(range(inputs.query.shape[0]))))
@@ -103,10 +122,10 @@ def changed_regions(inputs: AttentionInputs, **changes: Any) -> Regions:
     return Regions.of(**({"valid": r.valid, "query_slot": r.query_slot} | same | changes))
 
 
-@pytest.mark.parametrize("backend", [reference, blockwise], ids=lambda backend: backend.__name__)
+@every
 @given(st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_left_padding_of_any_amount_changes_nothing(backend: ModuleType, data: st.DataObject) -> None:
+def test_left_padding_of_any_amount_changes_nothing(backend: Backend, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(key_kinds=FINITE_KEYS, shape=shapes(max_keys=250)))
     opened = data.draw(decisions(inputs))
     pad = data.draw(st.integers(1, 200) | st.sampled_from([63, 64, 127, 128]))
@@ -120,12 +139,13 @@ def test_left_padding_of_any_amount_changes_nothing(backend: ModuleType, data: s
     torch.testing.assert_close(got.output, want.output, rtol=1e-11, atol=1e-12)
 
 
+@fast
 @given(st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_queries_in_several_calls_equal_one_call(data: st.DataObject) -> None:
+def test_queries_in_several_calls_equal_one_call(backend: Backend, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(key_kinds=FINITE_KEYS))
     opened = data.draw(decisions(inputs))
-    whole = blockwise.attend(inputs, forced(opened, inputs), 0.0)
+    whole = backend.attend(inputs, forced(opened, inputs), 0.0)
     cut = data.draw(st.integers(0, inputs.query.shape[2] - 1))
     outputs, decided = [], []
     for begin, end in ((0, cut), (cut, inputs.query.shape[2])):
@@ -133,7 +153,7 @@ def test_queries_in_several_calls_equal_one_call(data: st.DataObject) -> None:
             continue
         regions = changed_regions(inputs, query_length=end - begin, query_slot=inputs.regions.query_slot + begin)
         part = replace(inputs, query=inputs.query[:, :, begin:end], regions=regions)
-        attended = blockwise.attend(part, forced(opened[:, :, begin:end], part), 0.0)
+        attended = backend.attend(part, forced(opened[:, :, begin:end], part), 0.0)
         outputs.append(attended.output)
         decided.append(attended.open)
     assert torch.equal(torch.cat(decided, 2), whole.open)

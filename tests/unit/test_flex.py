@@ -216,7 +216,7 @@ def test_open_rows_come_first(name: str):
 def test_slabs_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
     """Queries in slabs of 64, the last one shorter."""
     whole = check(CASES[name], "eager")
-    monkeypatch.setattr(flex, "_SLAB", 64)
+    monkeypatch.setattr("patchattn.backends.flex.call.SLAB", 64)
     slabs = check(CASES[name], "eager")
     torch.testing.assert_close(slabs.output, whole.output, rtol=1e-5, atol=1e-5)
     assert torch.equal(slabs.open, whole.open)

@@ -20,15 +20,7 @@ from torch import Tensor
 
 from patchattn.backends.backend import Backend
 from patchattn.backends.flex.backward import forward_only
-from patchattn.backends.flex.call import (
-    SLAB,
-    Settings,
-    joined,
-    one_pass_call,
-    slab_of,
-    two_pass_call,
-    with_dynamic_lengths,
-)
+from patchattn.backends.flex.call import Settings, joined, one_pass_call, slabs_of, two_pass_call, with_dynamic_lengths
 from patchattn.backends.flex.compiled import Compiler, attend_call, run_or_explain
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.errors import BackendError
@@ -74,9 +66,8 @@ def attend_with(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float, *
             # A loop over slabs would make a graph for each length.
             output, opened, scored = attend_call(settings, call, margin_tensor)
         elif two_passes:
-            slabs = [slab_of(call, begin) for begin in range(0, queries, SLAB)] if queries > SLAB else [call]
             output, opened, scored = joined(
-                run_or_explain(settings, compiler, with_dynamic_lengths(slab), margin_tensor) for slab in slabs
+                run_or_explain(settings, compiler, with_dynamic_lengths(slab), margin_tensor) for slab in slabs_of(call)
             )
         else:
             output, opened, scored = run_or_explain(settings, compiler, call, margin_tensor)

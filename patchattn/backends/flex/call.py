@@ -56,11 +56,19 @@ def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> Call:
     }
 
 
-def slab_of(call: Call, begin: int) -> Call:
-    """Cut the queries from `begin` on out of a call, `SLAB` of them or as many as there are."""
-    length = min(SLAB, call["query"].shape[2] - begin)
-    # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
-    return call | {name: call[name].narrow(axis, begin, length).contiguous() for name, axis in _QUERY_AXES.items()}
+def slabs_of(call: Call) -> list[Call]:
+    """Cut a call along its queries, `SLAB` of them at a time."""
+    length = call["query"].shape[2]
+    if length <= SLAB:
+        return [call]
+
+    def cut(name: str, axis: int, begin: int) -> Tensor:
+        # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
+        return call[name].narrow(axis, begin, min(SLAB, length - begin)).contiguous()
+
+    return [
+        call | {name: cut(name, axis, begin) for name, axis in _QUERY_AXES.items()} for begin in range(0, length, SLAB)
+    ]
 
 
 def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice, takewhile
+from itertools import chain, cycle, islice, takewhile
 from operator import eq
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from patchattn.errors import PatchAttnError
 from patchattn.evaluation.words import draw_number, draw_word
@@ -189,8 +189,7 @@ def make_document(
         The document. The same arguments give the same document.
 
     Raises:
-        ValueError: The tasks need more tokens than `length`, or the text is too short: ask
-            for fewer tasks, a greater length, or give more text.
+        DocumentError: The tasks need more tokens than `length`, the text is empty, or as `draw_task` raises it.
 
     Example:
         >>> text = tokenize_text(sample, tokenizer)  # doctest: +SKIP
@@ -211,33 +210,25 @@ def make_document(
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     n_fixed = len(bos) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
     if n_fixed > length:
-        raise ValueError(
-            f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}: "
-            "plant fewer tasks or make the document longer"
+        raise DocumentError(
+            f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}.",
+            fix="To ask fewer questions, plant fewer tasks; or choose a greater length.",
         )
     if not text.lines:
-        raise ValueError("the text has no lines: give some text to fill the document with")
+        raise DocumentError("The text has no lines.", fix="Give some text to fill the document with.")
     size = length - n_fixed
     filling = cut(take(text.tokens_from(rng.randrange(len(text.lines))), size), size)
 
-    token_ids: list[int] = bos
-    planted_spans: list[tuple[int, int]] = []
+    places = _places(tasks, rng, ask=ask, depth=depth)
+    pieces = [(at, asked[index] + line_break if line is None else planted[line]) for at, index, line in places]
+    spans = weave(bos, filling, pieces, share=1)
     planted_at: dict[int, int] = {}
     questions: list[Question] = []
-    ends = [end / size for end in accumulate(map(len, filling))]
-    n_placed = 0
-    for at, index, line in _places(tasks, rng, ask=ask, depth=depth):
-        while n_placed < len(filling) and ends[n_placed] <= at:
-            token_ids += filling[n_placed]
-            n_placed += 1
-        start = len(token_ids)
+    for (_, index, line), (start, end) in zip(places, spans, strict=True):
         if line is not None:
             planted_at.setdefault(index, start)
-            token_ids += planted[line]
-            planted_spans.append((start, len(token_ids)))
             continue
-        task, tokens = tasks[index], asked[index]
-        token_ids += tokens + line_break
+        task, answer_at = tasks[index], n_shared(prompts[index], asked[index])
         questions.append(
             Question(
                 kind=task.kind,
@@ -245,13 +236,12 @@ def make_document(
                 answer=task.answer,
                 planted_at=planted_at[index],
                 start=start,
-                answer_start=start + n_shared(prompts[index], tokens),
-                answer_end=start + len(tokens),
+                answer_start=start + answer_at,
+                answer_end=end - len(line_break),
             )
         )
-    for line in filling[n_placed:]:
-        token_ids += line
-    return Document(tuple(token_ids), tuple(questions), tuple(planted_spans))
+    lines = tuple(span for (_, _, line), span in zip(places, spans, strict=True) if line is not None)
+    return Document(tuple(bos), tuple(questions), lines)
 
 
 def _places(
@@ -275,7 +265,7 @@ def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split)
     """Draw one task.
 
     Raises:
-        ValueError: There is no such kind, or the text has no line to copy.
+        DocumentError: There is no such kind, or the text has no line to copy.
     """
     if kind == "fact":
         key, value = _draw_key(rng, split), draw_number(rng, digits=5)
@@ -294,7 +284,7 @@ def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split)
         key = _draw_key(rng, split)
         line = _draw_line(text, rng)
         return PlantedTask(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
-    raise ValueError(f"unknown kind of task {kind!r}: use 'fact', 'chain', 'list' or 'note'")
+    raise DocumentError(f"The task {kind!r} is of an unknown kind.", fix=f"Use {', '.join(get_args(Kind))}.")
 
 
 def _draw_key(rng: random.Random, split: Split) -> str:
@@ -311,7 +301,10 @@ def _draw_line(text: TokenizedText, rng: random.Random) -> str:
         line = rng.choice(text.lines).strip()
         if len(line) in _NOTE_CHARACTERS:
             return line
-    raise ValueError("the text has no line of 10 to 48 characters to copy: give other text")
+    raise DocumentError(
+        "The task note can't be made: the text has no line of 10 to 48 characters to copy.",
+        fix="Give other text, or leave this task out.",
+    )
 
 
 def take(units: Iterable[tuple[int, ...]], size: int) -> Units:
@@ -333,6 +326,33 @@ def cut(units: Units, size: int) -> Units:
         surplus -= len(units[at])
         at += 1
     return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []
+
+
+def weave(
+    tokens: list[int], units: Units, pieces: Iterable[tuple[float, Sequence[int]]], *, share: float
+) -> tuple[tuple[int, int], ...]:
+    """Add units to tokens, and pieces between them.
+
+    Args:
+        tokens: What comes before; is added to.
+        units: What is not broken up.
+        pieces: Depth, as a fraction of all tokens of the units, and tokens of each piece; the least deep first.
+        share: A piece stands after the units of which this share, and all before it, lies above the piece's depth.
+
+    Returns:
+        `(start, end)` of each piece in the tokens, `end` exclusive.
+    """
+    size, behind, at = sum(map(len, units)), 0, 0
+    spans = []
+    for depth, piece in pieces:
+        while at < len(units) and behind + share * len(units[at]) <= depth * size:
+            tokens += units[at]
+            behind += len(units[at])
+            at += 1
+        spans.append((len(tokens), len(tokens) + len(piece)))
+        tokens += piece
+    tokens += chain.from_iterable(units[at:])
+    return tuple(spans)
 
 
 def n_shared(first: Sequence[int], second: Sequence[int]) -> int:

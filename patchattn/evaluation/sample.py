@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from patchattn.evaluation.documents import DocumentError, Units, cut, n_shared
+from patchattn.evaluation.documents import DocumentError, Units, cut, n_shared, weave
 from patchattn.evaluation.material import Encoder, Material
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
@@ -139,26 +139,11 @@ def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: rando
         )
     haystack = cut(draft.haystack(length - fixed), length - fixed)
     prompt = [*encoder.begin, *before]
-    spans = _plant(prompt, haystack, planted, rng)
-    return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
-
-
-def _plant(prompt: list[int], haystack: Units, planted: Units, rng: random.Random) -> tuple[tuple[int, int], ...]:
-    """Add the haystack to the prompt, with the planted units at random depths; returns where they are."""
-    size = sum(map(len, haystack))
     enough = len(planted) <= len(_DEPTHS)
     depths = sorted(rng.sample(_DEPTHS, len(planted)) if enough else [rng.random() for _ in planted])
-    waiting = list(zip(depths, planted, strict=True))
-    spans, behind = [], 0
-    for unit in (*haystack, ()):
-        # Between two units, as close to the depth as they allow; after the last one, whatever is left.
-        while waiting and (not unit or behind + len(unit) / 2 > waiting[0][0] * size):
-            piece = waiting.pop(0)[1]
-            spans.append((len(prompt), len(prompt) + len(piece)))
-            prompt += piece
-        prompt += unit
-        behind += len(unit)
-    return tuple(spans)
+    # Between two units, as close to the depth as they allow.
+    spans = weave(prompt, haystack, zip(depths, planted, strict=True), share=0.5)
+    return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
 
 
 def _check_answers(draft: Draft, target: Sequence[int], tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ import random
 from functools import partial
 from typing import get_args
 
-from patchattn.evaluation.documents import DocumentError, Kind, PlantedTask, draw_task
+from patchattn.evaluation.documents import Kind, draw_task
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import Draft, Task
 
@@ -29,10 +29,10 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     if kind != "fact":
         others = [other for other in get_args(Kind) if other != "fact"] * n
         others.remove(kind)
-    asked = _draw(kind, material, rng)
+    asked = draw_task(kind, material.text, rng, "test")
     planted = [asked.planted]
     while len(planted) <= len(others):
-        other = _draw(others[len(planted) - 1], material, rng)
+        other = draw_task(others[len(planted) - 1], material.text, rng, "test")
         if other.answer not in "".join(asked.planted) and asked.answer not in "".join(other.planted):
             planted.append(other.planted)
     return Draft(
@@ -44,14 +44,6 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
         planted=tuple(_interleaved(planted, rng)),
         exact=True,
     )
-
-
-def _draw(kind: Kind, material: Material, rng: random.Random) -> PlantedTask:
-    try:
-        return draw_task(kind, material.text, rng, "test")
-    except ValueError as error:
-        fix = "Give other text, or leave this task out."
-        raise DocumentError(f"The task {kind} can't be made: {error}.", fix=fix) from error
 
 
 def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:

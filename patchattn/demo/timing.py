@@ -16,15 +16,18 @@ _PREFILLS = 3
 _WARM_STEPS = 4
 _STEPS = 32
 
+TIMED = 1 + _PREFILLS + 1
+"""How often `times` says that something is done."""
 
-def times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[float], None]) -> tuple[float, float]:
+
+def times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[], None]) -> tuple[float, float]:
     """Time prefill and decode after one warm-up of each, one sequence at a time.
 
     Args:
         model: A causal language model, patched or not.
         tokens: Token ids to read.
         longest: Most tokens to read and write together, which is kept to by reading fewer.
-        done: Told the fraction that is behind.
+        done: Called after each prefill and after decode.
 
     Returns:
         Seconds to read, the median of three; tokens per second when writing after that.
@@ -32,16 +35,16 @@ def times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[fl
     given = list(tokens[: longest - _WARM_STEPS - _STEPS])
     seconds = []
     cache, found = None, []
-    for repeat in range(1 + _PREFILLS):
+    for _ in range(1 + _PREFILLS):
         begin = _now(model)
         found, cache = write(model, given, None, 1)
         seconds.append(_now(model) - begin)
-        done(0.7 * (repeat + 1) / (1 + _PREFILLS))
+        done()
     found, cache = write(model, found, cache, _WARM_STEPS)
     begin = _now(model)
     write(model, found[-1:], cache, _STEPS)
     speed = _STEPS / (_now(model) - begin)
-    done(1.0)
+    done()
     return statistics.median(seconds[1:]), speed
 
 

@@ -207,12 +207,12 @@ def make_document(
     prompts = encoded([task.prompt for task in tasks])
     asked = encoded([task.prompt + task.answer for task in tasks])
     (line_break,) = encoded(["\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    n_fixed = len(bos) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
+    tokens = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    n_fixed = len(tokens) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
     if n_fixed > length:
         raise DocumentError(
             f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}.",
-            fix="To ask fewer questions, plant fewer tasks; or choose a greater length.",
+            fix="plant fewer tasks, so ask fewer questions, or choose a greater length",
         )
     if not text.lines:
         raise DocumentError("The text has no lines.", fix="Give some text to fill the document with.")
@@ -221,27 +221,18 @@ def make_document(
 
     places = _places(tasks, rng, ask=ask, depth=depth)
     pieces = [(at, asked[index] + line_break if line is None else planted[line]) for at, index, line in places]
-    spans = weave(bos, filling, pieces, share=1)
-    planted_at: dict[int, int] = {}
     questions: list[Question] = []
-    for (_, index, line), (start, end) in zip(places, spans, strict=True):
+    lines: list[tuple[int, int]] = []
+    planted_at: dict[int, int] = {}
+    for (_, index, line), (start, end) in zip(places, weave(tokens, filling, pieces, share=1), strict=True):
         if line is not None:
+            lines.append((start, end))
             planted_at.setdefault(index, start)
             continue
-        task, answer_at = tasks[index], n_shared(prompts[index], asked[index])
-        questions.append(
-            Question(
-                kind=task.kind,
-                prompt=task.prompt,
-                answer=task.answer,
-                planted_at=planted_at[index],
-                start=start,
-                answer_start=start + answer_at,
-                answer_end=end - len(line_break),
-            )
-        )
-    lines = tuple(span for (_, _, line), span in zip(places, spans, strict=True) if line is not None)
-    return Document(tuple(bos), tuple(questions), lines)
+        task, answer_at = tasks[index], start + n_shared(prompts[index], asked[index])
+        question = (task.kind, task.prompt, task.answer, planted_at[index], start, answer_at, end - len(line_break))
+        questions.append(Question(*question))
+    return Document(tuple(tokens), tuple(questions), tuple(lines))
 
 
 def _places(

@@ -122,13 +122,9 @@ def _progress(process: Process) -> Iterator[Callable[[int, int | None], None]]:
 
 def _policy(path: Path | None, *, alpha: float, moments: str | None, **given: int | None) -> Policy:
     """Read the policy file, or ask for a risk; options go on top."""
-    if path is None:
-        fields: dict[str, Any] = Policy(gate=MomentGate(threshold=RiskTarget(alpha=alpha))).model_dump()
-    else:
-        try:
-            fields = Policy.model_validate_json(path.read_text(encoding="utf-8")).model_dump()
-        except (OSError, UnicodeDecodeError):
-            raise stop(f"Can't read {path}.", fix="Give the path of a policy file.") from None
+    risk = Policy(gate=MomentGate(threshold=RiskTarget(alpha=alpha)))
+    start = risk if path is None else Policy.model_validate_json(read_text(path))
+    fields: dict[str, Any] = start.model_dump()
     if moments is not None:
         if fields["gate"]["kind"] != "moment":
             raise stop(

@@ -98,7 +98,7 @@ def record_margins(
 
     def observe(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
-            at_window = with_window(inputs, window)
+            at_window = replace(inputs, regions=replace(inputs.regions, window_size=window))
             asked = at_window.regions.asked[0]
             gates = [MomentGate(estimate=name) for name in estimates]
             known = Known()
@@ -121,8 +121,3 @@ def record_margins(
         with patch(model, policy, record=None) as handle, observing(handle, observe):
             read_document(model, torch.tensor(list(token_ids)))
     return found
-
-
-def with_window(inputs: AttentionInputs, window: int) -> AttentionInputs:
-    """Return the same call under another window."""
-    return replace(inputs, regions=replace(inputs.regions, window_size=window))

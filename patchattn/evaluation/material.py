@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from patchattn.evaluation.documents import DocumentError, Units, take, tokenize_text
+from patchattn.evaluation.documents import DocumentError, tokenize_text
+from patchattn.evaluation.units import Units, take
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"

@@ -60,7 +60,12 @@ def named_policy(
             f"There is no policy {name!r}.",
             fix=f"Choose from {', '.join(NAMES)}, with a number as in default:0.8, or give the path of a policy file.",
         )
-    number = _number(name, setting)
+    try:
+        number = float(setting) if setting else None
+    except ValueError:
+        number = math.nan
+    if number is not None and not 0 < number < 1:
+        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
     if kind == DENSE:
         return None
     if gate is None:
@@ -102,15 +107,3 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
             fix="Choose a greater length, a smaller window, or min_bulk=0.",
         )
     return [(layer, head) for _, layer, head in sorted(ranked, reverse=True)]
-
-
-def _number(name: str, setting: str) -> float | None:
-    if not setting:
-        return None
-    try:
-        number = float(setting)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 1:
-        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
-    return number

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from patchattn.evaluation.documents import DocumentError, Units, cut, n_shared, weave
+from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Encoder, Material
+from patchattn.evaluation.units import Units, cut, n_shared, weave
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
 _DEPTHS = tuple(at / 39 for at in range(40))

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
 from patchattn.evaluation import GROUPS, TASKS, DocumentError, Material, make_sample
-from patchattn.evaluation.documents import cut
 from patchattn.evaluation.material import Encoder
 from patchattn.evaluation.sample import recall
 from patchattn.evaluation.tasks import DRAWN, TEXT_LOSS, chosen_tasks
+from patchattn.evaluation.units import cut
 
 PROMPTS = tuple(task for task in TASKS if task != TEXT_LOSS)
 ANSWER_ONCE = (*(task for task in PROMPTS if task.startswith("niah")), "kv", "copy", "fact")

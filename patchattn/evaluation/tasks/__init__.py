@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import Sample, finish
-from patchattn.evaluation.tasks import copying, frequencies, needles, pairs, planted, tracking
+from patchattn.evaluation.tasks import frequencies, needles, others, planted, tracking
 
-_FAMILIES = (needles, tracking, frequencies, pairs, copying, planted)
+_FAMILIES = (needles, tracking, frequencies, others, planted)
 
 DRAWN = {task.name: task for family in _FAMILIES for task in family.TASKS}
 """The tasks that ask a question, by name."""

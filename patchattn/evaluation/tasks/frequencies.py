@@ -10,9 +10,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchattn.evaluation.documents import DocumentError, Units
+from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.units import Units
 from patchattn.evaluation.words import draw_letters, draw_word
 
 _COMMON = 10
@@ -55,26 +56,27 @@ def common_words(material: Material, length: int, rng: random.Random) -> Draft:
     example_others = _draw_words(rng, repeats.example_others, taken, apart_from=example)
     example_list = _mixed(example * repeats.example_common, example_others * repeats.example_other, set(example), rng)
     others: list[str] = []
-    numbers: Units = []
-    pieces: dict[str, tuple[int, ...]] = {}
+    known: dict[str, tuple[int, ...]] = {}
+
+    def encoded(texts: list[str]) -> Units:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, material.encoder.encode(new), strict=True))
+        return [known[text] for text in texts]
+
+    def numbered(words: list[str]) -> Units:
+        numbers = encoded([str(at + 1) for at in range(len(words))])
+        return [number + word for number, word in zip(numbers, encoded([f". {word}\n" for word in words]), strict=True)]
 
     def cost(n_others: int) -> int:
-        """Count the tokens of the list; draws and encodes what is new."""
-        n_entries = _COMMON * repeats.common + n_others * repeats.other
+        """Count the tokens of the list; draws what is new."""
         others.extend(_draw_words(rng, n_others - len(others), taken, apart_from=common))
-        new = [word for word in (*common, *others) if word not in pieces]
-        pieces.update(zip(new, material.encoder.encode([f". {word}\n" for word in new]), strict=True))
-        numbers.extend(material.encoder.encode([str(at + 1) for at in range(len(numbers), n_entries)]))
-        words = repeats.common * sum(len(pieces[word]) for word in common)
-        words += repeats.other * sum(len(pieces[word]) for word in others[:n_others])
-        return words + sum(map(len, numbers[:n_entries]))
+        return sum(map(len, numbered(common * repeats.common + others[:n_others] * repeats.other)))
 
     def haystack(size: int) -> Units:
         if (fewest := cost(_FEWEST_OTHERS)) > size:
             raise _too_short("cwe", length + fewest - size)
         chosen = others[: _first(lambda count: cost(count) >= size, _FEWEST_OTHERS)]
-        words = _mixed(common * repeats.common, chosen * repeats.other, set(common), rng)
-        return [number + pieces[word] for number, word in zip(numbers, words, strict=False)]
+        return numbered(_mixed(common * repeats.common, chosen * repeats.other, set(common), rng))
 
     before = "Below is a numbered list of words. Find out which of them occur most often.\n"
     after = f"Question: Which {_COMMON} words occur most often?\nAnswer: The {_COMMON} most common words are:"

@@ -14,6 +14,7 @@ from patchattn.evaluation.sample import Draft, Task
 from patchattn.evaluation.words import draw_letters, draw_number
 
 _HOPS = 4
+_BEFORE = "Variables are assigned in the text below. Keep track of what each one stands for.\n"
 
 
 def variable_tracking(material: Material, length: int, rng: random.Random) -> Draft:
@@ -22,9 +23,9 @@ def variable_tracking(material: Material, length: int, rng: random.Random) -> Dr
     taken: set[str] = set()
     value, names = _draw_chain(material, rng, taken, letters=5)
     example_value, example_names = _draw_chain(material, rng, taken, letters=3)
-    example = _before() + "".join(_lines(example_value, example_names)) + _after(example_value, example_names)
+    example = _BEFORE + "".join(_lines(example_value, example_names)) + _after(example_value, example_names)
     return Draft(
-        before=f"{example} {' '.join(example_names)}\n\n{_before()}",
+        before=f"{example} {' '.join(example_names)}\n\n{_BEFORE}",
         after=_after(value, names),
         continuation=" " + " ".join(names),
         answers=tuple(names),
@@ -46,10 +47,6 @@ def _draw_chain(material: Material, rng: random.Random, taken: set[str], *, lett
 
 def _lines(value: str, names: list[str]) -> list[str]:
     return [f"VAR {names[0]} = {value}\n"] + [f"VAR {later} = VAR {earlier}\n" for earlier, later in pairwise(names)]
-
-
-def _before() -> str:
-    return "Variables are assigned in the text below. Keep track of what each one stands for.\n"
 
 
 def _after(value: str, names: list[str]) -> str:

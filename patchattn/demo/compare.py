@@ -8,17 +8,21 @@ on another stretch of the text, without planted lines. Times are taken apart fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
 
-from patchattn.demo.timing import TIMED, times
+import torch
+
 from patchattn.evaluation.answers import write
 from patchattn.evaluation.documents import Document, DocumentError, check_longest, make_document, tokenize_text
 from patchattn.evaluation.loss import losses
 from patchattn.hf.patching import patch
+from patchattn.hf.weights import input_device
 from patchattn.policy import PHASES, Phase, Policy
 
 Progress = Callable[[str, float], None]
@@ -27,6 +31,9 @@ Progress = Callable[[str, float], None]
 # Facts near the end would lie in the window, where every head sees them.
 _DEPTH = (0.0, 0.9)
 _MOST_LOSS_TOKENS = 8192
+_PREFILLS = 3
+_WARM_STEPS = 4
+_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -154,12 +161,13 @@ def compare(
     document = made(kinds=("fact",) * questions, seed=seed)
     plain = made(kinds=(), seed=seed + 1).token_ids
     context = document.token_ids[: document.questions[0].start]
-    steps = count(1)
+    # Of each column: the questions, the plain text, a prefill to warm up, those that are timed, and decode.
+    steps, n_steps = count(1), 2 * (questions + 1 + 1 + _PREFILLS + 1)
     patched = partial(patch, model, policy, backend=backend)
 
     def tell(what: str) -> None:
         if progress is not None:
-            progress(what, next(steps) / (2 * (questions + 1 + TIMED)))
+            progress(what, next(steps) / n_steps)
 
     def quality(column: str) -> tuple[int, float, list[int]]:
         right, read = conversation(model, document, partial(tell, f"{column}: answering"))
@@ -168,7 +176,7 @@ def compare(
         return right, loss, [*read, *plain]
 
     def speed(column: str) -> tuple[float, float]:
-        return times(model, context, longest=length, done=partial(tell, f"{column}: timing"))
+        return _times(model, context, longest=length, done=partial(tell, f"{column}: timing"))
 
     with patched():
         pass  # What can't be patched is refused before the dense run, not after it.
@@ -222,3 +230,38 @@ def conversation(model: Any, document: Document, done: Callable[[], None]) -> tu
         given = found[-1:] + ids[question.answer_end : after]
         done()
     return right, read
+
+
+def _times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[], None]) -> tuple[float, float]:
+    """Time prefill and decode after one warm-up of each, one sequence at a time.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokens: Token ids to read.
+        longest: Most tokens to read and write together, which is kept to by reading fewer.
+        done: Called after each prefill and after decode.
+
+    Returns:
+        Seconds to read, the median of three; tokens per second when writing after that.
+    """
+    given = list(tokens[: longest - _WARM_STEPS - _STEPS])
+    seconds = []
+    cache, found = None, []
+    for _ in range(1 + _PREFILLS):
+        begin = _now(model)
+        found, cache = write(model, given, None, 1)
+        seconds.append(_now(model) - begin)
+        done()
+    found, cache = write(model, found, cache, _WARM_STEPS)
+    begin = _now(model)
+    write(model, found[-1:], cache, _STEPS)
+    speed = _STEPS / (_now(model) - begin)
+    done()
+    return statistics.median(seconds[1:]), speed
+
+
+def _now(model: Any) -> float:
+    device = input_device(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -30,6 +30,8 @@ Kind = Literal["fact", "chain", "list", "note"]
 - `note`: `# note key: <a line of the text>`; asked: copy that line.
 """
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 Split = Literal["train", "test"]
 """Which keys may occur: a hash of the key decides, so the two sets are disjoint."""
 
@@ -272,7 +274,7 @@ def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split)
         key = _draw_key(rng, split)
         line = _draw_line(text, rng)
         return PlantedTask(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
-    raise DocumentError(f"The task {kind!r} is of an unknown kind.", fix=f"Use {', '.join(get_args(Kind))}.")
+    raise DocumentError(f"The task {kind!r} is of an unknown kind.", fix=f"Use {', '.join(KINDS)}.")
 
 
 def _draw_key(rng: random.Random, split: Split) -> str:

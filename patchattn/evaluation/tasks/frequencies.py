@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 from patchattn.evaluation.units import Units
 from patchattn.evaluation.words import draw_letters, draw_word
 
@@ -187,12 +187,4 @@ def _too_short(task: str, enough: int) -> DocumentError:
     )
 
 
-_COMMON_ASKED = (
-    "the ten most common ones: 30 times against 3, in short lists 6 times against once; after a solved example"
-)
-_FREQUENT_IN = "coded words, zeta distribution with exponent 2"
-
-TASKS = (
-    Task("cwe", "ruler", "a numbered list of words", _COMMON_ASKED, common_words),
-    Task("fwe", "ruler", _FREQUENT_IN, "the three most frequent ones, apart from dots", frequent_words),
-)
+TASKS = {"cwe": common_words, "fwe": frequent_words}

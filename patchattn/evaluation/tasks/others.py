@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 from patchattn.evaluation.words import draw_uuid, draw_word
 
 _TOKENS_PER_LINE = 256
@@ -81,27 +81,4 @@ def few_shot(material: Material, length: int, rng: random.Random) -> Draft:
     )
 
 
-TASKS = (
-    Task(
-        "kv",
-        "other",
-        "a JSON object of UUIDs",
-        'the value of one key ("Lost in the Middle", [arXiv 2307.03172](https://arxiv.org/abs/2307.03172))',
-        key_value,
-    ),
-    Task(
-        "copy",
-        "other",
-        "your text",
-        "repeat a planted passage, one line for every 256 tokens of length but 2 to 64",
-        long_copy,
-    ),
-    Task(
-        "few_shot",
-        "other",
-        "sixteen examples, then your text",
-        "sort a new word as the examples do (after the long few-shot prompts of "
-        "[arXiv 2502.09647](https://arxiv.org/abs/2502.09647), with made-up groups)",
-        few_shot,
-    ),
-)
+TASKS = {"kv": key_value, "copy": long_copy, "few_shot": few_shot}

@@ -10,7 +10,7 @@ import random
 from itertools import pairwise
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 from patchattn.evaluation.words import draw_letters, draw_number
 
 _HOPS = 4
@@ -56,6 +56,4 @@ def _after(value: str, names: list[str]) -> str:
     )
 
 
-_ASKED = "all five variables of a chain of assignments, after a solved example"
-
-TASKS = (Task("vt", "ruler", "noise", _ASKED, variable_tracking),)
+TASKS = {"vt": variable_tracking}

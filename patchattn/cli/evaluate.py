@@ -107,7 +107,7 @@ def evaluate(
         import matplotlib  # noqa: F401
     measured = None if calibration is None else Calibration.from_pretrained(calibration)
     loaded, tokenizer = load(None if model == SHIPPED else model, device)
-    check_longest(loaded, max(at))
+    check_longest(loaded, *at)
     if dtype is not None:
         loaded = loaded.to(_DTYPES[dtype])
     material = Material(haystack, tokenizer)

@@ -128,13 +128,13 @@ class PlantedTask:
     answer: str
 
 
-def check_longest(model: Any, length: int) -> None:
-    """Refuse a document that is longer than the model's context.
+def check_longest(model: Any, *lengths: int) -> None:
+    """Refuse documents that are longer than the model's context.
 
     Raises:
         DocumentError: See above.
     """
-    check_context(model, [length], DocumentError)
+    check_context(model, lengths, DocumentError)
 
 
 def tokenize_text(text: str, tokenizer: Any) -> TokenizedText:

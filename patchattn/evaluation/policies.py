@@ -10,9 +10,8 @@ import torch
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
-from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.documents import check_longest
 from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
-from patchattn.hf.context import check_context
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.policy import Policy
@@ -94,7 +93,7 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
         DocumentError: A prompt is longer than the model's context.
         PolicyError: No prompt is long enough for a gate to be asked.
     """
-    check_context(model, [len(tokens) for tokens in prompts], DocumentError)
+    check_longest(model, *map(len, prompts))
     policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
     with patch(model, policy) as handle, torch.no_grad():
         for tokens in prompts:

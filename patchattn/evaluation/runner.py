@@ -113,7 +113,7 @@ def evaluate(
         with contextlib.nullcontext() if policy is None else patched(policy) as handle:
             for part in plan:
                 key = _sha(json.dumps([*about, plain, part.task, part.length]))
-                tell = partial(progress or _silent, f"{policy_name}: {part.task}, {part.length:,} tokens")
+                tell = partial(progress or (lambda *_: None), f"{policy_name}: {part.task}, {part.length:,} tokens")
                 tell(behind, total)
                 cell = known.get(key)
                 if cell is None:
@@ -178,7 +178,7 @@ def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], s
             f"Expected samples and lengths of at least 1; got {samples} samples and lengths {list(lengths)}.",
             fix="Give positive numbers.",
         )
-    check_longest(model, max(lengths))
+    check_longest(model, *lengths)
 
 
 def _plan(
@@ -216,10 +216,6 @@ def _answers(model: Any, tokenizer: Any, material: Material, part: _Part, seed: 
         for at in range(part.samples):
             sample = make_sample(part.task, material, length=part.length, seed=f"{seed}/{at}")
             yield written(model, tokenizer, sample)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    del what, done, total
 
 
 def _sha(text: str) -> str:

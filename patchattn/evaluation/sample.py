@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchattn.evaluation.documents import DocumentError
-from patchattn.evaluation.material import Encoder, Material
+from patchattn.evaluation.material import Material
 from patchattn.evaluation.units import Units, cut, n_shared, weave
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
@@ -96,34 +96,34 @@ Draw = Callable[[Material, int, random.Random], Draft]
 """Draws a task in words, for a length in tokens."""
 
 
-def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: random.Random) -> Sample:
+def finish(task: str, draft: Draft, material: Material, *, length: int, rng: random.Random) -> Sample:
     """Give a draft its exact length.
 
     Args:
         task: Name of the task.
         draft: The task in words.
-        encoder: Encoder for the model's tokenizer.
+        material: What it was drawn from.
         length: Tokens in the prompt and the budget together.
         rng: Chooses the depths of what is planted.
 
     Raises:
         DocumentError: The length is too small, or the tokenizer can't write the answers.
     """
-    before, after, whole = encoder.encode([draft.before, draft.after, draft.after + draft.continuation])
+    before, after, whole = material.encode([draft.before, draft.after, draft.after + draft.continuation])
     shared = n_shared(after, whole)
     after, target = whole[:shared], whole[shared:]
-    _check_answers(draft, target, encoder.tokenizer)
+    _check_answers(draft, target, material.tokenizer)
     # Models put words around an answer, and separate several in their own way.
     budget = len(target) if draft.exact else 2 * len(target) + 8
-    planted = encoder.encode(draft.planted)
-    fixed = sum(map(len, (encoder.begin, before, *planted, after))) + budget
+    planted = material.encode(draft.planted)
+    fixed = sum(map(len, (material.begin, before, *planted, after))) + budget
     if fixed > length:
         raise DocumentError(
             f"The task {task} needs {fixed} tokens without any haystack, and the length is {length}.",
             fix="Choose a greater length, or leave this task out.",
         )
     haystack = cut(draft.haystack(length - fixed), length - fixed)
-    prompt = [*encoder.begin, *before]
+    prompt = [*material.begin, *before]
     enough = len(planted) <= len(_DEPTHS)
     depths = sorted(rng.sample(_DEPTHS, len(planted)) if enough else [rng.random() for _ in planted])
     # Between two units, as close to the depth as they allow.

@@ -55,7 +55,7 @@ def make_sample(task: str, material: Material, *, length: int, seed: int | str =
     if task not in DRAWN:
         raise _unknown(task)
     rng = random.Random(f"{seed}/{task}/{length}")
-    return finish(task, DRAWN[task](material, length, rng), material.encoder, length=length, rng=rng)
+    return finish(task, DRAWN[task](material, length, rng), material, length=length, rng=rng)
 
 
 def chosen_tasks(names: Sequence[str]) -> tuple[str, ...]:

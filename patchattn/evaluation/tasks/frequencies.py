@@ -60,7 +60,7 @@ def common_words(material: Material, length: int, rng: random.Random) -> Draft:
 
     def encoded(texts: list[str]) -> Units:
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        known.update(zip(new, material.encoder.encode(new), strict=True))
+        known.update(zip(new, material.encode(new), strict=True))
         return [known[text] for text in texts]
 
     def numbered(words: list[str]) -> Units:
@@ -94,7 +94,7 @@ def _fits(repeats: _Repeats, words: list[str], material: Material, length: int) 
     """Say whether list and example fit, judged by the tokens that some of the words need."""
     entries = _COMMON * (repeats.common + repeats.example_common) + repeats.example_others * repeats.example_other
     entries += _FEWEST_OTHERS * repeats.other
-    per_entry = sum(map(len, material.encoder.encode([f"100. {word}\n" for word in words]))) / len(words)
+    per_entry = sum(map(len, material.encode([f"100. {word}\n" for word in words]))) / len(words)
     return 1.2 * entries * per_entry < length
 
 
@@ -140,7 +140,7 @@ def frequent_words(material: Material, length: int, rng: random.Random) -> Draft
     ranked = [_DOTS, *(f" {word}" for word in words)]
 
     def haystack(size: int) -> Units:
-        units = material.encoder.encode(ranked)
+        units = material.encode(ranked)
 
         def cost(total: int) -> int:
             return sum(times * len(unit) for times, unit in zip(_zeta_counts(total, len(units)), units, strict=True))

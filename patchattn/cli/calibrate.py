@@ -4,63 +4,106 @@ from __future__ import annotations
 
 import glob
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from patchattn.calibration import Calibration
 from patchattn.cli.calibrations import show
 from patchattn.cli.models import load
+from patchattn.cli.options import Json
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
 from patchattn.gates import MomentGate
 from patchattn.gates.thresholds import RiskTarget
-from patchattn.measuring.collect import calibrate
+from patchattn.measuring import collect
 from patchattn.policy import Policy
 from patchattn.writing import tidied
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the user asked for; the fields are the options of `patchattn calibrate`."""
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a causal language model. Default: the shipped model.")
+    ] = None,
+    *,
+    texts: Annotated[str, typer.Option(help="A text file, a folder with .txt files, or a quoted pattern of files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibration, its card and its plots.")],
+    lengths: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a document; repeat for several lengths, used in turn.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents to measure. Default: all the texts give.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy as a JSON file; the calibration brings it along.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First tokens that are always attended.")] = None,
+    window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
+    min_bulk: Annotated[
+        int | None, typer.Option(help="Queries with fewer far keys attend densely. Default: where patching pays.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
+    ] = 0.02,
+    moments: Annotated[
+        Literal["prompt", "calibration"] | None,
+        typer.Option(help="Where the gate takes key moments from. Default: as in --policy, or prompt."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which documents are drawn, and their order.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
+    key_moments: Annotated[bool, typer.Option(help="Also measure moments of the keys.")] = True,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Device of the model: cpu, cuda, cuda:1, mps. Under torchrun, cuda is one GPU for each process."
+        ),
+    ] = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure what each head of a model misses when it is closed, and write a calibration.
 
-    model: str | None
-    texts: str
-    out: Path
-    lengths: list[int] | None
-    documents: int | None
-    policy: Path | None
-    sink: int | None
-    window: int | None
-    min_bulk: int | None
-    alpha: float
-    moments: Literal["prompt", "calibration"] | None
-    seed: int
-    name: str | None
-    corpus: str | None
-    key_moments: bool
-    device: str
-    json: bool
+    Goes on where an earlier run into the same folder was broken off. Under torchrun the processes share the documents,
+    which needs the extra `parallel`.
 
+    **Examples**
 
-def run(choice: Choice) -> None:
-    """Measure, save and show; goes on from where an earlier run with the same choices was broken off."""
-    policy = _policy(choice)
-    texts = _texts(choice.texts)
+    - `patchattn calibrate Qwen/Qwen3-0.6B --texts "books/*.txt" --lengths 8192 --out calibrations/qwen3-0.6b`
+    - `patchattn calibrate --texts notes --window 256 --documents 64 --out calibrations/demo`: the shipped model
+    - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --device cuda --out found`: four GPUs
+    """
+    chosen = _policy(policy, alpha=alpha, moments=moments, sink_size=sink, window_size=window, min_bulk=min_bulk)
+    read = _texts(texts)
     if rank() == 0:
-        check_out(choice.out)
-    with joined(choice.device) as process:
-        calibration = _measure(choice, policy, texts, process)
+        check_out(out)
+    with joined(device) as process:
+        loaded, tokenizer = load(model, process.device)
+        with tidied(out), _progress(process) as tell:
+            found = collect.calibrate(
+                loaded,
+                tokenizer,
+                read,
+                chosen,
+                lengths=lengths,
+                documents=documents,
+                seed=seed,
+                corpus=corpus or f"{len(read)} files",
+                model_name=name or ("patchattn-demo" if model is None else None),
+                key_moments=key_moments,
+                checkpoint=out / ".checkpoint",
+                progress=tell,
+            )
+            if process.rank == 0:
+                found.save_pretrained(out)
     if process.rank == 0:
-        show(calibration, where=str(choice.out), as_json=choice.json)
+        show(found, where=str(out), as_json=json)
 
 
-def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process) -> Calibration:
-    """Measure in all processes, and save in the first."""
-    model, tokenizer = load(choice.model, process.device)
+@contextmanager
+def _progress(process: Process) -> Iterator[Callable[[int, int | None], None]]:
+    """Show a bar, and warnings, in the first process only: the others say the same."""
     bar = Progress(
         TextColumn("measuring documents"),
         BarColumn(),
@@ -70,46 +113,25 @@ def _measure(choice: Choice, policy: Policy, texts: list[str], process: Process)
         console=Console(stderr=True),
         disable=process.rank > 0,
     )
-    with tidied(choice.out), bar, warnings.catch_warnings():
+    with bar, warnings.catch_warnings():
         if process.rank > 0:
-            warnings.simplefilter("ignore")  # The first process says the same.
+            warnings.simplefilter("ignore")
         task = bar.add_task("", total=None)
-        calibration = calibrate(
-            model,
-            tokenizer,
-            texts,
-            policy,
-            lengths=choice.lengths,
-            documents=choice.documents,
-            seed=choice.seed,
-            corpus=choice.corpus or f"{len(texts)} files",
-            model_name=choice.name or ("patchattn-demo" if choice.model is None else None),
-            key_moments=choice.key_moments,
-            checkpoint=choice.out / ".checkpoint",
-            progress=lambda done, of: bar.update(task, completed=done, total=of),
-        )
-        if process.rank == 0:
-            calibration.save_pretrained(choice.out)
-    return calibration
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
-def _policy(choice: Choice) -> Policy:
+def _policy(path: Path | None, *, alpha: float, moments: str | None, **given: int | None) -> Policy:
     """Read the policy file, or ask for a risk; options go on top."""
-    if choice.policy is None:
-        fields: dict[str, Any] = Policy(gate=MomentGate(threshold=RiskTarget(alpha=choice.alpha))).model_dump()
-    else:
-        try:
-            fields = Policy.model_validate_json(choice.policy.read_text(encoding="utf-8")).model_dump()
-        except (OSError, UnicodeDecodeError):
-            raise stop(f"Can't read {choice.policy}.", fix="Give the path of a policy file.") from None
-    if choice.moments is not None:
+    risk = Policy(gate=MomentGate(threshold=RiskTarget(alpha=alpha)))
+    start = risk if path is None else Policy.model_validate_json(read_text(path))
+    fields: dict[str, Any] = start.model_dump()
+    if moments is not None:
         if fields["gate"]["kind"] != "moment":
             raise stop(
                 f"--moments goes with a moment gate; the policy has the gate {fields['gate']['kind']!r}.",
                 fix="Leave --moments out, or choose another policy.",
             )
-        fields["gate"] = fields["gate"] | {"moments": choice.moments}
-    given = {"sink_size": choice.sink, "window_size": choice.window, "min_bulk": choice.min_bulk}
+        fields["gate"] = fields["gate"] | {"moments": moments}
     return Policy.model_validate(fields | {name: value for name, value in given.items() if value is not None})
 
 

@@ -17,10 +17,10 @@ from patchattn.calibration import Calibration
 from patchattn.calibration.card import card_text, write_card
 from patchattn.calibration.files import writing
 from patchattn.calibration.findings import Findings, RiskRow, name_of
+from patchattn.cli.options import Json
 from patchattn.writing import made
 
 HubId = Annotated[str, typer.Argument(help="Hub id: namespace/name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Place = Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 

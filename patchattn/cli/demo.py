@@ -2,89 +2,105 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from patchattn import demo
 from patchattn.cli.models import load
+from patchattn.cli.options import Backend, Device, Json
 from patchattn.cli.problems import read_text, stop
+from patchattn.cli.progress import progress
+from patchattn.demo import sample_text
 from patchattn.demo.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 from patchattn.writing import check_path
 
-_SHIPPED_LENGTH = 4096
+_LONGEST = 4096
 _PAGE = "report.html"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the user asked for; the fields are the options of the command."""
+def demo(
+    *,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to hide facts in, UTF-8. Default: Python source that ships along.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of any causal language model. Default: the shipped model.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy as a JSON file, as Policy.model_dump_json() writes it.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Local share in (0, 1) from which a head closes; lower is cheaper.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Last tokens that are always attended. Default: 256 without a policy.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 24,
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    out: Annotated[
+        Path, typer.Option(help="Where to save the picture of open heads; report.html goes beside it.")
+    ] = Path("heads.png"),
+    json: Json = False,
+) -> None:
+    """Ask a model for facts hidden far back in a text: dense, then patched.
 
-    text: Path | None
-    model: str | None
-    policy: Path | None
-    threshold: float | None
-    window: int | None
-    length: int | None
-    questions: int
-    backend: str
-    device: str
-    out: Path
-    json: bool
+    Prints one table (right answers, text loss, open fraction, realised density, prefill seconds, decode tokens per
+    second) and saves a picture of the heads that read far keys, and a page to look into: which heads opened for which
+    tokens of the text.
 
+    **Examples**
 
-def run(choice: Choice) -> None:
-    """Compare, print, and save the picture and the page."""
-    policy = _policy(choice)
-    text = demo.sample_text() if choice.text is None else read_text(choice.text)
-    _check_out(choice.out)
-    errors = Console(stderr=True)
-    with _progress(errors) as tell:
-        tell("loading the model", 0.0)
-        model, tokenizer = load(choice.model, choice.device)
-        comparison = compare(
-            model,
+    - `patchattn demo`: the shipped model at its full context, under a minute on two cores
+    - `patchattn demo --text notes.txt --threshold 0.4 --window 512`: your text; more heads closed, a wider window
+    - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
+    """
+    chosen = _policy(policy, threshold=threshold, window=window)
+    haystack = sample_text() if text is None else read_text(text)
+    _check_out(out)
+    with progress() as tell:
+        tell("loading the model", 0, 1)
+        loaded, tokenizer = load(model, device)
+        found = compare(
+            loaded,
             tokenizer,
-            text,
-            policy,
-            length=_default_length(model) if choice.length is None else choice.length,
-            questions=choice.questions,
-            backend=choice.backend,
-            progress=tell,
+            haystack,
+            chosen,
+            length=min(context_of(loaded) or _LONGEST, _LONGEST) if length is None else length,
+            questions=questions,
+            backend=backend,
+            progress=lambda what, done: tell(what, done, 1),
         )
-    name = choice.model or "the shipped model"
-    comparison.report.plot(choice.out, title=_title(comparison))
-    page = choice.out.with_name(_PAGE)
-    has_text = _save_page(comparison, page, tokenizer, name)
-    if choice.json:
-        saved = {"picture": str(choice.out), "page": str(page)}
-        found = {"model": choice.model or "shipped", **comparison.to_dict(), **saved}
-        Console().print_json(json.dumps(found))
+    name = model or "the shipped model"
+    found.report.plot(out, title=_title(found))
+    page = out.with_name(_PAGE)
+    has_text = _save_page(found, page, tokenizer, name)
+    if json:
+        saved = {"picture": str(out), "page": str(page)}
+        Console().print_json(dumps({"model": model or "shipped", **found.to_dict(), **saved}))
         return
-    console = Console()
-    console.print(f"[bold]{escape(name)}, {comparison.length:,} tokens, {choice.questions} questions", highlight=False)
-    console.print(_table(comparison))
-    for line in _notes(comparison, model):
-        console.print(line, style="dim", highlight=False)
-    console.print(
-        f"\nPicture of the heads that read far keys: [bold]{escape(str(choice.out))}", soft_wrap=True, highlight=False
-    )
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(name)}, {found.length:,} tokens, {questions} questions")
+    console.print(_table(found))
+    for line in _notes(found, loaded):
+        console.print(line, style="dim")
+    console.print(f"\nPicture of the heads that read far keys: [bold]{escape(str(out))}", soft_wrap=True)
     content = "heads and decisions over the text" if has_text else "heads; not the text, as some calls were dense"
-    console.print(f"Page to look into ({content}): [bold]{escape(str(page))}", soft_wrap=True, highlight=False)
+    console.print(f"Page to look into ({content}): [bold]{escape(str(page))}", soft_wrap=True)
 
 
 def _save_page(found: Comparison, path: Path, tokenizer: Any, name: str) -> bool:
@@ -96,16 +112,14 @@ def _save_page(found: Comparison, path: Path, tokenizer: Any, name: str) -> bool
     return gated
 
 
-def _policy(choice: Choice) -> Policy:
+def _policy(path: Path | None, *, threshold: float | None, window: int | None) -> Policy:
     """Read the policy file, or take the demo's own; options go on top."""
-    if choice.policy is None:
-        fields: dict[str, Any] = Policy(window_size=256, min_bulk=0).model_dump()
-    else:
-        fields = Policy.model_validate_json(read_text(choice.policy)).model_dump()
-    if choice.threshold is not None:
-        fields["gate"]["threshold"] = choice.threshold
-    if choice.window is not None:
-        fields["window_size"] = choice.window
+    start = Policy(window_size=256, min_bulk=0) if path is None else Policy.model_validate_json(read_text(path))
+    fields: dict[str, Any] = start.model_dump()
+    if threshold is not None:
+        fields["gate"]["threshold"] = threshold
+    if window is not None:
+        fields["window_size"] = window
     return Policy.model_validate(fields)
 
 
@@ -118,20 +132,6 @@ def _check_out(path: Path) -> None:
     for each in (path, path.with_name(_PAGE)):
         check_path(each)
     import matplotlib  # noqa: F401
-
-
-def _default_length(model: Any) -> int:
-    return min(context_of(model) or _SHIPPED_LENGTH, _SHIPPED_LENGTH)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    bar = Progress(
-        TextColumn("{task.description:28}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
-    )
-    with bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda description, done: bar.update(task, description=description, completed=done)
 
 
 def _table(found: Comparison) -> Table:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from json import dumps
 from typing import get_args
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.table import Table
 from patchattn import backends
 from patchattn.backends import BackendName
 from patchattn.backends.self_check import self_check
+from patchattn.cli.options import Json
 from patchattn.errors import BackendError
 from patchattn.version import VERSION
 
@@ -59,14 +61,16 @@ class Check:
         return self.chosen and (self.head_dim, self.group_size) == _HEADS and self.dtype in common
 
 
-def run(*, as_json: bool) -> bool:
-    """Check this machine and print what was found.
+def doctor(*, json: Json = False) -> None:
+    """Say what works on this machine: versions, devices, and every backend checked against the reference.
 
-    Args:
-        as_json: Print JSON in place of tables.
+    The exit code is 0 if the backend that `auto` chooses on every device gives the right numbers, and 1 if not. A
+    backend that is not chosen may fail without harm. Compiling `flex` can take a minute.
 
-    Returns:
-        True if what `auto` chooses works on every device, for the heads and dtypes of most models.
+    **Examples**
+
+    - `patchattn doctor`: tables for reading
+    - `patchattn doctor --json`: the same for a bug report
     """
     console = Console()
     versions = {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL_PACKAGES)}
@@ -74,12 +78,12 @@ def run(*, as_json: bool) -> bool:
     with Console(stderr=True).status("checking backends; compiling can take a minute"):
         checks = [check for device in devices for check in _checks(device)]
     healthy = all(versions[name] for name in _PACKAGES) and not any(c.matters and c.problem for c in checks)
-    if as_json:
+    if json:
         found = {"healthy": healthy, "python": platform.python_version(), "versions": versions, "devices": devices}
-        console.print_json(json.dumps({**found, "checks": [asdict(check) for check in checks]}))
+        console.print_json(dumps({**found, "checks": [asdict(check) for check in checks]}))
     else:
         _print(console, versions, devices, checks, healthy=healthy)
-    return healthy
+    raise typer.Exit(0 if healthy else 1)
 
 
 def _version(package: str) -> str | None:

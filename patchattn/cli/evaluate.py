@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from patchattn import demo
+from patchattn import demo, evaluation
 from patchattn.calibration import Calibration
 from patchattn.cli.models import load
+from patchattn.cli.options import Backend, Device, Json
 from patchattn.cli.problems import check_out, read_text, stop
-from patchattn.evaluation import Evaluation, Material, evaluate, make_sample, named_policy
+from patchattn.cli.progress import progress
+from patchattn.evaluation import Evaluation, Material, make_sample, named_policy
 from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.policies import NAMES, heads_by_oracle
 from patchattn.evaluation.results import about, rows
@@ -37,79 +36,110 @@ _WINDOW_SHARE = 16
 _WINDOWS = (64, 1024)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the user asked for; the fields are the options of `patchattn evaluate`."""
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a causal language model, or demo for the shipped model.")
+    ],
+    *,
+    lengths: Annotated[str, typer.Option(help="Tokens in prompt and answer, with commas between several.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Short names and policy files (.json), with commas between them: default, oracle, static, open, "
+            "closed, calibrated; a number as in default:0.8 sets threshold or share. Dense is always measured."
+        ),
+    ] = "default,closed",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks and groups (ruler, shipped, all), with commas between them. Default: all; for demo, shipped."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 20,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Real text for haystacks and text loss, UTF-8. Default: Python source that ships along."),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Folder or Hub id of a calibration of the model.")] = None,
+    sink: Annotated[int | None, typer.Option(help="First tokens always attended, under short names.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens always attended, under short names. Default: a sixteenth of the shortest length, "
+            "at least 64 and at most 1,024."
+        ),
+    ] = None,
+    min_bulk: Annotated[
+        int, typer.Option(min=0, help="Queries with fewer far keys attend densely, under short names.")
+    ] = 0,
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the model was saved.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table, numbers and picture; a broken-off run goes on from it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Ask a model long-range questions, as it came and under policies, and print one table.
 
-    model: str
-    lengths: str
-    policies: str
-    tasks: str | None
-    samples: int
-    seed: int
-    text: Path | None
-    calibration: str | None
-    sink: int | None
-    window: int | None
-    min_bulk: int
-    backend: str
-    device: str
-    dtype: str | None
-    out: Path | None
-    json: bool
+    Needles in a haystack, variable tracking and word counts after RULER, key-value pairs, long copy, few-shot examples
+    far away, and the loss of a text by position. All of it is made from a seed, for any tokenizer and any length;
+    docs/reference/tasks.md describes each. Tasks that do not fit a length are left out, and a note says so.
 
+    **Examples**
 
-def run(choice: Choice) -> None:
-    """Measure and print; with a folder, save everything there and go on where an earlier run was broken off."""
-    lengths = _lengths(choice.lengths)
-    tasks = chosen_tasks(_split(choice.tasks or ("shipped" if choice.model == SHIPPED else "all")))
-    text = demo.sample_text() if choice.text is None else read_text(choice.text)
-    base = _base(choice, lengths)
-    files = _policy_files(choice.policies)
-    if choice.dtype is not None and choice.dtype not in _DTYPES:
-        raise stop(f"Unknown dtype {choice.dtype!r}.", fix=f"Use {', '.join(_DTYPES)}.")
-    if choice.out is not None:
-        check_out(choice.out)
+    - `patchattn evaluate demo --lengths 1024 --samples 5`: the shipped model, two minutes on two cores
+    - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
+    - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
+    """
+    at = _lengths(lengths)
+    chosen = chosen_tasks(_split(tasks or ("shipped" if model == SHIPPED else "all")))
+    haystack = demo.sample_text() if text is None else read_text(text)
+    base = _base(min(at), sink=sink, window=window, min_bulk=min_bulk)
+    files = _policy_files(policies)
+    if dtype is not None and dtype not in _DTYPES:
+        raise stop(f"Unknown dtype {dtype!r}.", fix=f"Use {', '.join(_DTYPES)}.")
+    if out is not None:
+        check_out(out)
         import matplotlib  # noqa: F401
-    calibration = None if choice.calibration is None else Calibration.from_pretrained(choice.calibration)
-    model, tokenizer = load(None if choice.model == SHIPPED else choice.model, choice.device)
-    check_longest(model, max(lengths))
-    if choice.dtype is not None:
-        model = model.to(_DTYPES[choice.dtype])
-    material = Material(text, tokenizer)
-    policies = {}
-    for name, policy in files.items():
-        found = policy or named_policy(
-            name,
-            base,
-            calibration=calibration,
-            ranked_heads=lambda: heads_by_oracle(
-                model, _ranking_prompts(material, tasks, min(lengths), choice.seed), base
-            ),
-        )
-        if found is not None:
-            policies[name] = found
-    with _progress(Console(stderr=True)) as tell:
-        found = evaluate(
-            model,
+    measured = None if calibration is None else Calibration.from_pretrained(calibration)
+    loaded, tokenizer = load(None if model == SHIPPED else model, device)
+    check_longest(loaded, *at)
+    if dtype is not None:
+        loaded = loaded.to(_DTYPES[dtype])
+    material = Material(haystack, tokenizer)
+
+    def ranked_heads() -> list[tuple[int, int]]:
+        return heads_by_oracle(loaded, _ranking_prompts(material, chosen, min(at), seed), base)
+
+    named = {
+        name: policy or named_policy(name, base, calibration=measured, ranked_heads=ranked_heads)
+        for name, policy in files.items()
+    }
+    with progress() as tell:
+        found = evaluation.evaluate(
+            loaded,
             tokenizer,
-            policies,
-            text=text,
-            lengths=lengths,
-            tasks=tasks,
-            samples=choice.samples,
-            seed=choice.seed,
-            calibration=calibration,
-            backend=choice.backend,
-            name="the shipped model" if choice.model == SHIPPED else choice.model,
-            checkpoint=None if choice.out is None else choice.out / _RESULTS,
+            {name: policy for name, policy in named.items() if policy is not None},
+            text=haystack,
+            lengths=at,
+            tasks=chosen,
+            samples=samples,
+            seed=seed,
+            calibration=measured,
+            backend=backend,
+            name="the shipped model" if model == SHIPPED else model,
+            checkpoint=None if out is None else out / _RESULTS,
             progress=tell,
         )
-    saved = [] if choice.out is None else found.save(choice.out)
-    if choice.json:
-        Console().print_json(json.dumps({**found.to_dict(), "saved": [str(path) for path in saved]}))
+    saved = [] if out is None else found.save(out)
+    if json:
+        Console().print_json(dumps({**found.to_dict(), "saved": [str(path) for path in saved]}))
     else:
-        _show(found, model, saved)
+        _show(found, loaded, saved)
 
 
 def _show(found: Evaluation, model: Any, saved: list[Path]) -> None:
@@ -144,13 +174,11 @@ def _ranking_prompts(material: Material, tasks: tuple[str, ...], length: int, se
     return prompts or material.stretches(length, 1)
 
 
-def _base(choice: Choice, lengths: tuple[int, ...]) -> Policy:
+def _base(shortest: int, *, sink: int | None, window: int | None, min_bulk: int) -> Policy:
     """Return what short names start from; the window is a sixteenth of the shortest length unless it is given."""
-    window = min(max(min(lengths) // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
-    fields: dict[str, Any] = {"window_size": window if choice.window is None else choice.window}
-    if choice.sink is not None:
-        fields["sink_size"] = choice.sink
-    return Policy(**fields, min_bulk=choice.min_bulk)
+    default = min(max(shortest // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
+    given: dict[str, Any] = {} if sink is None else {"sink_size": sink}
+    return Policy(**given, window_size=default if window is None else window, min_bulk=min_bulk)
 
 
 def _policy_files(names: str) -> dict[str, Policy | None]:
@@ -183,20 +211,3 @@ def _lengths(given: str) -> tuple[int, ...]:
 
 def _split(given: str) -> list[str]:
     return [part.strip() for part in given.split(",") if part.strip()]
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    bar = Progress(
-        TextColumn("{task.description:36}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

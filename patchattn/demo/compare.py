@@ -8,23 +8,21 @@ on another stretch of the text, without planted lines. Times are taken apart fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
-from patchattn.demo.timing import times
+import torch
+
 from patchattn.evaluation.answers import write
-from patchattn.evaluation.documents import (
-    Document,
-    DocumentError,
-    TokenizedText,
-    check_longest,
-    make_document,
-    tokenize_text,
-)
+from patchattn.evaluation.documents import Document, DocumentError, check_longest, make_document, tokenize_text
 from patchattn.evaluation.loss import losses
 from patchattn.hf.patching import patch
+from patchattn.hf.weights import input_device
 from patchattn.policy import PHASES, Phase, Policy
 
 Progress = Callable[[str, float], None]
@@ -33,8 +31,9 @@ Progress = Callable[[str, float], None]
 # Facts near the end would lie in the window, where every head sees them.
 _DEPTH = (0.0, 0.9)
 _MOST_LOSS_TOKENS = 8192
-# Where each part of a column's work begins, and its share.
-_PARTS = {"answering": (0.0, 0.6), "reading plain text": (0.6, 0.1), "timing": (0.7, 0.3)}
+_PREFILLS = 3
+_WARM_STEPS = 4
+_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -158,35 +157,42 @@ def compare(
             f"The text has {available:,} tokens and the document was to have {length:,}.",
             fix=f"Give a longer text, or choose a length of at most {available}.",
         )
-    document = _document(lines, tokenizer, length, questions, seed)
-    plain = _document(lines, tokenizer, length, 0, seed + 1).token_ids
+    made = partial(make_document, lines, tokenizer, length=length, depth=_DEPTH)
+    document = made(kinds=("fact",) * questions, seed=seed)
+    plain = made(kinds=(), seed=seed + 1).token_ids
     context = document.token_ids[: document.questions[0].start]
-    tell = partial(_tell, progress or (lambda _, __: None))
+    # Of each column: the questions, the plain text, a prefill to warm up, those that are timed, and decode.
+    steps, n_steps = count(1), 2 * (questions + 1 + 1 + _PREFILLS + 1)
+    patched = partial(patch, model, policy, backend=backend)
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(what, next(steps) / n_steps)
 
     def quality(column: str) -> tuple[int, float, list[int]]:
-        right, read = conversation(model, document, partial(tell, column, "answering"))
+        right, read = conversation(model, document, partial(tell, f"{column}: answering"))
         loss = losses(model, plain)[-_MOST_LOSS_TOKENS:].double().mean().item()
-        tell(column, "reading plain text", 1.0)
+        tell(f"{column}: reading plain text")
         return right, loss, [*read, *plain]
 
     def speed(column: str) -> tuple[float, float]:
-        return times(model, context, longest=length, done=partial(tell, column, "timing"))
+        return _times(model, context, longest=length, done=partial(tell, f"{column}: timing"))
 
-    with patch(model, policy, backend=backend):
+    with patched():
         pass  # What can't be patched is refused before the dense run, not after it.
     right, loss, _ = quality("dense")
     dense = Measured(right, loss, *speed("dense"), {}, {})
-    with patch(model, policy, backend=backend, record="timeline") as handle:
+    with patched(record="timeline") as handle:
         right, loss, tokens = quality("patched")
     report = handle.report()
     phases: list[Phase] = [phase for phase in PHASES if phase in handle.policy.phases]
     opened = {phase: report.open_fraction(phase) for phase in phases}
     density = {phase: report.realised_density(phase) for phase in phases}
-    with patch(model, policy, backend=backend):
-        patched = Measured(right, loss, *speed("patched"), opened, density)
+    with patched():
+        seconds = speed("patched")
     return Comparison(
         dense=dense,
-        patched=patched,
+        patched=Measured(right, loss, *seconds, opened, density),
         policy=handle.policy,
         backend=handle.backend,
         length=length,
@@ -200,41 +206,62 @@ def compare(
     )
 
 
-def conversation(model: Any, document: Document, done: Callable[[float], None]) -> tuple[int, list[int]]:
+def conversation(model: Any, document: Document, done: Callable[[], None]) -> tuple[int, list[int]]:
     """Ask a model for every fact of a document in turn, in one conversation on one cache.
 
     Args:
         model: A causal language model, patched or not.
         document: A document with all questions at its end.
-        done: Told the fraction of the questions that is answered.
+        done: Called after each question.
 
     Returns:
         Answers of which every token was written; the tokens that the model read, in order.
     """
-    right, read = 0, []
+    right, read, cache = 0, [], None
     ids, questions = list(document.token_ids), document.questions
-    cache, given = None, ids[: questions[0].start]
-    for at, question in enumerate(questions, 1):
+    given = ids[: questions[0].start]
+    for question, after in zip(questions, (*(later.start for later in questions[1:]), len(ids)), strict=True):
         given += ids[question.start : question.answer_start]
         answer = ids[question.answer_start : question.answer_end]
         found, cache = write(model, given, cache, len(answer))
         right += found == answer
         read += given + found[:-1]
         # What comes next in the conversation: the token that is not in the cache yet, and the line break.
-        after = questions[at].start if at < len(questions) else len(ids)
         given = found[-1:] + ids[question.answer_end : after]
-        done(at / len(questions))
+        done()
     return right, read
 
 
-def _document(text: TokenizedText, tokenizer: Any, length: int, questions: int, seed: int) -> Document:
-    try:
-        return make_document(text, tokenizer, length=length, kinds=("fact",) * questions, seed=seed, depth=_DEPTH)
-    except ValueError as error:
-        raise DocumentError(str(error), fix="Ask fewer questions or choose a greater length.") from error
+def _times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[], None]) -> tuple[float, float]:
+    """Time prefill and decode after one warm-up of each, one sequence at a time.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokens: Token ids to read.
+        longest: Most tokens to read and write together, which is kept to by reading fewer.
+        done: Called after each prefill and after decode.
+
+    Returns:
+        Seconds to read, the median of three; tokens per second when writing after that.
+    """
+    given = list(tokens[: longest - _WARM_STEPS - _STEPS])
+    seconds = []
+    cache, found = None, []
+    for _ in range(1 + _PREFILLS):
+        begin = _now(model)
+        found, cache = write(model, given, None, 1)
+        seconds.append(_now(model) - begin)
+        done()
+    found, cache = write(model, found, cache, _WARM_STEPS)
+    begin = _now(model)
+    write(model, found[-1:], cache, _STEPS)
+    speed = _STEPS / (_now(model) - begin)
+    done()
+    return statistics.median(seconds[1:]), speed
 
 
-def _tell(progress: Progress, column: str, part: str, fraction: float) -> None:
-    """Turn the fraction of a part that is done into a fraction of all work."""
-    begin, size = _PARTS[part]
-    progress(f"{column}: {part}", (0.0 if column == "dense" else 0.5) + 0.5 * (begin + fraction * size))
+def _now(model: Any) -> float:
+    device = input_device(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,7 @@ def teacher_forced(model: Any, documents: Iterable[Document]) -> Scores:
     Returns:
         The scores over all documents.
     """
-    right: dict[str, int] = {}
-    asked: dict[str, int] = {}
+    right, asked = Counter[str](), Counter[str]()
     loss, n_text = 0.0, 0
     for document in documents:
         tokens = torch.tensor(document.token_ids, device=input_device(model))
@@ -101,12 +101,11 @@ def teacher_forced(model: Any, documents: Iterable[Document]) -> Scores:
         hit = logits.argmax(-1) == tokens[1:]
         plain = torch.ones_like(hit)
         for question in document.questions:
-            answered = bool(hit[question.answer_start - 1 : question.answer_end - 1].all())
-            right[question.kind] = right.get(question.kind, 0) + answered
-            asked[question.kind] = asked.get(question.kind, 0) + 1
+            right[question.kind] += bool(hit[question.answer_start - 1 : question.answer_end - 1].all())
+            asked[question.kind] += 1
             plain[question.start - 1 : question.answer_end - 1] = False
         for start, end in document.planted:
             plain[start - 1 : end - 1] = False
         loss += losses_of(logits[plain], tokens[1:][plain]).sum().item()
         n_text += int(plain.sum())
-    return Scores(right, asked, loss / n_text)
+    return Scores(dict(right), dict(asked), loss / n_text)

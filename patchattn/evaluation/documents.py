@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice, takewhile
-from operator import eq
-from typing import Any, Literal
+from itertools import cycle, islice
+from typing import Any, Literal, get_args
 
 from patchattn.errors import PatchAttnError
+from patchattn.evaluation.units import cut, n_shared, take, weave
 from patchattn.evaluation.words import draw_number, draw_word
 from patchattn.hf.context import check_context
-
-Units = list[tuple[int, ...]]
-"""Tokens of pieces of text that follow each other: lines, sentences or words."""
 
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
@@ -32,6 +29,8 @@ Kind = Literal["fact", "chain", "list", "note"]
 - `list`: `# list key: one, two, three`; asked: repeat it in order.
 - `note`: `# note key: <a line of the text>`; asked: copy that line.
 """
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Split = Literal["train", "test"]
 """Which keys may occur: a hash of the key decides, so the two sets are disjoint."""
@@ -129,13 +128,13 @@ class PlantedTask:
     answer: str
 
 
-def check_longest(model: Any, length: int) -> None:
-    """Refuse a document that is longer than the model's context.
+def check_longest(model: Any, *lengths: int) -> None:
+    """Refuse documents that are longer than the model's context.
 
     Raises:
         DocumentError: See above.
     """
-    check_context(model, [length], DocumentError)
+    check_context(model, lengths, DocumentError)
 
 
 def tokenize_text(text: str, tokenizer: Any) -> TokenizedText:
@@ -189,8 +188,7 @@ def make_document(
         The document. The same arguments give the same document.
 
     Raises:
-        ValueError: The tasks need more tokens than `length`, or the text is too short: ask
-            for fewer tasks, a greater length, or give more text.
+        DocumentError: The tasks need more tokens than `length`, the text is empty, or as `draw_task` raises it.
 
     Example:
         >>> text = tokenize_text(sample, tokenizer)  # doctest: +SKIP
@@ -208,50 +206,32 @@ def make_document(
     prompts = encoded([task.prompt for task in tasks])
     asked = encoded([task.prompt + task.answer for task in tasks])
     (line_break,) = encoded(["\n"])
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    n_fixed = len(bos) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
+    tokens = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    n_fixed = len(tokens) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
     if n_fixed > length:
-        raise ValueError(
-            f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}: "
-            "plant fewer tasks or make the document longer"
+        raise DocumentError(
+            f"{len(tasks)} tasks need {n_fixed} tokens and length is {length}.",
+            fix="plant fewer tasks, so ask fewer questions, or choose a greater length",
         )
     if not text.lines:
-        raise ValueError("the text has no lines: give some text to fill the document with")
+        raise DocumentError("The text has no lines.", fix="Give some text to fill the document with.")
     size = length - n_fixed
     filling = cut(take(text.tokens_from(rng.randrange(len(text.lines))), size), size)
 
-    token_ids: list[int] = bos
-    planted_spans: list[tuple[int, int]] = []
-    planted_at: dict[int, int] = {}
+    places = _places(tasks, rng, ask=ask, depth=depth)
+    pieces = [(at, asked[index] + line_break if line is None else planted[line]) for at, index, line in places]
     questions: list[Question] = []
-    ends = [end / size for end in accumulate(map(len, filling))]
-    n_placed = 0
-    for at, index, line in _places(tasks, rng, ask=ask, depth=depth):
-        while n_placed < len(filling) and ends[n_placed] <= at:
-            token_ids += filling[n_placed]
-            n_placed += 1
-        start = len(token_ids)
+    lines: list[tuple[int, int]] = []
+    planted_at: dict[int, int] = {}
+    for (_, index, line), (start, end) in zip(places, weave(tokens, filling, pieces, share=1), strict=True):
         if line is not None:
+            lines.append((start, end))
             planted_at.setdefault(index, start)
-            token_ids += planted[line]
-            planted_spans.append((start, len(token_ids)))
             continue
-        task, tokens = tasks[index], asked[index]
-        token_ids += tokens + line_break
-        questions.append(
-            Question(
-                kind=task.kind,
-                prompt=task.prompt,
-                answer=task.answer,
-                planted_at=planted_at[index],
-                start=start,
-                answer_start=start + n_shared(prompts[index], tokens),
-                answer_end=start + len(tokens),
-            )
-        )
-    for line in filling[n_placed:]:
-        token_ids += line
-    return Document(tuple(token_ids), tuple(questions), tuple(planted_spans))
+        task, answer_at = tasks[index], start + n_shared(prompts[index], asked[index])
+        question = (task.kind, task.prompt, task.answer, planted_at[index], start, answer_at, end - len(line_break))
+        questions.append(Question(*question))
+    return Document(tuple(tokens), tuple(questions), tuple(lines))
 
 
 def _places(
@@ -275,7 +255,7 @@ def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split)
     """Draw one task.
 
     Raises:
-        ValueError: There is no such kind, or the text has no line to copy.
+        DocumentError: There is no such kind, or the text has no line to copy.
     """
     if kind == "fact":
         key, value = _draw_key(rng, split), draw_number(rng, digits=5)
@@ -294,7 +274,7 @@ def draw_task(kind: Kind, text: TokenizedText, rng: random.Random, split: Split)
         key = _draw_key(rng, split)
         line = _draw_line(text, rng)
         return PlantedTask(kind, (f"# note {key}: {line}\n",), f"# copy note {key}:", f" {line}")
-    raise ValueError(f"unknown kind of task {kind!r}: use 'fact', 'chain', 'list' or 'note'")
+    raise DocumentError(f"The task {kind!r} is of an unknown kind.", fix=f"Use {', '.join(KINDS)}.")
 
 
 def _draw_key(rng: random.Random, split: Split) -> str:
@@ -311,30 +291,7 @@ def _draw_line(text: TokenizedText, rng: random.Random) -> str:
         line = rng.choice(text.lines).strip()
         if len(line) in _NOTE_CHARACTERS:
             return line
-    raise ValueError("the text has no line of 10 to 48 characters to copy: give other text")
-
-
-def take(units: Iterable[tuple[int, ...]], size: int) -> Units:
-    """Take units until they have at least `size` tokens."""
-    found = []
-    for unit in units:
-        if size <= 0:
-            break
-        found.append(unit)
-        size -= len(unit)
-    return found
-
-
-def cut(units: Units, size: int) -> Units:
-    """Cut units at the front, so that exactly `size` tokens are left."""
-    surplus = sum(map(len, units)) - size
-    at = 0
-    while surplus > 0 and surplus >= len(units[at]):
-        surplus -= len(units[at])
-        at += 1
-    return [units[at][surplus:], *units[at + 1 :]] if at < len(units) else []
-
-
-def n_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the tokens that two sequences share at their start."""
-    return sum(1 for _ in takewhile(bool, map(eq, first, second)))
+    raise DocumentError(
+        "The task note can't be made: the text has no line of 10 to 48 characters to copy.",
+        fix="Give other text, or leave this task out.",
+    )

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.documents import check_longest
 from patchattn.hf.architecture import cache_of, vocabulary_of, with_cache
-from patchattn.hf.context import check_context
 from patchattn.hf.weights import input_device
 
 BINS = 8
@@ -47,7 +46,7 @@ def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    check_context(model, [len(tokens)], DocumentError)
+    check_longest(model, len(tokens))
     ids = torch.tensor([list(tokens)], device=input_device(model))
     size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
     found, cache = [], None

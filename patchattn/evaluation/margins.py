@@ -12,11 +12,10 @@ from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import exact_masses
-from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.documents import check_longest
 from patchattn.gates import MomentGate, OpenGate
 from patchattn.gates.base import Known
 from patchattn.gates.measured import MeasuredHeads
-from patchattn.hf.context import check_context
 from patchattn.hf.observe import observing
 from patchattn.hf.patching import patch
 from patchattn.measuring.collect import read_document
@@ -92,13 +91,13 @@ def record_margins(
         >>> found = record_margins(model, document.token_ids, windows=(256,))  # doctest: +SKIP
         >>> found[256][0].opens(0.6).float().mean(1)  # open fraction of each head of layer 0  # doctest: +SKIP
     """
-    check_context(model, [len(token_ids)], DocumentError)
+    check_longest(model, len(token_ids))
     sizes = [window for window in windows if len(token_ids) > sink_size + window]
     found: dict[int, dict[int, Margins]] = {window: {} for window in sizes}
 
     def observe(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
         for window, masses in zip(sizes, exact_masses(inputs, sizes), strict=True):
-            at_window = with_window(inputs, window)
+            at_window = replace(inputs, regions=replace(inputs.regions, window_size=window))
             asked = at_window.regions.asked[0]
             gates = [MomentGate(estimate=name) for name in estimates]
             known = Known()
@@ -121,8 +120,3 @@ def record_margins(
         with patch(model, policy, record=None) as handle, observing(handle, observe):
             read_document(model, torch.tensor(list(token_ids)))
     return found
-
-
-def with_window(inputs: AttentionInputs, window: int) -> AttentionInputs:
-    """Return the same call under another window."""
-    return replace(inputs, regions=replace(inputs.regions, window_size=window))

@@ -4,48 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
-from patchattn.evaluation.documents import DocumentError, Units, take, tokenize_text
+from patchattn.evaluation.documents import DocumentError, tokenize_text
+from patchattn.evaluation.units import Units, take
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"
-
-
-class Encoder:
-    """Encodes pieces of text as they are encoded within a text, so that their tokens can be put side by side.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._line_break = self._plain(["\n"])[0]
-        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
-        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
-        self.begin = tuple(given[:at])
-        """What the tokenizer puts before a text: BOS for most, nothing for some."""
-
-    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-
-    def encode(self, texts: Sequence[str]) -> Units:
-        """Return the tokens of each text, as they are after a line break.
-
-        At the start of a text, some tokenizers put a space that is not there within it.
-        """
-        if not self._line_break:
-            return [tuple(ids) for ids in self._plain(texts)]
-        found, size = [], len(self._line_break)
-        after_break = self._plain([f"\n{text}" for text in texts])
-        for text, ids in zip(texts, after_break, strict=True):
-            if ids[:size] == self._line_break:
-                found.append(tuple(ids[size:]))
-            else:  # The line break became one token with what follows.
-                found.append(tuple(self._plain([text])[0]))
-        return found
 
 
 class Material:
@@ -60,18 +25,37 @@ class Material:
     """
 
     def __init__(self, text: str, tokenizer: Any) -> None:
-        self.encoder = Encoder(tokenizer)
         self.tokenizer = tokenizer
+        self._line_break = self._plain(["\n"])[0]
+        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
+        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
+        self.begin = tuple(given[:at])
+        """What the tokenizer puts before a text: BOS for most, nothing for some."""
         self.source = text.lower()
         self.text = tokenize_text(text, tokenizer)
         if not self.text.lines:
             raise DocumentError("The text is empty.", fix="Give some text to fill the prompts with.")
-        self._ends = list(accumulate(map(len, self.text.tokens)))
-
-    @property
-    def n_tokens(self) -> int:
+        self.n_tokens = sum(map(len, self.text.tokens))
         """Tokens in the text."""
-        return self._ends[-1]
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode(self, texts: Sequence[str]) -> Units:
+        """Return the tokens of each text as they are after a line break, so that they can be put side by side.
+
+        At the start of a text, some tokenizers put a space that is not there within it.
+        """
+        if not self._line_break:
+            return [tuple(ids) for ids in self._plain(texts)]
+        found, size = [], len(self._line_break)
+        after_break = self._plain([f"\n{text}" for text in texts])
+        for text, ids in zip(texts, after_break, strict=True):
+            if ids[:size] == self._line_break:
+                found.append(tuple(ids[size:]))
+            else:  # The line break became one token with what follows.
+                found.append(tuple(self._plain([text])[0]))
+        return found
 
     def lines(self, rng: random.Random) -> Callable[[int], Units]:
         """Return a haystack of consecutive lines of the text, from a random one on; a short text is repeated."""
@@ -79,7 +63,7 @@ class Material:
 
     def noise(self) -> Callable[[int], Units]:
         """Return a haystack that repeats the same line."""
-        (unit,) = self.encoder.encode([_NOISE])
+        (unit,) = self.encode([_NOISE])
         return lambda size: [unit] * -(-size // len(unit))
 
     def stream(self, draw: Callable[[], str]) -> Callable[[int], Units]:
@@ -88,7 +72,7 @@ class Material:
         def haystack(size: int) -> Units:
             units: Units = []
             while (missing := size - sum(map(len, units))) > 0:
-                units += take(self.encoder.encode([draw() for _ in range(max(1, missing // 64))]), missing)
+                units += take(self.encode([draw() for _ in range(max(1, missing // 64))]), missing)
             return units
 
         return haystack
@@ -107,8 +91,7 @@ class Material:
         Raises:
             DocumentError: The text is shorter than one.
         """
-        begin = self.encoder.begin
-        body = length - len(begin)
+        body = length - len(self.begin)
         count = min(most, self.n_tokens // body)
         if count < 1:
             raise DocumentError(
@@ -117,4 +100,4 @@ class Material:
             )
         tokens = [token for line in self.text.tokens for token in line]
         step = (self.n_tokens - body) // max(count - 1, 1)
-        return [(*begin, *tokens[at * step : at * step + body]) for at in range(count)]
+        return [(*self.begin, *tokens[at * step : at * step + body]) for at in range(count)]

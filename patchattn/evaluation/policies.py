@@ -10,9 +10,8 @@ import torch
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
-from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.documents import check_longest
 from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
-from patchattn.hf.context import check_context
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.policy import Policy
@@ -60,7 +59,12 @@ def named_policy(
             f"There is no policy {name!r}.",
             fix=f"Choose from {', '.join(NAMES)}, with a number as in default:0.8, or give the path of a policy file.",
         )
-    number = _number(name, setting)
+    try:
+        number = float(setting) if setting else None
+    except ValueError:
+        number = math.nan
+    if number is not None and not 0 < number < 1:
+        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
     if kind == DENSE:
         return None
     if gate is None:
@@ -89,7 +93,7 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
         DocumentError: A prompt is longer than the model's context.
         PolicyError: No prompt is long enough for a gate to be asked.
     """
-    check_context(model, [len(tokens) for tokens in prompts], DocumentError)
+    check_longest(model, *map(len, prompts))
     policy = base.model_copy(update={"gate": OracleGate(threshold=_RANKING_THRESHOLD)})
     with patch(model, policy) as handle, torch.no_grad():
         for tokens in prompts:
@@ -102,15 +106,3 @@ def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) 
             fix="Choose a greater length, a smaller window, or min_bulk=0.",
         )
     return [(layer, head) for _, layer, head in sorted(ranked, reverse=True)]
-
-
-def _number(name: str, setting: str) -> float | None:
-    if not setting:
-        return None
-    try:
-        number = float(setting)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 1:
-        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
-    return number

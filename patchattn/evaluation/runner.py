@@ -16,16 +16,15 @@ from typing import Any
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.evaluation.answers import written
-from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.loss import loss_by_position
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
-from patchattn.evaluation.results import Evaluation, never_asked
+from patchattn.evaluation.results import Cell, Evaluation, PhaseCounts, never_asked
 from patchattn.evaluation.rows import Store
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
 from patchattn.hf.architecture import name_of
-from patchattn.hf.patching import PatchHandle, is_patched, patch
+from patchattn.hf.patching import is_patched, patch
 from patchattn.hf.weights import kept_buffers
 from patchattn.policy import PHASES, Policy
 from patchattn.version import VERSION
@@ -114,15 +113,21 @@ def evaluate(
         with contextlib.nullcontext() if policy is None else patched(policy) as handle:
             for part in plan:
                 key = _sha(json.dumps([*about, plain, part.task, part.length]))
-                tell = partial(progress or _silent, f"{policy_name}: {part.task}, {part.length:,} tokens")
+                tell = partial(progress or (lambda *_: None), f"{policy_name}: {part.task}, {part.length:,} tokens")
                 tell(behind, total)
                 cell = known.get(key)
                 if cell is None:
                     answers = []
-                    for answer in _answers(model, tokenizer, material, part, handle, seed):
+                    if handle is not None:
+                        handle.reset_report()
+                    for answer in _answers(model, tokenizer, material, part, seed):
                         answers.append(answer)
                         tell(behind + len(answers) * part.length, total)
-                    cell = _cell(policy_name, part, answers, handle, key)
+                    kind = "losses" if part.task == TEXT_LOSS else "scores"
+                    counts = (
+                        {} if handle is None else {phase: PhaseCounts.of(handle.report(), phase) for phase in PHASES}
+                    )
+                    cell = Cell(policy_name, part.task, part.length, **{kind: tuple(answers)}, counts=counts, key=key)
                     if store is not None:
                         store.add(cell)
                 cells.append(dataclasses.replace(cell, policy=policy_name))
@@ -173,7 +178,7 @@ def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], s
             f"Expected samples and lengths of at least 1; got {samples} samples and lengths {list(lengths)}.",
             fix="Give positive numbers.",
         )
-    check_longest(model, max(lengths))
+    check_longest(model, *lengths)
 
 
 def _plan(
@@ -202,12 +207,8 @@ def _plan(
     return plan, notes
 
 
-def _answers(
-    model: Any, tokenizer: Any, material: Material, part: _Part, handle: PatchHandle | None, seed: int
-) -> Iterator[Any]:
+def _answers(model: Any, tokenizer: Any, material: Material, part: _Part, seed: int) -> Iterator[Any]:
     """Yield what each sample gives: a score, or the losses of a stretch of text by position."""
-    if handle is not None:
-        handle.reset_report()
     if part.task == TEXT_LOSS:
         for tokens in material.stretches(part.length, part.samples):
             yield tuple(loss_by_position(model, tokens))
@@ -215,17 +216,6 @@ def _answers(
         for at in range(part.samples):
             sample = make_sample(part.task, material, length=part.length, seed=f"{seed}/{at}")
             yield written(model, tokenizer, sample)
-
-
-def _cell(policy: str, part: _Part, answers: list[Any], handle: PatchHandle | None, key: str) -> Cell:
-    what = "losses" if part.task == TEXT_LOSS else "scores"
-    report = None if handle is None else handle.report()
-    counts = {} if report is None else {phase: PhaseCounts.of(report, phase) for phase in PHASES}
-    return Cell(policy, part.task, part.length, **{what: tuple(answers)}, counts=counts, key=key)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    del what, done, total
 
 
 def _sha(text: str) -> str:

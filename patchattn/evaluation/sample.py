@@ -6,10 +6,11 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from patchattn.evaluation.documents import DocumentError, Units, cut, n_shared
-from patchattn.evaluation.material import Encoder, Material
+from patchattn.evaluation.documents import DocumentError
+from patchattn.evaluation.material import Material
+from patchattn.evaluation.units import Units, cut, n_shared, weave
 
 # Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
 _DEPTHS = tuple(at / 39 for at in range(40))
@@ -91,74 +92,43 @@ class Draft:
     exact: bool = False
 
 
-@dataclass(frozen=True)
-class Task:
-    """A way to ask a question.
-
-    Args:
-        name: What it is called on the command line and in tables.
-        group: `"ruler"`: RULER's. `"other"`: others that any model may be asked. `"shipped"`: what the shipped model
-            was trained on.
-        haystack: What the answer is hidden in, as the documentation says it, in Markdown.
-        asked: What is asked for, likewise.
-        draw: Draws one, in words.
-    """
-
-    name: str
-    group: Literal["ruler", "other", "shipped"]
-    haystack: str
-    asked: str
-    draw: Callable[[Material, int, random.Random], Draft]
+Draw = Callable[[Material, int, random.Random], Draft]
+"""Draws a task in words, for a length in tokens."""
 
 
-def finish(task: str, draft: Draft, encoder: Encoder, *, length: int, rng: random.Random) -> Sample:
+def finish(task: str, draft: Draft, material: Material, *, length: int, rng: random.Random) -> Sample:
     """Give a draft its exact length.
 
     Args:
         task: Name of the task.
         draft: The task in words.
-        encoder: Encoder for the model's tokenizer.
+        material: What it was drawn from.
         length: Tokens in the prompt and the budget together.
         rng: Chooses the depths of what is planted.
 
     Raises:
         DocumentError: The length is too small, or the tokenizer can't write the answers.
     """
-    before, after, whole = encoder.encode([draft.before, draft.after, draft.after + draft.continuation])
+    before, after, whole = material.encode([draft.before, draft.after, draft.after + draft.continuation])
     shared = n_shared(after, whole)
     after, target = whole[:shared], whole[shared:]
-    _check_answers(draft, target, encoder.tokenizer)
+    _check_answers(draft, target, material.tokenizer)
     # Models put words around an answer, and separate several in their own way.
     budget = len(target) if draft.exact else 2 * len(target) + 8
-    planted = encoder.encode(draft.planted)
-    fixed = sum(map(len, (encoder.begin, before, *planted, after))) + budget
+    planted = material.encode(draft.planted)
+    fixed = sum(map(len, (material.begin, before, *planted, after))) + budget
     if fixed > length:
         raise DocumentError(
             f"The task {task} needs {fixed} tokens without any haystack, and the length is {length}.",
             fix="Choose a greater length, or leave this task out.",
         )
     haystack = cut(draft.haystack(length - fixed), length - fixed)
-    prompt = [*encoder.begin, *before]
-    spans = _plant(prompt, haystack, planted, rng)
-    return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
-
-
-def _plant(prompt: list[int], haystack: Units, planted: Units, rng: random.Random) -> tuple[tuple[int, int], ...]:
-    """Add the haystack to the prompt, with the planted units at random depths; returns where they are."""
-    size = sum(map(len, haystack))
+    prompt = [*material.begin, *before]
     enough = len(planted) <= len(_DEPTHS)
     depths = sorted(rng.sample(_DEPTHS, len(planted)) if enough else [rng.random() for _ in planted])
-    waiting = list(zip(depths, planted, strict=True))
-    spans, behind = [], 0
-    for unit in (*haystack, ()):
-        # Between two units, as close to the depth as they allow; after the last one, whatever is left.
-        while waiting and (not unit or behind + len(unit) / 2 > waiting[0][0] * size):
-            piece = waiting.pop(0)[1]
-            spans.append((len(prompt), len(prompt) + len(piece)))
-            prompt += piece
-        prompt += unit
-        behind += len(unit)
-    return tuple(spans)
+    # Between two units, as close to the depth as they allow.
+    spans = weave(prompt, haystack, zip(depths, planted, strict=True), share=0.5)
+    return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
 
 
 def _check_answers(draft: Draft, target: Sequence[int], tokenizer: Any) -> None:

@@ -22,10 +22,9 @@ from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, Stat
 from patchattn.errors import MissingPackageError, PatchStateError, PolicyError, ReportError, UnsupportedModelError
 from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, named_policy, runner
 from patchattn.evaluation.answers import stop_tokens, write
-from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.loss import BINS, loss_by_position
 from patchattn.evaluation.policies import heads_by_oracle
-from patchattn.evaluation.results import csv_text, markdown
+from patchattn.evaluation.results import PhaseCounts, csv_text, markdown
 from patchattn.evaluation.rows import Store
 
 TEXT = demo.sample_text()[:12_000]

@@ -1,4 +1,4 @@
-"""All tasks by name, and the groups they come in. A file of this folder is a family; it names its tasks in `TASKS`."""
+"""All tasks by name, and the groups they come in. A file of this folder is a family; its `TASKS` draw one, by name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Sample, finish
-from patchattn.evaluation.tasks import copying, frequencies, needles, pairs, planted, tracking
+from patchattn.evaluation.sample import Draw, Sample, finish
+from patchattn.evaluation.tasks import frequencies, needles, others, planted, tracking
 
-_FAMILIES = (needles, tracking, frequencies, pairs, copying, planted)
+_RULER: dict[str, Draw] = {**needles.TASKS, **tracking.TASKS, **frequencies.TASKS}
 
-DRAWN = {task.name: task for family in _FAMILIES for task in family.TASKS}
+DRAWN: dict[str, Draw] = {**_RULER, **others.TASKS, **planted.TASKS}
 """The tasks that ask a question, by name."""
 
 TEXT_LOSS = "text"
@@ -22,9 +22,9 @@ TASKS: tuple[str, ...] = (*DRAWN, TEXT_LOSS)
 """Names of all tasks."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "ruler": tuple(name for name, task in DRAWN.items() if task.group == "ruler"),
-    "shipped": (*(name for name, task in DRAWN.items() if task.group == "shipped"), TEXT_LOSS),
-    "all": (*(name for name, task in DRAWN.items() if task.group != "shipped"), TEXT_LOSS),
+    "ruler": tuple(_RULER),
+    "shipped": (*planted.TASKS, TEXT_LOSS),
+    "all": (*_RULER, *others.TASKS, TEXT_LOSS),
 }
 """Names for several tasks. `shipped` is what the shipped model was trained on, `all` what other models are asked."""
 
@@ -55,7 +55,7 @@ def make_sample(task: str, material: Material, *, length: int, seed: int | str =
     if task not in DRAWN:
         raise _unknown(task)
     rng = random.Random(f"{seed}/{task}/{length}")
-    return finish(task, DRAWN[task].draw(material, length, rng), material.encoder, length=length, rng=rng)
+    return finish(task, DRAWN[task](material, length, rng), material, length=length, rng=rng)
 
 
 def chosen_tasks(names: Sequence[str]) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchattn.evaluation.documents import DocumentError, Units
+from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
+from patchattn.evaluation.units import Units
 from patchattn.evaluation.words import draw_letters, draw_word
 
 _COMMON = 10
@@ -55,26 +56,27 @@ def common_words(material: Material, length: int, rng: random.Random) -> Draft:
     example_others = _draw_words(rng, repeats.example_others, taken, apart_from=example)
     example_list = _mixed(example * repeats.example_common, example_others * repeats.example_other, set(example), rng)
     others: list[str] = []
-    numbers: Units = []
-    pieces: dict[str, tuple[int, ...]] = {}
+    known: dict[str, tuple[int, ...]] = {}
+
+    def encoded(texts: list[str]) -> Units:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, material.encode(new), strict=True))
+        return [known[text] for text in texts]
+
+    def numbered(words: list[str]) -> Units:
+        numbers = encoded([str(at + 1) for at in range(len(words))])
+        return [number + word for number, word in zip(numbers, encoded([f". {word}\n" for word in words]), strict=True)]
 
     def cost(n_others: int) -> int:
-        """Count the tokens of the list; draws and encodes what is new."""
-        n_entries = _COMMON * repeats.common + n_others * repeats.other
+        """Count the tokens of the list; draws what is new."""
         others.extend(_draw_words(rng, n_others - len(others), taken, apart_from=common))
-        new = [word for word in (*common, *others) if word not in pieces]
-        pieces.update(zip(new, material.encoder.encode([f". {word}\n" for word in new]), strict=True))
-        numbers.extend(material.encoder.encode([str(at + 1) for at in range(len(numbers), n_entries)]))
-        words = repeats.common * sum(len(pieces[word]) for word in common)
-        words += repeats.other * sum(len(pieces[word]) for word in others[:n_others])
-        return words + sum(map(len, numbers[:n_entries]))
+        return sum(map(len, numbered(common * repeats.common + others[:n_others] * repeats.other)))
 
     def haystack(size: int) -> Units:
         if (fewest := cost(_FEWEST_OTHERS)) > size:
             raise _too_short("cwe", length + fewest - size)
         chosen = others[: _first(lambda count: cost(count) >= size, _FEWEST_OTHERS)]
-        words = _mixed(common * repeats.common, chosen * repeats.other, set(common), rng)
-        return [number + pieces[word] for number, word in zip(numbers, words, strict=False)]
+        return numbered(_mixed(common * repeats.common, chosen * repeats.other, set(common), rng))
 
     before = "Below is a numbered list of words. Find out which of them occur most often.\n"
     after = f"Question: Which {_COMMON} words occur most often?\nAnswer: The {_COMMON} most common words are:"
@@ -92,7 +94,7 @@ def _fits(repeats: _Repeats, words: list[str], material: Material, length: int) 
     """Say whether list and example fit, judged by the tokens that some of the words need."""
     entries = _COMMON * (repeats.common + repeats.example_common) + repeats.example_others * repeats.example_other
     entries += _FEWEST_OTHERS * repeats.other
-    per_entry = sum(map(len, material.encoder.encode([f"100. {word}\n" for word in words]))) / len(words)
+    per_entry = sum(map(len, material.encode([f"100. {word}\n" for word in words]))) / len(words)
     return 1.2 * entries * per_entry < length
 
 
@@ -138,7 +140,7 @@ def frequent_words(material: Material, length: int, rng: random.Random) -> Draft
     ranked = [_DOTS, *(f" {word}" for word in words)]
 
     def haystack(size: int) -> Units:
-        units = material.encoder.encode(ranked)
+        units = material.encode(ranked)
 
         def cost(total: int) -> int:
             return sum(times * len(unit) for times, unit in zip(_zeta_counts(total, len(units)), units, strict=True))
@@ -185,12 +187,4 @@ def _too_short(task: str, enough: int) -> DocumentError:
     )
 
 
-_COMMON_ASKED = (
-    "the ten most common ones: 30 times against 3, in short lists 6 times against once; after a solved example"
-)
-_FREQUENT_IN = "coded words, zeta distribution with exponent 2"
-
-TASKS = (
-    Task("cwe", "ruler", "a numbered list of words", _COMMON_ASKED, common_words),
-    Task("fwe", "ruler", _FREQUENT_IN, "the three most frequent ones, apart from dots", frequent_words),
-)
+TASKS = {"cwe": common_words, "fwe": frequent_words}

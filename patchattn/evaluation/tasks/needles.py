@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 from patchattn.evaluation.words import draw_name, draw_number, draw_uuid
 
 _DRAW: dict[str, Callable[[random.Random], str]] = {
@@ -90,23 +90,14 @@ def _joined(items: list[str] | tuple[str, ...]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
 
 
-_HAYSTACKS = {
-    "noise": "one line of noise, repeated",
-    "text": "your text",
-    "needles": "needles with other keys",
+TASKS = {
+    "niah_single_1": Needles("noise"),
+    "niah_single_2": Needles("text"),
+    "niah_single_3": Needles("text", value="uuid"),
+    "niah_multikey_1": Needles("text", keys=4),
+    "niah_multikey_2": Needles("needles"),
+    "niah_multikey_3": Needles("needles", key="uuid", value="uuid"),
+    "niah_multivalue": Needles("text", values=4),
+    "niah_multiquery": Needles("text", keys=4, asked=4),
 }
-
-TASKS = tuple(
-    Task(name, "ruler", _HAYSTACKS[needles.haystack], asked, needles)
-    for name, asked, needles in (
-        ("niah_single_1", "the 7-digit number of a key, planted once", Needles("noise")),
-        ("niah_single_2", "the same", Needles("text")),
-        ("niah_single_3", "a UUID in place of the number", Needles("text", value="uuid")),
-        ("niah_multikey_1", "one of four planted keys", Needles("text", keys=4)),
-        ("niah_multikey_2", "the one key", Needles("needles")),
-        ("niah_multikey_3", "the same, where keys and values are UUIDs", Needles("needles", key="uuid", value="uuid")),
-        ("niah_multivalue", "the four numbers of one key", Needles("text", values=4)),
-        ("niah_multiquery", "the numbers of four keys", Needles("text", keys=4, asked=4)),
-    )
-)
 """RULER's eight settings, by its names."""

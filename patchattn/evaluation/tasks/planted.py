@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import get_args
 
-from patchattn.evaluation.documents import DocumentError, Kind, PlantedTask, draw_task
+from patchattn.evaluation.documents import KINDS, Kind, draw_task
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 
 _FACTS_PER_1024_TOKENS = 6
-_ASKED: dict[Kind, str] = {
-    "fact": "the number of a key, as the shipped model was trained to look it up",
-    "chain": "the keys and the number behind three assignments that are far apart",
-    "list": "the words of a planted list, in order",
-    "note": "a planted line of the text",
-}
 
 
 def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Draft:
@@ -27,12 +20,12 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     n = max(1, length // 1024)
     others: list[Kind] = [kind] * (_FACTS_PER_1024_TOKENS * n - 1)
     if kind != "fact":
-        others = [other for other in get_args(Kind) if other != "fact"] * n
+        others = [other for other in KINDS if other != "fact"] * n
         others.remove(kind)
-    asked = _draw(kind, material, rng)
+    asked = draw_task(kind, material.text, rng, "test")
     planted = [asked.planted]
     while len(planted) <= len(others):
-        other = _draw(others[len(planted) - 1], material, rng)
+        other = draw_task(others[len(planted) - 1], material.text, rng, "test")
         if other.answer not in "".join(asked.planted) and asked.answer not in "".join(other.planted):
             planted.append(other.planted)
     return Draft(
@@ -46,14 +39,6 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
     )
 
 
-def _draw(kind: Kind, material: Material, rng: random.Random) -> PlantedTask:
-    try:
-        return draw_task(kind, material.text, rng, "test")
-    except ValueError as error:
-        fix = "Give other text, or leave this task out."
-        raise DocumentError(f"The task {kind} can't be made: {error}.", fix=fix) from error
-
-
 def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:
     """Put the lines of all tasks in one random order that keeps the order within each."""
     turns = [at for at, lines in enumerate(tasks) for _ in lines]
@@ -62,4 +47,4 @@ def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:
     return [next(waiting[at]) for at in turns]
 
 
-TASKS = tuple(Task(kind, "shipped", "your text", asked, partial(draft, kind)) for kind, asked in _ASKED.items())
+TASKS = {kind: partial(draft, kind) for kind in KINDS}

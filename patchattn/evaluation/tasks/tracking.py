@@ -10,10 +10,11 @@ import random
 from itertools import pairwise
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
+from patchattn.evaluation.sample import Draft
 from patchattn.evaluation.words import draw_letters, draw_number
 
 _HOPS = 4
+_BEFORE = "Variables are assigned in the text below. Keep track of what each one stands for.\n"
 
 
 def variable_tracking(material: Material, length: int, rng: random.Random) -> Draft:
@@ -22,9 +23,9 @@ def variable_tracking(material: Material, length: int, rng: random.Random) -> Dr
     taken: set[str] = set()
     value, names = _draw_chain(material, rng, taken, letters=5)
     example_value, example_names = _draw_chain(material, rng, taken, letters=3)
-    example = _before() + "".join(_lines(example_value, example_names)) + _after(example_value, example_names)
+    example = _BEFORE + "".join(_lines(example_value, example_names)) + _after(example_value, example_names)
     return Draft(
-        before=f"{example} {' '.join(example_names)}\n\n{_before()}",
+        before=f"{example} {' '.join(example_names)}\n\n{_BEFORE}",
         after=_after(value, names),
         continuation=" " + " ".join(names),
         answers=tuple(names),
@@ -48,10 +49,6 @@ def _lines(value: str, names: list[str]) -> list[str]:
     return [f"VAR {names[0]} = {value}\n"] + [f"VAR {later} = VAR {earlier}\n" for earlier, later in pairwise(names)]
 
 
-def _before() -> str:
-    return "Variables are assigned in the text below. Keep track of what each one stands for.\n"
-
-
 def _after(value: str, names: list[str]) -> str:
     return (
         f"Question: Which variables stand for {value}, directly or through other variables?\n"
@@ -59,6 +56,4 @@ def _after(value: str, names: list[str]) -> str:
     )
 
 
-_ASKED = "all five variables of a chain of assignments, after a solved example"
-
-TASKS = (Task("vt", "ruler", "noise", _ASKED, variable_tracking),)
+TASKS = {"vt": variable_tracking}

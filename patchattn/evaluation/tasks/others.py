@@ -1,16 +1,12 @@
-"""Long copy and few-shot examples far away: what has to be carried over is longer than a single fact.
-
-Source of the second: the long few-shot prompts with distractors of arXiv 2502.09647, here with words to be sorted into
-groups in place of exercises from a data set.
-"""
+"""Tasks beyond RULER's: key-value pairs, a passage to repeat, and few-shot examples far away."""
 
 from __future__ import annotations
 
 import random
 
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.sample import Draft, Task
-from patchattn.evaluation.words import draw_word
+from patchattn.evaluation.sample import Draft
+from patchattn.evaluation.words import draw_uuid, draw_word
 
 _TOKENS_PER_LINE = 256
 _LINES = (2, 64)
@@ -22,6 +18,24 @@ _GROUPS = {
     "colour": ("red", "yellow", "purple", "green", "brown", "white", "orange", "black", "pink", "blue"),
     "weather": ("rain", "snow", "fog", "thunder", "hail", "wind", "sunshine", "storm", "drizzle", "frost"),
 }
+
+
+def key_value(material: Material, length: int, rng: random.Random) -> Draft:
+    """Draw a task that asks for the value of one key in a JSON object of UUIDs.
+
+    Source: "Lost in the Middle", arXiv 2307.03172, section 3. Instructions are worded anew.
+    """
+    del length
+    taken: set[str] = set()
+    key, value = (material.draw_new(lambda: draw_uuid(rng), taken) for _ in range(2))
+    return Draft(
+        before="The JSON object below maps keys to values. Find the value of one key.\n{\n",
+        after=f'}}\nKey: "{key}"\nThe value of this key is: "',
+        continuation=value,
+        answers=(value,),
+        haystack=material.stream(lambda: f'"{draw_uuid(rng)}": "{draw_uuid(rng)}",\n'),
+        planted=(f'"{key}": "{value}",\n',),
+    )
 
 
 def long_copy(material: Material, length: int, rng: random.Random) -> Draft:
@@ -43,7 +57,11 @@ def long_copy(material: Material, length: int, rng: random.Random) -> Draft:
 
 
 def few_shot(material: Material, length: int, rng: random.Random) -> Draft:
-    """Draw sixteen examples that sort words into four groups with made-up names, distracting text, and a new word."""
+    """Draw sixteen examples that sort words into four groups with made-up names, distracting text, and a new word.
+
+    Source: the long few-shot prompts with distractors of arXiv 2502.09647, here with words to be sorted into groups in
+    place of exercises from a data set.
+    """
     del length
     taken: set[str] = set()
     names = {group: material.draw_new(lambda: draw_word(rng), taken) for group in _GROUPS}
@@ -63,20 +81,4 @@ def few_shot(material: Material, length: int, rng: random.Random) -> Draft:
     )
 
 
-TASKS = (
-    Task(
-        "copy",
-        "other",
-        "your text",
-        "repeat a planted passage, one line for every 256 tokens of length but 2 to 64",
-        long_copy,
-    ),
-    Task(
-        "few_shot",
-        "other",
-        "sixteen examples, then your text",
-        "sort a new word as the examples do (after the long few-shot prompts of "
-        "[arXiv 2502.09647](https://arxiv.org/abs/2502.09647), with made-up groups)",
-        few_shot,
-    ),
-)
+TASKS = {"kv": key_value, "copy": long_copy, "few_shot": few_shot}

@@ -10,20 +10,24 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from patchattn.evaluation.page import with_interval
 from patchattn.evaluation.statistics import Interval, relative_change, share
 
 
+class Answered:
+    """A row that counts answers."""
+
+    right: int
+    asked: int
+
+    @property
+    def facts(self) -> Interval:
+        """Share of right answers with its Wilson interval."""
+        return share(self.right, self.asked)
+
+
 def told(row: Any, dense: Any) -> dict[str, Any]:
-    """Return the fields of a row, and the texts of its `facts` and, where it was measured, the change of its `loss`."""
-    facts = with_interval(share(row.right, row.asked), ".3f")
-    loss = row.losses and with_interval(relative_change(row.losses, dense.losses), "+.2%", between=" to ")
-    return vars(row) | {"facts": facts, "loss": loss or ""}
-
-
-def draw_facts(axes: Any, paid: Sequence[float], rows: Sequence[Any], **look: Any) -> None:
-    """Draw the facts answered over what was paid for them, in percent."""
-    draw_intervals(axes, paid, [share(row.right, row.asked) for row in rows], **look)
+    """Return the fields of a row, its `facts`, and the change of its `loss` where that was measured."""
+    return vars(row) | {"facts": row.facts, "loss": relative_change(row.losses, dense.losses) if row.losses else None}
 
 
 def draw_intervals(axes: Any, paid: Sequence[float], found: Sequence[Interval], **look: Any) -> None:
@@ -37,9 +41,8 @@ def finish(figure: Figure, dense: Any) -> Figure:
     facts, loss = figure.axes
     facts.axhline(dense.right / dense.asked, color="black", linestyle=":", label="dense")
     loss.axhline(0, color="black", linestyle=":")
-    facts.set_ylim(-0.03, 1.03)
-    facts.set_ylabel("facts answered exactly")
-    loss.set_ylabel("text loss against dense, %")
+    facts.set(ylabel="facts answered exactly", ylim=(-0.03, 1.03))
+    loss.set(ylabel="text loss against dense, %")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.legend(*facts.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from patchattn.evaluation.page import with_interval
+from patchattn.evaluation.statistics import Interval
 
 # Okabe & Ito: told apart by colour-blind readers too.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -55,14 +60,36 @@ class Page:
 
 
 def filled(study: str, **values: object) -> str:
-    """Read the text of a page, `pages/STUDY.md`, and fill in its fields; `made_by` is how it is made."""
+    """Read the text of a page, `pages/STUDY.md`, and fill in its fields; `made_by` is how it is made.
+
+    A line that begins with `{each NAME}` is written for each of the rows of that name, and its fields are theirs.
+    """
     text = (Path(__file__).parent / "pages" / f"{study}.md").read_text(encoding="utf-8")
-    return text.format(made_by=f"Made by `python recipes/evaluate/run.py {study}`", **values)
+    values["made_by"] = f"Made by `python recipes/evaluate/run.py {study}`"
+    written: list[str] = []
+    for line in text.split("\n"):
+        each = re.fullmatch(r"\{each (\w+)\}(.*)", line)
+        form, rows = (each[2], values[each[1]]) if each else (line, [values])
+        written += [_Fields().vformat(form, (), row) for row in rows]
+    return "\n".join(written)
 
 
-def lines(form: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Write rows as lines of one form."""
-    return "\n".join(form.format_map(row) for row in rows)
+class _Fields(string.Formatter):
+    """Fields of a text: items of a mapping or attributes of a row; None and NaN leave nothing.
+
+    Intervals are written as numbers are, with their ends in brackets, after `-` or, where the format ends so, ` to`.
+    """
+
+    def get_value(self, key: Any, args: Any, row: Any) -> Any:
+        return row[key] if isinstance(row, Mapping) else getattr(row, key)
+
+    def format_field(self, value: Any, how: str) -> str:
+        if value is None or value != value:
+            return ""
+        if isinstance(value, Interval):
+            how, to, _ = how.partition(" to")
+            return with_interval(value, how, between=" to " if to else "-")
+        return super().format_field(value, how)
 
 
 def label(family: str) -> str:

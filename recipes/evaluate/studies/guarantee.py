@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from context import Context, Job, Measurement, document, load
 from matplotlib.figure import Figure
-from page import Page, filled, lines
+from page import Page, filled
 from torch import Tensor
 
 from patchattn import Policy, RiskTarget
@@ -24,10 +24,6 @@ HALF, PATCHED = DOCUMENTS // 2, 64
 ALPHAS, SCOPES = (0.005, 0.01, 0.02, 0.05, 0.1), ("head", "model")
 POLICY = Policy(sink_size=16, window_size=128, min_bulk=0)
 RUNGS = torch.cat([torch.tensor([-torch.inf]), MARGINS, torch.tensor([torch.inf])])
-FORM = (
-    "| {alpha:g} | {scope} | {missed:.4f} | {worst_head:.4f} | {open:.1%} | "
-    "{patched:.4f} | {patched_worst_head:.4f} | {patched_open:.1%} |"
-)
 STYLES = {
     "missed": ("D", "tab:green", "mean over splits, mean over heads"),
     "worst_head": ("^", "tab:red", "mean over splits, worst head"),
@@ -134,17 +130,8 @@ MEASURED = (READ, ROWS)
 def page(context: Context) -> Page:
     """Show what each target promises and keeps."""
     rows = ROWS.rows(context)
-    markdown = filled(
-        "guarantee",
-        documents=DOCUMENTS,
-        length=LENGTH,
-        policy=POLICY,
-        splits=SPLITS,
-        patched=PATCHED,
-        half=HALF,
-        rows=lines(FORM, map(vars, rows)),
-    )
-    return Page(markdown, draw(rows), dpi=150)
+    about = {"documents": DOCUMENTS, "half": HALF, "patched": PATCHED, "length": LENGTH, "splits": SPLITS}
+    return Page(filled("guarantee", policy=POLICY, rows=rows, **about), draw(rows), dpi=150)
 
 
 def draw(rows: list[Row]) -> Figure:

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from context import LENGTHS, WINDOWS, Context
+from context import LENGTHS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, filled, label, open_axis, tidy
+from page import STYLES, Page, by_window, filled, label, open_axis, tidy
 from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, recorded
 
 MEASURED = (MARGINS,)
@@ -69,8 +69,7 @@ def page(context: Context) -> Page:
         ],
         answering=map(answering, place.estimates),
         places=[
-            {"length": length, "name": label(name)}
-            | {f"w{window}": found[length, window].confusion(name, DEFAULT) for window in WINDOWS}
+            {"length": length, "name": label(name)} | by_window(lambda w: found[length, w].confusion(name, DEFAULT))
             for length in LENGTHS
             for name in prompt
         ],

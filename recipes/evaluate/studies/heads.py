@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from context import LENGTHS, TASKS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, tidy
+from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, by_window, filled, tidy
 from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, mean_and_deviation, recorded
 
 MEASURED = (MARGINS,)
@@ -65,7 +65,7 @@ def page(context: Context) -> Page:
         one_by_one=heads,
         places=[
             {"length": length, "gate": name}
-            | {f"w{window}": found[length, window].confusion(gate, DEFAULT)["open"] for window in WINDOWS}
+            | by_window(lambda w: found[length, w].confusion(gate, DEFAULT)["open"])
             for length in LENGTHS
             for name, gate in (*GATES.items(), ("saturating", "prompt/saturating"))
         ],

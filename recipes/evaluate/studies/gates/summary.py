@@ -47,6 +47,21 @@ class Summary(NamedTuple):
         """Share of right answers with its Wilson interval."""
         return share(self.right, self.asked)
 
+    @property
+    def points(self) -> Interval:
+        """Exact match above dense attention, in points."""
+        return Interval(-self.lost.value, -self.lost.high, -self.lost.low)
+
+    @property
+    def rise_in_percent(self) -> Interval:
+        """Text loss above dense attention."""
+        return Interval(*(100 * end for end in self.rise))
+
+    @property
+    def meets_goals(self) -> bool:
+        """Whether it is within one point and two percent of dense attention."""
+        return self.lost.value <= 1 and self.rise.value <= 0.02
+
     def columns(self) -> dict[str, Any]:
         """Columns of the table that is saved."""
         names = (
@@ -67,32 +82,32 @@ def _by_gate(rows: Iterable[Scored]) -> dict[tuple[Place, str, str], dict[int, S
 
 def summaries(rows: Iterable[Scored], *, kind: str | None = None) -> list[Summary]:
     """Summarise gates by family, then open fraction; `kind` counts only the questions of one kind, as a place."""
+    def count(answers: dict[str, int]) -> int:
+        return answers[kind] if kind else sum(answers.values())
+
     found, listed = _by_gate(rows), []
     for (place, family, setting), of_gate in found.items():
         dense = found.get((place, "open", ""), {})
-        both = sorted(of_gate.keys() & dense.keys())
-        if not both or (kind and kind not in of_gate[both[0]].asked):
+        both = [(of_gate[i], dense[i]) for i in sorted(of_gate.keys() & dense.keys())]
+        if not both or (kind and kind not in both[0][0].asked):
             continue
-        mine, theirs = [of_gate[i] for i in both], [dense[i] for i in both]
-        right, asked, right_dense = (
-            [counts[kind] if kind else sum(counts.values()) for counts in side]
-            for side in ([row.right for row in mine], [row.asked for row in mine], [row.right for row in theirs])
-        )
-        opened, pairs, scored, causal = np.sum([row.counts for row in mine], axis=0)
-        losses, dense_losses = ([row.loss for row in side] for side in (mine, theirs))
+        answers = np.array([(count(mine.right), count(mine.asked), count(theirs.right)) for mine, theirs in both])
+        right, asked, right_dense = answers.T
+        losses, dense_losses = np.array([(mine.loss, theirs.loss) for mine, theirs in both]).T
+        opened, pairs, scored, causal = np.sum([mine.counts for mine, _ in both], axis=0)
         listed.append(
             Summary(
-                (kind or place[0], *place[1:]),
-                family,
-                setting,
-                len(both),
-                opened / pairs if pairs else np.nan,
-                scored / causal if causal else np.nan,
-                sum(right),
-                sum(asked),
-                ratio_of_sums([100 * (a - b) for a, b in zip(right_dense, right, strict=True)], asked),
-                float(np.mean(losses)),
-                ratio_of_sums([a - b for a, b in zip(losses, dense_losses, strict=True)], dense_losses),
+                place=(kind or place[0], *place[1:]),
+                family=family,
+                setting=setting,
+                documents=len(both),
+                open_fraction=opened / pairs if pairs else np.nan,
+                density=scored / causal if causal else np.nan,
+                right=right.sum(),
+                asked=asked.sum(),
+                lost=ratio_of_sums(100 * (right_dense - right), asked),
+                loss=losses.mean(),
+                rise=ratio_of_sums(losses - dense_losses, dense_losses),
             )
         )
     return sorted(listed, key=lambda one: (FAMILIES.index(one.family), one.open_fraction, one.setting))

@@ -6,34 +6,25 @@ A row has `right` facts of those `asked`, and `losses`, the text loss of each do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from patchattn.evaluation.statistics import Interval, relative_change, share
+from patchattn.evaluation.statistics import Interval, relative_change
 
 
-class Answered:
-    """A row that counts answers."""
-
-    right: int
-    asked: int
-
-    @property
-    def facts(self) -> Interval:
-        """Share of right answers with its Wilson interval."""
-        return share(self.right, self.asked)
-
-
-def told(row: Any, dense: Any) -> dict[str, Any]:
-    """Return the fields of a row, its `facts`, and the change of its `loss` where that was measured."""
-    return vars(row) | {"facts": row.facts, "loss": relative_change(row.losses, dense.losses) if row.losses else None}
+def told(row: Any, dense: Any, **more: Any) -> SimpleNamespace:
+    """Return what a row has, its `facts` and the change of its `loss`, None where it was not measured, and more."""
+    loss = relative_change(row.losses, dense.losses) if row.losses else None
+    return SimpleNamespace(**vars(row) | more, facts=row.facts, loss=loss)
 
 
 def draw_intervals(axes: Any, paid: Sequence[float], found: Sequence[Interval], **look: Any) -> None:
-    """Draw estimates with their intervals."""
+    """Draw estimates with their intervals over what was paid for them, in percent."""
     reach = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-    axes.errorbar(paid, [one.value for one in found], reach, capsize=2, elinewidth=0.8, markersize=5, **look)
+    paid, values = [100 * part for part in paid], [one.value for one in found]
+    axes.errorbar(paid, values, reach, capsize=2, elinewidth=0.8, markersize=5, **look)
 
 
 def finish(figure: Figure, dense: Any) -> Figure:

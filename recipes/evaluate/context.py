@@ -20,6 +20,7 @@ from patchattn.calibration import Calibration
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.documents import Document, Kind, make_document, tokenize_text
 from patchattn.evaluation.rows import Store
+from patchattn.evaluation.statistics import Interval, share
 from patchattn.hf.observe import observing
 from patchattn.measuring.reading import read_document
 
@@ -76,6 +77,18 @@ class Measurement(Generic[Row]):
     def rows(self, context: Context) -> list[Row]:
         """Read the rows that are there, in the order of the jobs."""
         return list(self.done(context).values())
+
+
+class Answered:
+    """A row that counts answers: those that are `right`, of those `asked` for."""
+
+    right: int
+    asked: int
+
+    @property
+    def facts(self) -> Interval:
+        """Share of right answers with its Wilson interval."""
+        return share(self.right, self.asked)
 
 
 @cache

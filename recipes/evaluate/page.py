@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from context import WINDOWS
 from matplotlib.figure import Figure
 
 from patchattn.evaluation.page import with_interval
@@ -113,8 +112,3 @@ def tidy(axes: Any, *, grid: str = "both") -> None:
     """Draw a light grid, and no frame above and on the right."""
     axes.grid(axis=grid, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def by_window(what: Callable[[int], Any]) -> dict[str, Any]:
-    """Name something of each window as the forms of rows do, `w256`."""
-    return {f"w{window}": what(window) for window in WINDOWS}

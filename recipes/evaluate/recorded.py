@@ -180,7 +180,7 @@ class Recorded:
         return np.array(picked, dtype=float)
 
     def pairs(self, gate: str) -> np.ndarray:
-        """Numbers of pairs [documents, layers, heads, tasks, oracle bins, gate bins]; a gate is an estimate or "oracle"."""
+        """Count pairs of an estimate or "oracle", [documents, layers, heads, tasks, oracle bins, gate bins]."""
         if gate == "oracle":
             return self.array("pairs", self.estimates[0]).sum(-1, keepdims=True) * np.eye(_BINS)
         return self.array("pairs", gate)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from against_dense import Answered
-from context import LENGTH, Context, Measurement, calibration, facts, load
+from context import LENGTH, Answered, Context, Measurement, calibration, facts, load
 from page import Page, filled
 
 from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, StaticGate, patch

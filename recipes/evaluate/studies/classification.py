@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from context import LENGTHS, Context
+from context import LENGTHS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, by_window, filled, label, open_axis, tidy
+from page import STYLES, Page, filled, label, open_axis, tidy
 from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, recorded
 
 MEASURED = (MARGINS,)
@@ -16,6 +16,7 @@ MEASURED = (MARGINS,)
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9)
 GUARDED = "prompt/guarded"
 GOAL = 0.95
+
 
 def every_measure(found: dict[tuple[int, int], Recorded]) -> Iterator[dict[str, Any]]:
     """List every measure of every estimate, threshold and layer, at all lengths and windows."""
@@ -69,7 +70,11 @@ def page(context: Context) -> Page:
         ],
         answering=map(answering, place.estimates),
         places=[
-            {"length": length, "name": label(name)} | by_window(lambda w: found[length, w].confusion(name, DEFAULT))
+            {
+                "length": length,
+                "name": label(name),
+                "at": {w: found[length, w].confusion(name, DEFAULT) for w in WINDOWS},
+            }
             for length in LENGTHS
             for name in prompt
         ],

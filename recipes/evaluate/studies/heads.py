@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from context import LENGTHS, TASKS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, by_window, filled, tidy
+from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, tidy
 from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, mean_and_deviation, recorded
 
 MEASURED = (MARGINS,)
@@ -16,6 +16,7 @@ GATES = {"oracle": "oracle", "default": "prompt/guarded"}
 
 SWINGS = (0.1, 0.9)
 """A head swings where its open fraction lies between these: neither always local nor always long."""
+
 
 def open_fractions(pairs: np.ndarray) -> np.ndarray:
     """Open fraction by task from pairs [..., tasks, bins], [..., tasks + 1]; the last entry is over all queries."""
@@ -64,8 +65,11 @@ def page(context: Context) -> Page:
         all_layers=layer("**all**", slice(None)),
         one_by_one=heads,
         places=[
-            {"length": length, "gate": name}
-            | by_window(lambda w: found[length, w].confusion(gate, DEFAULT)["open"])
+            {
+                "length": length,
+                "gate": name,
+                "open": {w: found[length, w].confusion(gate, DEFAULT)["open"] for w in WINDOWS},
+            }
             for length in LENGTHS
             for name, gate in (*GATES.items(), ("saturating", "prompt/saturating"))
         ],

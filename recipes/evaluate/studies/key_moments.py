@@ -10,8 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from against_dense import Answered
-from context import LENGTH, POLICY, SINK, WINDOW, Context, Measurement, facts, load, read_densely
+from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, facts, load, read_densely
 from page import Page, filled
 from torch import Tensor
 
@@ -32,6 +31,7 @@ MARGIN = 0.405465  # a threshold of 0.6
 OPENED = (0.3, 0.5)
 MEASURED_ON, JUDGED_ON = 16, 6
 """Documents that moments are taken from, and that sources are judged on."""
+
 
 @dataclass(frozen=True)
 class Row(Answered):
@@ -73,8 +73,8 @@ def moments_of_text() -> tuple[dict[tuple[int, int], KeyMoments], dict[int, Rota
 
     read_densely(facts("calibrate", MEASURED_ON), visit)
     rotated = {at: KeyMoments(one.count, one.mean.float(), one.covariance.float()) for at, one in after.items()}
-    frequencies = rotation.frequencies
-    return rotated, {at: RotaryMoments(one.mean.float(), one.covariance.float(), frequencies) for at, one in before.items()}
+    means = {layer: (one.mean.float(), one.covariance.float()) for layer, one in before.items()}
+    return rotated, {layer: RotaryMoments(*one, rotation.frequencies) for layer, one in means.items()}
 
 
 def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
@@ -115,8 +115,8 @@ SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
 def judged() -> list[tuple[int, AttentionInputs, Masses]]:
     """Read the documents that sources are judged on; layer, inputs and exact masses of every call."""
     found = []
-    visit = lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0]))
-    read_densely(facts("moments", JUDGED_ON), visit)
+    dense = facts("moments", JUDGED_ON)
+    read_densely(dense, lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0])))
     return found
 
 

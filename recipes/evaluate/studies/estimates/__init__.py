@@ -8,27 +8,23 @@ from functools import cache
 from typing import Any
 
 import torch
-from against_dense import draw_facts, finish, told
-from context import Context, Measurement, load, text
+from against_dense import draw_intervals, finish, told
+from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, load, read_densely, text
 from matplotlib.figure import Figure
-from page import Page, filled, lines
+from page import Page, filled
 from studies.estimates.candidates import Call, Candidate, boxes, exact, expected_bulk, gaussian, low_rank, mixture
 from studies.estimates.learned import common_threshold, fit_probe, thresholds_by_head
 from torch import Tensor
 
-from patchattn import OpenGate, Policy, patch
+from patchattn import patch
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.answers import teacher_forced
 from patchattn.evaluation.documents import Document, Kind, TokenizedText, make_document
-from patchattn.evaluation.page import number, percent
-from patchattn.evaluation.statistics import relative_change
+from patchattn.evaluation.page import number
 from patchattn.gates.moment import with_margins
 from patchattn.hf.observe import observing
-from patchattn.measuring.reading import read_document
 
-LENGTH = 4096
-POLICY = Policy(sink_size=16, window_size=256, min_bulk=0, gate=OpenGate())
 FRACTIONS = (0.1, 0.2, 0.3)
 """Open fractions that thresholds are chosen for."""
 
@@ -40,7 +36,7 @@ DOCUMENTS: dict[str, tuple[int, str, tuple[Kind, ...]]] = {
 }
 """How many are made, the beginning of their seeds, and what is asked in each; the last ones are judged on."""
 
-KEYS, DIM = LENGTH - 16 - 256, 32
+KEYS, DIM = LENGTH - SINK - WINDOW, 32
 SCORES, MOMENTS = KEYS * DIM, DIM * (DIM + 1)
 LINEAR, QUADRATIC = "probe, linear", "probe, quadratic"
 TRANSFERRED = "probe, quadratic, fitted on other tasks"
@@ -91,8 +87,6 @@ RUNS: dict[str, tuple[float, ...]] = {
 }
 """Rows measured on the model at open fractions; what matters most comes first."""
 
-FORM = "| {chosen_for} | {candidate} | {paid} | {open:.1%} | {facts} | {loss} |"
-FIT_FORM = "| {candidate} | {cost:.2%} | {correlation:.2f} | {spread:.2f} | {at[0]} | {at[1]} | {at[2]} |"
 STYLES = {
     "saturating": ("tab:orange", "o-"),
     QUADRATIC: ("tab:green", "o-"),
@@ -120,7 +114,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Answered):
     """What one candidate does on the model; see the page.
 
     `target` is the open fraction that the threshold was chosen for, 0 where it was not chosen so. `losses` are of each
@@ -148,16 +142,8 @@ def documents(name: str) -> list[Document]:
 @cache
 def recorded(name: str, count: int | None = None) -> list[list[Call]]:
     """Read documents, or the first few, with dense attention; returns the calls by layer."""
-    model, _ = load()
-    calls: list[list[Call]] = [[] for _ in range(model.config.num_hidden_layers)]
-
-    def observer(layer: int, inputs: AttentionInputs, attend: Any) -> Attended:
-        calls[layer].append(Call.of(inputs, exact=True))
-        return attend()
-
-    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
-        for document in documents(name)[:count]:
-            read_document(model, torch.tensor(document.token_ids))
+    calls: list[list[Call]] = [[] for _ in range(load()[0].config.num_hidden_layers)]
+    read_densely(documents(name)[:count], lambda layer, inputs: calls[layer].append(Call.of(inputs)))
     return calls
 
 
@@ -219,7 +205,7 @@ def run(context: Context, name: str, target: float) -> Row:
 
     def observer(layer: int, inputs: AttentionInputs, _: Any) -> Attended:
         asked = inputs.regions.asked[0]
-        call = Call.of(inputs, exact=candidates[layer] is exact)
+        call = Call.of(inputs)
         mass = torch.full(inputs.query.shape[:3], -torch.inf)
         mass[0, :, asked] = with_margins(candidates[layer](call).flatten(0, 1), threshold[layer])
         attended = blockwise_attend(inputs, mass, 0.0)
@@ -230,7 +216,7 @@ def run(context: Context, name: str, target: float) -> Row:
             attended.output[0, :, asked] = output.lerp(expected.flatten(0, 1), share[..., None])
         return attended
 
-    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
+    with patch(model, POLICY) as handle, observing(handle, observer):
         found = [teacher_forced(model, [document]) for document in documents("held")]
     opened = handle.report().open_fraction("prefill")
     right, asked = (sum(getattr(each, part)["fact"] for each in found) for part in ("right", "asked"))
@@ -248,40 +234,38 @@ def page(context: Context) -> Page:
     """Show what each candidate does at equal open fraction on the model, and on dense activations."""
     fits, rows = FITS.rows(context), ROWS.rows(context)
     dense, guard_only = (next(row for row in rows if row.candidate == name) for name in ("dense", GUARD_ONLY))
-    cost = {fit.candidate: percent(fit.cost, 2) for fit in fits}
-    cost |= {"dense": "", "closed": ""} | dict.fromkeys(FIXED_GUARDED, cost["guarded"])
-    by_target = []
-    for row in sorted(rows, key=lambda row: (row.target, -row.right)):
-        chosen_for = percent(row.target, 0) if row.target else ""
-        line = told(row, dense) | {"chosen_for": chosen_for, "paid": cost[row.candidate.removesuffix(EXPECTED)]}
-        by_target.append(line | {"loss": ""} if row is dense else line)
-    judged = [vars(one) | {"at": [number(share, ".3f", unknown="can't") for share in one.missed]} for one in fits]
+    cost = {fit.candidate: fit.cost for fit in fits}
+    cost |= {"dense": None, "closed": None} | dict.fromkeys(FIXED_GUARDED, cost["guarded"])
+    beside = [
+        told(row, dense, chosen_for=row.target or None, cost=cost[row.candidate.removesuffix(EXPECTED)]) for row in rows
+    ]
+    beside[rows.index(dense)].loss = None
     markdown = filled(
         "estimates",
         length=LENGTH,
         documents=len(dense.losses),
         asked=dense.asked,
         fitted=DOCUMENTS["facts"][0],
-        floor=percent(guard_only.open, 0),
-        rows=lines(FORM, by_target),
-        fits=lines(FIT_FORM, judged),
+        floor=guard_only.open,
+        rows=sorted(beside, key=lambda row: (row.target, -row.right)),
+        fits=[vars(one) | {"at": [number(share, ".3f", unknown="can't") for share in one.missed]} for one in fits],
     )
     shown = [{name: value for name, value in vars(one).items() if name != "thresholds"} for one in fits]
     tables = {"estimates": [vars(row) for row in rows], "estimates.dense": shown}
-    return Page(markdown, draw(rows, dense), tables, dpi=150, formats={"number": ".5f"})
+    return Page(markdown, draw(beside, dense), tables, dpi=150, formats={"number": ".5f"})
 
 
-def draw(rows: list[Row], dense: Row) -> Figure:
+def draw(rows: list[Any], dense: Row) -> Figure:
     """Draw facts and text loss against open fraction for candidates with several rows."""
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for name, (colour, style) in STYLES.items():
         names = (name, *FIXED_GUARDED) if name == "guarded" else (name,)
         points = sorted((row for row in rows if row.candidate in names), key=lambda row: row.open)
-        opened = [100 * row.open for row in points]
-        changes = [100 * relative_change(row.losses, dense.losses).value for row in points]
-        draw_facts(facts, opened, points, color=colour, fmt=style, label=name)
-        loss.plot(opened, changes, style, color=colour, markersize=5)
+        opened = [row.open for row in points]
+        draw_intervals(facts, opened, [row.facts for row in points], color=colour, fmt=style, label=name)
+        changes = [100 * row.loss.value for row in points]
+        loss.plot([100 * part for part in opened], changes, style, color=colour, markersize=5)
     for axes in (facts, loss):
         axes.set_xlabel("open pairs, %")
     return finish(figure, dense)

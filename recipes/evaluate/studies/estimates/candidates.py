@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Call:
         value: [kv_heads, keys, dim].
         n: [asked] number of bulk keys.
         local: [kv_heads, group, asked] log mass of the local keys, nats.
-        bulk: [kv_heads, group, asked] exact log mass of the bulk keys, nats; None where it is not needed.
+        inputs: The whole call.
     """
 
     query: Tensor
@@ -36,24 +37,26 @@ class Call:
     value: Tensor
     n: Tensor
     local: Tensor
-    bulk: Tensor | None
+    inputs: AttentionInputs
 
     @classmethod
-    def of(cls, inputs: AttentionInputs, *, exact: bool) -> Call:
-        """Take the pairs that are asked out of a call; `exact` says whether to compute the bulk log mass."""
-        regions, asked = inputs.regions, inputs.regions.asked[0]
-
-        def grouped(x: Tensor) -> Tensor:
-            return x[0][:, asked].float().unflatten(0, (inputs.key.shape[1], -1))
-
+    def of(cls, inputs: AttentionInputs) -> Call:
+        """Take the pairs that are asked out of a call."""
+        regions, key, value = inputs.regions, inputs.key[0].float(), inputs.value[0].float()
+        local = attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass
         return cls(
-            grouped(inputs.query) * inputs.scale,
-            inputs.key[0, :, regions.sink_size :].float(),
-            inputs.value[0, :, regions.sink_size :].float(),
-            regions.n_bulk[0][asked],
-            grouped(attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass),
-            grouped(exact_masses(inputs)[0].bulk) if exact else None,
+            grouped(inputs, inputs.query) * inputs.scale,
+            key[:, regions.sink_size :],
+            value[:, regions.sink_size :],
+            regions.n_bulk[0][regions.asked[0]],
+            grouped(inputs, local),
+            inputs,
         )
+
+    @cached_property
+    def bulk(self) -> Tensor:
+        """Exact log mass of the bulk keys, [kv_heads, group, asked] nats."""
+        return grouped(self.inputs, exact_masses(self.inputs)[0].bulk)
 
     @property
     def log_n(self) -> Tensor:
@@ -63,16 +66,20 @@ class Call:
     @property
     def share(self) -> Tensor:
         """Exact share of the bulk keys, [heads, asked]."""
-        return torch.sigmoid(exact(self) - self.local).flatten(0, 1)
+        return torch.sigmoid(self.bulk - self.local).flatten(0, 1)
 
 
 Candidate = Callable[[Call], Tensor]
 """Estimates [kv_heads, group, asked] nats; NaN, which opens, where nothing is known yet."""
 
 
+def grouped(inputs: AttentionInputs, x: Tensor) -> Tensor:
+    """Take the pairs that are asked, [1, heads, query, ...] -> [kv_heads, group, asked, ...]."""
+    return x[0][:, inputs.regions.asked[0]].float().unflatten(0, (inputs.key.shape[1], -1))
+
+
 def exact(call: Call) -> Tensor:
     """The oracle."""
-    assert call.bulk is not None
     return call.bulk
 
 

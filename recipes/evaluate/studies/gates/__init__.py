@@ -7,11 +7,11 @@ from typing import Any
 
 from context import LENGTHS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, by_window, filled, label, open_axis
+from page import STYLES, Page, filled, label, open_axis
 from studies.gates import ranking
 from studies.gates.grid import DOCUMENTS, FULL, SCORED
 from studies.gates.ranking import RANKINGS
-from studies.gates.summary import AREA, Area, Summary, areas, summaries
+from studies.gates.summary import AREA, Summary, areas, summaries
 
 from patchattn.evaluation.page import percent, table
 
@@ -99,7 +99,7 @@ def page(context: Context) -> Page:
         gated=[one for one in full if one.family not in ("stock", "open")],
         area=AREA,
         areas=[one._asdict() | {"name": label(one.family)} for one in areas(rows, FULL)],
-        floors=[{"length": length} | by_window(lambda w: ranked[length, w].floor) for length in LENGTHS],
+        floors=[{"length": length, "at": {w: ranked[length, w].floor for w in WINDOWS}} for length in LENGTHS],
         counts=", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS),
         lean="\n\n".join(map(lean, LENGTHS)),
         kinds=across(

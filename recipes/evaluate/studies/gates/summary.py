@@ -82,6 +82,7 @@ def _by_gate(rows: Iterable[Scored]) -> dict[tuple[Place, str, str], dict[int, S
 
 def summaries(rows: Iterable[Scored], *, kind: str | None = None) -> list[Summary]:
     """Summarise gates by family, then open fraction; `kind` counts only the questions of one kind, as a place."""
+
     def count(answers: dict[str, int]) -> int:
         return answers[kind] if kind else sum(answers.values())
 

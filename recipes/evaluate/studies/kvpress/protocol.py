@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from context import document, load, text
+from context import LENGTH, Answered, facts, load, text
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from patchattn.evaluation.documents import Document, make_document
 from patchattn.hf.architecture import with_cache
 
-LENGTH, DOCUMENTS = 4096, 6
+DOCUMENTS = 6
 FOLLOWING = 640
 """Tokens of plain text that are predicted from the context before them."""
 
@@ -44,7 +44,7 @@ Press = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass
-class Row:
+class Row(Answered):
     """One line of the table; the page says what its shares of keys are.
 
     `losses` are of each document in nats per token, empty where they were not measured. `documents` is a digest of the
@@ -65,10 +65,9 @@ class Row:
     seconds: float = 0.0
 
 
-@cache
 def asked_documents() -> list[Document]:
     """Make the documents with facts."""
-    return [document("facts", LENGTH, f"kvpress/{at}") for at in range(DOCUMENTS)]
+    return facts("kvpress", DOCUMENTS)
 
 
 @cache
@@ -145,6 +144,17 @@ def ask_known(row: Row, press: Press) -> None:
             row.asked += 1
 
 
+def put_through(row: Row, press: Press, *, asking: AbstractContextManager[Any] | None = None) -> Row:
+    """Measure everything but shares of keys; `asking` is entered while facts are asked for."""
+    row.documents, begin = digest(), time.process_time()
+    with asking or nullcontext():
+        (ask_known if row.question == "known" else ask)(row, press)
+    if row.question != "known":
+        predict(row, press)
+    row.seconds = time.process_time() - begin
+    return row
+
+
 def share_of_keys(left: float) -> float:
     """Share of the keys attended to: what is left of the context, and the tokens of the question up to each query."""
     shares = []
@@ -168,15 +178,8 @@ def main() -> None:
     """Measure the row that the command line names."""
     method, setting, question = sys.argv[1:]
     torch.set_num_threads(1)
-    row = Row(method, setting, question, documents=digest())
     press = press_of(method, int(setting.removesuffix("% kept")) / 100)
-    begin = time.process_time()
-    if question == "known":
-        ask_known(row, press)
-    else:
-        ask(row, press)
-        predict(row, press)
-    row.seconds = time.process_time() - begin
+    row = put_through(Row(method, setting, question), press)
     row.attended = row.read = share_of_keys(row.cache)
     print(json.dumps(asdict(row)))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from context import LENGTH, Answered, Context, Measurement, calibration, facts, load
+from context import Answered, Context, Measurement, calibration, facts, load
 from page import Page, filled
 
 from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, StaticGate, patch
@@ -60,4 +60,4 @@ MEASURED = (ROWS,)
 def page(context: Context) -> Page:
     """Show what each gate opens and keeps."""
     rows, manifest = ROWS.rows(context), calibration("bfloat16").manifest
-    return Page(filled("calibrated", length=LENGTH, asked=rows[0].asked, manifest=manifest, rows=rows))
+    return Page(filled(globals(), asked=rows[0].asked, manifest=manifest, rows=rows))

@@ -47,10 +47,8 @@ def page(context: Context) -> Page:
         return {"name": label(name), "one": one, "threshold": DEFAULT, "by_layer": by_layer}
 
     markdown = filled(
-        "classification",
+        globals(),
         documents=", ".join(f"{DOCUMENTS[length]} of {length:,} tokens" for length in LENGTHS),
-        goal=GOAL,
-        default=DEFAULT,
         met="met" if default.value("recall") >= GOAL else "missed",
         all=default,
         oracle=place.confusion("oracle", DEFAULT),

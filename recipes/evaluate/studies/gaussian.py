@@ -31,7 +31,7 @@ FEATURES = (
 )  # fmt: skip
 OUTCOMES = ("rank_saturating", "spread_saturating", "bias_saturating", "recall")
 
-_WORST = 6
+WORST = 6
 _COLOURS = {"best": BLUE, "median": ORANGE, "worst": RED}
 
 
@@ -132,20 +132,6 @@ def means(heads: list[dict[str, Any]]) -> str:
     return " | ".join(f"{np.mean([head[feature] for head in heads]):.2f}" for feature in FEATURES)
 
 
-def answering(heads: list[dict[str, Any]]) -> str:
-    """Say how far off the estimate is in heads that look up."""
-    off = {f"{h['layer']}.{h['head']}": h["bias_answering"] for h in heads if h["bulk_share_answering"] > 0.9}
-    text = f"{len(off)} of {len(heads)} heads have more than 90% of their attention on bulk keys"
-    if not off:
-        return text
-    low, high, mean = min(off.values()), max(off.values()), np.mean(list(off.values()))
-    each = ", ".join(f"{head} {bias:+.1f}" for head, bias in off.items())
-    return (
-        f"{text}; there the saturating estimate is off by {mean:+.1f} nats on average, from {low:+.1f} to {high:+.1f}: "
-        f"{each}"
-    )
-
-
 def page(context: Context) -> Page:
     """Show what the worst heads have in common, and every head."""
     place, samples = recorded(context)[PLACE], WHITENED.rows(context)
@@ -154,22 +140,25 @@ def page(context: Context) -> Page:
     chosen = {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]}
     ranks = [head["rank_saturating"] for head in ordered]
     half = 1.96 / math.sqrt(len(heads) - 3)
+    looking_up = {f"{h['layer']}.{h['head']}": h["bias_answering"] for h in heads if h["bulk_share_answering"] > 0.9}
+    off = sorted(looking_up.values())
     markdown = filled(
-        "gaussian",
+        globals(),
         documents=len(place.documents),
-        heads=len(heads),
+        heads=heads,
+        n_heads=len(heads),
         median=np.median(ranks),
-        lowest=ranks[0],
+        ranks=ranks,
         highest=ranks[-1],
         guarded=np.nanmedian([head["rank_guarded"] for head in heads]),
         chosen=", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items()),
         half=half,
         correlation={feature: correlation(heads, feature, half) for feature in FEATURES},
-        n_worst=_WORST,
-        worst=means(ordered[:_WORST]),
-        others=means(ordered[_WORST:]),
-        answering=answering(heads),
-        every_head=heads,
+        worst=means(ordered[:WORST]),
+        others=means(ordered[WORST:]),
+        answering=", ".join(f"{head} {bias:+.1f}" for head, bias in looking_up.items()),
+        n_answering=len(off),
+        off=(np.mean(off), off[0], off[-1]),
     )
     counts = np.sum([sample.counts for sample in samples], axis=0)
     curves = {name: quantiles(counts[head["layer"], head["head"]]) for name, head in chosen.items()}

@@ -130,8 +130,7 @@ MEASURED = (READ, ROWS)
 def page(context: Context) -> Page:
     """Show what each target promises and keeps."""
     rows = ROWS.rows(context)
-    about = {"documents": DOCUMENTS, "half": HALF, "patched": PATCHED, "length": LENGTH, "splits": SPLITS}
-    return Page(filled("guarantee", policy=POLICY, rows=rows, **about), draw(rows), dpi=150)
+    return Page(filled(globals(), rows=rows), draw(rows), dpi=150)
 
 
 def draw(rows: list[Row]) -> Figure:

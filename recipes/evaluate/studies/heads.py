@@ -54,16 +54,14 @@ def page(context: Context) -> Page:
 
     sums = {name: sum(head[name] for head in heads) for name in heads[0]}
     markdown = filled(
-        "heads",
-        threshold=DEFAULT,
+        globals(),
         documents=len(place.documents),
-        heads=len(heads),
-        swings=SWINGS,
+        heads=heads,
+        n_heads=len(heads),
         swinging={gate: sum(SWINGS[0] < head[f"{gate}_all"] < SWINGS[1] for head in heads) for gate in GATES},
         between={gate: sums[f"{gate}_variance_between_tasks"] / sums[f"{gate}_variance"] for gate in GATES},
         layers=[row for at in range(place.layers) for row in layer(str(at), slice(at, at + 1))],
         all_layers=layer("**all**", slice(None)),
-        one_by_one=heads,
         places=[
             {
                 "length": length,

@@ -165,18 +165,6 @@ MEASURED = (ROWS,)
 def page(context: Context) -> Page:
     """Show how well each source estimates, and what it opens and keeps."""
     rows = ROWS.rows(context)
-    markdown = filled(
-        "key_moments",
-        tokens=LENGTH,
-        policy=POLICY,
-        measured=MEASURED_ON,
-        judged=JUDGED_ON,
-        facts=rows[0].asked,
-        accuracy=[row for row in rows if row.accuracy],
-        quality=rows,
-        chunk=CHUNK,
-        most=MOST,
-        five=", ".join(f"{count:,}" for count in FIVE),
-        grid=len(GRID),
-    )
-    return Page(markdown)
+    five = ", ".join(f"{count:,}" for count in FIVE)
+    accuracy = [row for row in rows if row.accuracy]
+    return Page(filled(globals(), rows=rows, accuracy=accuracy, asked=rows[0].asked, five=five, lengths=len(GRID)))

@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from against_dense import draw_intervals, finish, told
 from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, load, read_densely, text
 from matplotlib.figure import Figure
-from page import Page, filled
+from page import Page, beside_dense, draw_intervals, filled, told
 from studies.estimates.candidates import Call, Candidate, boxes, exact, expected_bulk, gaussian, low_rank, mixture
 from studies.estimates.learned import common_threshold, fit_probe, thresholds_by_head
 from torch import Tensor
@@ -60,30 +59,19 @@ CANDIDATES: dict[str, tuple[Candidate | None, float]] = {
 """What each candidate is, None for one that is fitted, and its multiply-adds for one query."""
 
 BY_HEAD, EXPECTED = ", threshold by head", ", expected value added"
-HAS_THRESHOLDS_BY_HEAD = ("saturating", "guarded")
 GUARD_ONLY = "guarded, open only above the freezing point"
 FIXED_GUARDED = {"guarded, threshold 0.6": math.log(0.6 / 0.4), GUARD_ONLY: -1e6}
 FIXED = {"dense": math.inf, "closed": -math.inf, **FIXED_GUARDED}
 """Margins in nats of rows of the guarded estimate whose threshold is not chosen."""
 
 RUNS: dict[str, tuple[float, ...]] = {
-    "saturating": FRACTIONS,
-    QUADRATIC: FRACTIONS,
-    "guarded" + BY_HEAD: FRACTIONS,
-    "oracle": FRACTIONS,
+    **dict.fromkeys(("saturating", QUADRATIC, "guarded" + BY_HEAD, "oracle"), FRACTIONS),
     "guarded": (0.3,),
-    "saturating" + BY_HEAD: (0.2,),
-    "boxes of 64 keys": (0.2,),
-    TRANSFERRED: (0.2,),
-    "mixture, chunks of 128": (0.2,),
-    "mixture, chunks of 32, diagonal": (0.2,),
-    "saturating" + EXPECTED: (0.2,),
-    "guarded, from 1.5 times the freezing point": (0.2,),
-    "log-normal": (0.2,),
+    **dict.fromkeys(("saturating" + BY_HEAD, "boxes of 64 keys", TRANSFERRED, "mixture, chunks of 128"), (0.2,)),
+    **dict.fromkeys(("mixture, chunks of 32, diagonal", "saturating" + EXPECTED), (0.2,)),
+    **dict.fromkeys(("guarded, from 1.5 times the freezing point", "log-normal"), (0.2,)),
     LINEAR: (0.1, 0.2),
-    "8 directions of 32, every key": (0.2,),
-    "mixture, chunks of 64": (0.2,),
-    "boxes of 16 keys": (0.2,),
+    **dict.fromkeys(("8 directions of 32, every key", "mixture, chunks of 64", "boxes of 16 keys"), (0.2,)),
 }
 """Rows measured on the model at open fractions; what matters most comes first."""
 
@@ -223,7 +211,7 @@ def run(context: Context, name: str, target: float) -> Row:
     return Row(name, target, opened, right, asked, tuple(each.text_loss for each in found))
 
 
-FITTED = [name + how for name in CANDIDATES for how in ("", BY_HEAD) if not how or name in HAS_THRESHOLDS_BY_HEAD]
+FITTED = [name + how for name in CANDIDATES for how in ("", BY_HEAD) if not how or name + how in RUNS]
 CHOSEN = [(name, fraction) for name, fractions in RUNS.items() for fraction in fractions]
 FITS = Measurement("estimates-fits", Fit, ("candidate",), lambda _: [(name,) for name in FITTED], fit)
 ROWS = Measurement("estimates", Row, ("candidate", "target"), lambda _: [(name, 0.0) for name in FIXED] + CHOSEN, run)
@@ -241,12 +229,10 @@ def page(context: Context) -> Page:
     ]
     beside[rows.index(dense)].loss = None
     markdown = filled(
-        "estimates",
-        length=LENGTH,
+        globals(),
         documents=len(dense.losses),
-        asked=dense.asked,
-        fitted=DOCUMENTS["facts"][0],
-        floor=guard_only.open,
+        dense=dense,
+        guard_only=guard_only,
         rows=sorted(beside, key=lambda row: (row.target, -row.right)),
         fits=[vars(one) | {"at": [number(share, ".3f", unknown="can't") for share in one.missed]} for one in fits],
     )
@@ -268,4 +254,4 @@ def draw(rows: list[Any], dense: Row) -> Figure:
         loss.plot([100 * part for part in opened], changes, style, color=colour, markersize=5)
     for axes in (facts, loss):
         axes.set_xlabel("open pairs, %")
-    return finish(figure, dense)
+    return beside_dense(figure, dense)

@@ -87,7 +87,7 @@ def page(context: Context) -> Page:
         )
 
     markdown = filled(
-        "gates",
+        globals(),
         documents=(min(one.documents for one in full), max(one.documents for one in full)),
         ranked=", ".join(f"{count} of {length:,} tokens" for length, count in ranking.DOCUMENTS.items()),
         one_head=1 / len(ranked[FULL[1:]].heads),
@@ -97,7 +97,7 @@ def page(context: Context) -> Page:
         goals=[{"goal": goal, "one": one, "met": "yes" if one.meets_goals else "no"} for goal, one in compared.items()],
         dense=[one for one in full if one.family in ("stock", "open")],
         gated=[one for one in full if one.family not in ("stock", "open")],
-        area=AREA,
+        AREA=AREA,
         areas=[one._asdict() | {"name": label(one.family)} for one in areas(rows, FULL)],
         floors=[{"length": length, "at": {w: ranked[length, w].floor for w in WINDOWS}} for length in LENGTHS],
         counts=", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS),

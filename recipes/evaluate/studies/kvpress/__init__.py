@@ -14,10 +14,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from against_dense import draw_intervals, finish, told
-from context import LENGTH, POLICY, SINK, WINDOW, Context, Job, Measurement, calibration, load
+from context import POLICY, SINK, WINDOW, Context, Job, Measurement, calibration, load
 from matplotlib.figure import Figure
-from page import Page, filled
+from page import Page, beside_dense, draw_intervals, filled, told
 from studies.kvpress.protocol import FOLLOWING, Row, asked_documents, context_of, digest, put_through
 from torch import Tensor
 
@@ -129,17 +128,15 @@ def page(context: Context) -> Page:
     beside = [told(row, dense) for row in rows]
     later, known = ([row for row in beside if row.question == question] for question in ("later", "known"))
     markdown = filled(
-        "kvpress",
+        globals(),
+        FOLLOWING=FOLLOWING,
         count=len(asked_documents()),
-        length=LENGTH,
         facts=len(asked_documents()[0].questions),
-        asked=dense.asked,
+        dense=dense,
         context=round(mean(len(context_of(one)) for one in asked_documents())),
-        following=FOLLOWING,
         later=sorted(later, key=lambda row: (-row.attended, row.method)),
         known=sorted(known, key=lambda row: (-row.attended, row.method)),
         known_asked=known[0].asked,
-        local=LOCAL,
     )
     formats = {"number": ".4f", "losses": ".5f", "seconds": ".1f"}
     return Page(markdown, draw(later, known, dense), {"kvpress": list(map(vars, rows))}, dpi=150, formats=formats)
@@ -163,4 +160,4 @@ def draw(later: list[Any], known: list[Any], dense: Row) -> Figure:
     loss.set_title("Plain text after the context", fontsize=10)
     facts.set(xlabel="keys attended to while answering, %", xlim=(0, 100))
     loss.set(xlabel="keys attended to, %, as on the left", xlim=(0, 100))
-    return finish(figure, dense)
+    return beside_dense(figure, dense)

@@ -50,14 +50,12 @@ class Page:
         markdown: The text. It links the picture as `NAME.png`.
         picture: Saved as `NAME.png`; None for no picture.
         tables: By name without suffix, rows that are saved as CSV.
-        dpi: Dots per inch of the picture.
         formats: How the floats of the tables are written, see `csv_text`: `number`, and columns by name.
     """
 
     markdown: str
     picture: Figure | None = None
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    dpi: int = 120
     formats: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -53,7 +53,7 @@ def write(page: Page, name: str, pages: Path, tables: Path) -> None:
     tables.mkdir(parents=True, exist_ok=True)
     (pages / f"{name}.md").write_text(page.markdown, encoding="utf-8")
     if page.picture is not None:
-        page.picture.savefig(pages / f"{name}.png", dpi=page.dpi)
+        page.picture.savefig(pages / f"{name}.png")
     for table, rows in page.tables.items():
         (tables / f"{table}.csv").write_text(csv_text(rows, **page.formats), encoding="utf-8")
 

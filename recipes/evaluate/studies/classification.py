@@ -82,7 +82,7 @@ def page(context: Context) -> Page:
 
 def draw(place: Recorded) -> Figure:
     """Draw recall and missed mass against open fraction, and recall of each layer."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), dpi=120, layout="constrained")
     axes: Any = figure.subplots(1, 3)
     recall, missed, layers = axes
     for name in place.estimates:

@@ -177,7 +177,7 @@ def quantiles(counts: np.ndarray) -> np.ndarray:
 
 def draw(heads: list[dict[str, Any]], chosen: dict[str, dict[str, Any]], curves: dict[str, np.ndarray]) -> Figure:
     """Draw QQ plots of three heads, and every head's rank correlation against its top key's share."""
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
     axes: Any = figure.subplots(1, 4)
     scatter = axes[3]
     expected = [NormalDist().inv_cdf(share) for share in SHARES]

@@ -130,12 +130,12 @@ MEASURED = (READ, ROWS)
 def page(context: Context) -> Page:
     """Show what each target promises and keeps."""
     rows = ROWS.rows(context)
-    return Page(filled(globals(), rows=rows), draw(rows), dpi=150)
+    return Page(filled(globals(), rows=rows), draw(rows))
 
 
 def draw(rows: list[Row]) -> Figure:
     """Draw the distribution over splits as a share of alpha."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     for axes, scope in zip(figure.subplots(1, 2, sharey=True), SCOPES, strict=True):
         chosen = [row for row in rows if row.scope == scope]
         places = range(1, len(chosen) + 1)

@@ -77,7 +77,7 @@ def page(context: Context) -> Page:
 
 def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) -> Figure:
     """Draw heads by task above, heat maps and lengths below."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 8), dpi=120, layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     dots: Any = upper.subplots(2, 1, sharex=True)
     ordered = sorted(heads, key=lambda head: -head["oracle_all"])

@@ -131,7 +131,7 @@ def documents(name: str) -> list[Document]:
 def recorded(name: str, count: int | None = None) -> list[list[Call]]:
     """Read documents, or the first few, with dense attention; returns the calls by layer."""
     calls: list[list[Call]] = [[] for _ in range(load()[0].config.num_hidden_layers)]
-    read_densely(documents(name)[:count], lambda layer, inputs: calls[layer].append(Call.of(inputs)))
+    read_densely(documents(name)[:count], lambda layer, inputs: calls[layer].append(Call(inputs)))
     return calls
 
 
@@ -193,7 +193,7 @@ def run(context: Context, name: str, target: float) -> Row:
 
     def observer(layer: int, inputs: AttentionInputs, _: Any) -> Attended:
         asked = inputs.regions.asked[0]
-        call = Call.of(inputs)
+        call = Call(inputs)
         mass = torch.full(inputs.query.shape[:3], -torch.inf)
         mass[0, :, asked] = with_margins(candidates[layer](call).flatten(0, 1), threshold[layer])
         attended = blockwise_attend(inputs, mass, 0.0)
@@ -238,12 +238,12 @@ def page(context: Context) -> Page:
     )
     shown = [{name: value for name, value in vars(one).items() if name != "thresholds"} for one in fits]
     tables = {"estimates": [vars(row) for row in rows], "estimates.dense": shown}
-    return Page(markdown, draw(beside, dense), tables, dpi=150, formats={"number": ".5f"})
+    return Page(markdown, draw(beside, dense), tables, formats={"number": ".5f"})
 
 
 def draw(rows: list[Any], dense: Row) -> Figure:
     """Draw facts and text loss against open fraction for candidates with several rows."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.8), dpi=150, layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for name, (colour, style) in STYLES.items():
         names = (name, *FIXED_GUARDED) if name == "guarded" else (name,)

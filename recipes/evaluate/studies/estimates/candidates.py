@@ -7,7 +7,7 @@ far keys in whole chunks only, as the library does, and scale up to the true num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -19,49 +19,33 @@ from patchattn.call.masses import exact_masses
 from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments, log_mass_of_gaussian
 
 
-@dataclass(frozen=True)
 class Call:
     """The pairs of one attention call that are asked.
 
-    Args:
+    Attributes:
         query: [kv_heads, group, asked, dim], times the scale.
         key: [kv_heads, keys, dim]; the keys after the sink, of which query `i` has the first `n[i]` in its bulk.
         value: [kv_heads, keys, dim].
-        n: [asked] number of bulk keys.
+        n: [asked] number of bulk keys; `log_n` is its logarithm.
         local: [kv_heads, group, asked] log mass of the local keys, nats.
-        inputs: The whole call.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    n: Tensor
-    local: Tensor
-    inputs: AttentionInputs
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._inputs, sink = inputs, inputs.regions.sink_size
+        self.query = self._asked(inputs.query) * inputs.scale
+        self.key, self.value = inputs.key[0, :, sink:].float(), inputs.value[0, :, sink:].float()
+        self.n = inputs.regions.n_bulk[0][inputs.regions.asked[0]]
+        self.log_n = self.n.float().log()
+        self.local = self._asked(attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass)
 
-    @classmethod
-    def of(cls, inputs: AttentionInputs) -> Call:
-        """Take the pairs that are asked out of a call."""
-        regions, key, value = inputs.regions, inputs.key[0].float(), inputs.value[0].float()
-        local = attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass
-        return cls(
-            grouped(inputs, inputs.query) * inputs.scale,
-            key[:, regions.sink_size :],
-            value[:, regions.sink_size :],
-            regions.n_bulk[0][regions.asked[0]],
-            grouped(inputs, local),
-            inputs,
-        )
+    def _asked(self, x: Tensor) -> Tensor:
+        """Take the pairs that are asked, [1, heads, query, ...] -> [kv_heads, group, asked, ...]."""
+        return x[0][:, self._inputs.regions.asked[0]].float().unflatten(0, (len(self._inputs.key[0]), -1))
 
     @cached_property
     def bulk(self) -> Tensor:
         """Exact log mass of the bulk keys, [kv_heads, group, asked] nats."""
-        return grouped(self.inputs, exact_masses(self.inputs)[0].bulk)
-
-    @property
-    def log_n(self) -> Tensor:
-        """Log of the number of bulk keys, [asked]."""
-        return self.n.float().log()
+        return self._asked(exact_masses(self._inputs)[0].bulk)
 
     @property
     def share(self) -> Tensor:
@@ -71,11 +55,6 @@ class Call:
 
 Candidate = Callable[[Call], Tensor]
 """Estimates [kv_heads, group, asked] nats; NaN, which opens, where nothing is known yet."""
-
-
-def grouped(inputs: AttentionInputs, x: Tensor) -> Tensor:
-    """Take the pairs that are asked, [1, heads, query, ...] -> [kv_heads, group, asked, ...]."""
-    return x[0][:, inputs.regions.asked[0]].float().unflatten(0, (inputs.key.shape[1], -1))
 
 
 def exact(call: Call) -> Tensor:

@@ -81,7 +81,7 @@ def page(context: Context) -> Page:
             [one for one in listed if one.place[:2] == ("facts", length)],
             [f"{length:,} tokens", "setting", *(f"window {window}" for window in WINDOWS)],
             [("facts", length, window) for window in WINDOWS],
-            lambda one: f"{percent(one.open_fraction)} / {one.exact.value:.3f} / {one.rise.value:+.2%}",
+            lambda one: f"{percent(one.open_fraction)} / {one.facts.value:.3f} / {one.rise.value:+.2%}",
             # The gates at `FULL` have their own table: here only what the other windows have too.
             least=2 if length == FULL[1] else 1,
         )
@@ -115,7 +115,7 @@ def page(context: Context) -> Page:
 
 def draw(full: Sequence[Summary]) -> Figure:
     """Draw exact match and text loss against open fraction, one row for each group of curves."""
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     grid: Any = figure.subplots(2, 2)
     dense, closed = (next(one for one in full if one.family == name) for name in ("open", "closed"))
     note = {"color": "dimgrey", "fontsize": 9}
@@ -127,13 +127,13 @@ def draw(full: Sequence[Summary]) -> Figure:
             line = "--" if family in (*_WITHOUT_MOMENTS, "risk, mean over heads") else "-"
             style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 6, "linewidth": 1.6}
             style["label"] = label(family).replace(", calibration moments", "")
-            facts.plot(x, [one.exact.value for one in curve], **style)
+            facts.plot(x, [one.facts.value for one in curve], **style)
             loss.plot(x, [100 * one.rise.value for one in curve], **style)
-        facts.axhspan(dense.exact.low, dense.exact.high, color="grey", alpha=0.15, lw=0)
-        facts.axhline(dense.exact.value, color="grey", lw=1)
-        facts.text(0.85, dense.exact.value + 0.035, "dense, 95%", **note)
-        facts.axhline(closed.exact.value, color="grey", lw=1, ls=":")
-        facts.text(100, closed.exact.value + 0.01, "closed", **note, ha="right")
+        facts.axhspan(dense.facts.low, dense.facts.high, color="grey", alpha=0.15, lw=0)
+        facts.axhline(dense.facts.value, color="grey", lw=1)
+        facts.text(0.85, dense.facts.value + 0.035, "dense, 95%", **note)
+        facts.axhline(closed.facts.value, color="grey", lw=1, ls=":")
+        facts.text(100, closed.facts.value + 0.01, "closed", **note, ha="right")
         loss.axhline(0, color="grey", lw=1)
         loss.axhline(100 * closed.rise.value, color="grey", lw=1, ls=":")
         loss.text(100, 100 * closed.rise.value + 0.04, "closed", **note, ha="right")

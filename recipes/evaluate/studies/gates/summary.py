@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from context import Answered
 from page import STYLES, label
 from studies.gates.grid import Place, Scored
 
-from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums, share
+from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums
 
 AREA = (0.05, 0.30)
 """Open fractions that curves are averaged between."""
@@ -17,7 +19,8 @@ AREA = (0.05, 0.30)
 FAMILIES = ("stock", "open", "closed", *STYLES)
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary(Answered):
     """One gate in one place beside dense attention on the same documents; intervals by bootstrap over documents.
 
     `lost` is exact match below dense attention, in points, `rise` text loss above it, as a fraction; `loss` is in nats
@@ -43,11 +46,6 @@ class Summary(NamedTuple):
         return label(self.family)
 
     @property
-    def exact(self) -> Interval:
-        """Share of right answers with its Wilson interval."""
-        return share(self.right, self.asked)
-
-    @property
     def points(self) -> Interval:
         """Exact match above dense attention, in points."""
         return Interval(-self.lost.value, -self.lost.high, -self.lost.low)
@@ -69,7 +67,7 @@ class Summary(NamedTuple):
             "exact_high,points_below_dense,points_low,points_high,text_loss,loss_rise,rise_low,rise_high"
         )
         about = (*self.place, self.name, self.setting, self.documents, self.open_fraction, self.density)
-        answers = (self.right, self.asked, *self.exact, *self.lost, self.loss, *self.rise)
+        answers = (self.right, self.asked, *self.facts, *self.lost, self.loss, *self.rise)
         return dict(zip(names.split(","), about + answers, strict=True))
 
 

@@ -139,12 +139,12 @@ def page(context: Context) -> Page:
         known_asked=known[0].asked,
     )
     formats = {"number": ".4f", "losses": ".5f", "seconds": ".1f"}
-    return Page(markdown, draw(later, known, dense), {"kvpress": list(map(vars, rows))}, dpi=150, formats=formats)
+    return Page(markdown, draw(later, known, dense), {"kvpress": list(map(vars, rows))}, formats=formats)
 
 
 def draw(later: list[Any], known: list[Any], dense: Row) -> Figure:
     """Draw facts and text loss against the share of keys attended to."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for method, (colour, style) in STYLES.items():
         of_method = sorted((row for row in later if row.method == method), key=lambda row: row.attended)

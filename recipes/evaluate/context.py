@@ -30,7 +30,11 @@ LENGTH, WINDOW, SINK = 4096, 256, 16
 """What studies at one length and window only have, tokens."""
 
 POLICY = Policy(sink_size=SINK, window_size=WINDOW, min_bulk=0, gate=OpenGate())
-KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {"facts": ("fact",) * 9, "chains and lists": ("chain", "list") * 3}
+KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {
+    "facts": ("fact",) * 9,
+    "chains and lists": ("chain", "list") * 3,
+    "plain text": (),
+}
 """What is planted and asked for, in every 1,024 tokens."""
 
 TASKS = ("plain text", "planted line", "question", "answer")
@@ -125,12 +129,12 @@ def document(kinds: str, length: int, seed: str) -> Document:
     return make_document(text(), load()[1], length=length, kinds=planted, seed=seed)
 
 
-def facts(seed: str, count: int, length: int = LENGTH) -> list[Document]:
-    """Make documents with facts, numbered from 0."""
-    return [document("facts", length, f"{seed}/{at}") for at in range(count)]
+def documents(seed: str, count: int, *, length: int = LENGTH, kinds: str = "facts") -> list[Document]:
+    """Make documents, numbered from 0."""
+    return [document(kinds, length, f"{seed}/{at}") for at in range(count)]
 
 
-def read_densely(documents: Iterable[Document], visit: Callable[[int, AttentionInputs], object]) -> None:
+def read_densely(listed: Iterable[Document], visit: Callable[[int, AttentionInputs], object]) -> None:
     """Show the layer and the inputs of every attention call while documents are read under `POLICY`."""
 
     def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
@@ -138,7 +142,7 @@ def read_densely(documents: Iterable[Document], visit: Callable[[int, AttentionI
         return attend()
 
     with patch(load()[0], POLICY, record=None) as handle, observing(handle, observer):
-        for one in documents:
+        for one in listed:
             read_document(load()[0], torch.tensor(one.token_ids))
 
 

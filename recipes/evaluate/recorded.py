@@ -224,3 +224,8 @@ def recorded(context: Context) -> dict[tuple[int, int], Recorded]:
     rows = MARGINS.rows(context)
     of_length = {length: [row for row in rows if row.length == length] for length in LENGTHS}
     return {(length, window): Recorded(of_length[length], window) for length in LENGTHS for window in WINDOWS}
+
+
+def by_window(found: Mapping[tuple[int, int], Recorded], length: int, gate: str) -> dict[int, Confusion]:
+    """What a gate decides at one length and the default threshold."""
+    return {window: found[length, window].confusion(gate, DEFAULT) for window in WINDOWS}

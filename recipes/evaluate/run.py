@@ -49,8 +49,8 @@ def _measure(measure: Callable[..., Any], context: Context, job: Job) -> Any:
 
 def write(page: Page, name: str, pages: Path, tables: Path) -> None:
     """Write a page and its picture into one folder, its tables into another."""
-    pages.mkdir(parents=True, exist_ok=True)
-    tables.mkdir(parents=True, exist_ok=True)
+    for folder in (pages, tables):
+        folder.mkdir(parents=True, exist_ok=True)
     (pages / f"{name}.md").write_text(page.markdown, encoding="utf-8")
     if page.picture is not None:
         page.picture.savefig(pages / f"{name}.png")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from context import Answered, Context, Measurement, calibration, facts, load
+from context import Answered, Context, Measurement, calibration, documents, load
 from page import Page, filled
 
 from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, StaticGate, patch
@@ -48,7 +48,7 @@ def measure(_: Context, gate: str) -> Row:
     measured, (model, _) = calibration("bfloat16"), load(torch.bfloat16)
     policy = measured.policy.model_copy(update={"gate": gates()[gate], "min_bulk": 0})
     with patch(model, policy, calibration=measured) as handle:
-        found = teacher_forced(model, facts("calibrated", DOCUMENTS))
+        found = teacher_forced(model, documents("calibrated", DOCUMENTS))
     opened = handle.report().open_fraction("prefill")
     return Row(gate, opened, found.right["fact"], found.asked["fact"], found.text_loss)
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from context import LENGTHS, WINDOWS, Context
+from context import LENGTHS, Context
 from matplotlib.figure import Figure
 from page import STYLES, Page, filled, label, open_axis, tidy
-from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, recorded
+from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, by_window, recorded
 
 MEASURED = (MARGINS,)
 
@@ -68,11 +68,7 @@ def page(context: Context) -> Page:
         ],
         answering=map(answering, place.estimates),
         places=[
-            {
-                "length": length,
-                "name": label(name),
-                "at": {w: found[length, w].confusion(name, DEFAULT) for w in WINDOWS},
-            }
+            {"length": length, "name": label(name), "at": by_window(found, length, name)}
             for length in LENGTHS
             for name in prompt
         ],

@@ -8,7 +8,7 @@ import numpy as np
 from context import LENGTHS, TASKS, WINDOWS, Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, tidy
-from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, mean_and_deviation, recorded
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, by_window, mean_and_deviation, recorded
 
 MEASURED = (MARGINS,)
 
@@ -63,11 +63,7 @@ def page(context: Context) -> Page:
         layers=[row for at in range(place.layers) for row in layer(str(at), slice(at, at + 1))],
         all_layers=layer("**all**", slice(None)),
         places=[
-            {
-                "length": length,
-                "gate": name,
-                "open": {w: found[length, w].confusion(gate, DEFAULT)["open"] for w in WINDOWS},
-            }
+            {"length": length, "gate": name, "at": by_window(found, length, gate)}
             for length in LENGTHS
             for name, gate in (*GATES.items(), ("saturating", "prompt/saturating"))
         ],
@@ -105,7 +101,7 @@ def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) ->
     lengths = maps[2]
     for window, colour in zip(WINDOWS, (SKY, BLUE, BLACK), strict=True):
         for (name, gate), line in zip(GATES.items(), ("--", "-"), strict=True):
-            y = [100 * found[length, window].confusion(gate, DEFAULT).value("open") for length in LENGTHS]
+            y = [100 * by_window(found, length, gate)[window].value("open") for length in LENGTHS]
             lengths.plot(LENGTHS, y, line, marker="o", ms=4, color=colour)
             style = {"textcoords": "offset points", "color": colour, "fontsize": 9}
             lengths.annotate(f"{name}, {window}", (LENGTHS[-1], y[-1]), (6, -3), **style)

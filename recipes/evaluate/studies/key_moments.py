@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, facts, load, read_densely
+from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, documents, load, read_densely
 from page import Page, filled
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def moments_of_text() -> tuple[dict[tuple[int, int], KeyMoments], dict[int, Rota
         for count in {*GRID, *FIVE}:
             add(after, (layer, count), keys[:, None, :count])
 
-    read_densely(facts("calibrate", MEASURED_ON), visit)
+    read_densely(documents("calibrate", MEASURED_ON), visit)
     rotated = {at: KeyMoments(one.count, one.mean.float(), one.covariance.float()) for at, one in after.items()}
     means = {layer: (one.mean.float(), one.covariance.float()) for layer, one in before.items()}
     return rotated, {layer: RotaryMoments(*one, rotation.frequencies) for layer, one in means.items()}
@@ -115,7 +115,7 @@ SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
 def judged() -> list[tuple[int, AttentionInputs, Masses]]:
     """Read the documents that sources are judged on; layer, inputs and exact masses of every call."""
     found = []
-    dense = facts("moments", JUDGED_ON)
+    dense = documents("moments", JUDGED_ON)
     read_densely(dense, lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0])))
     return found
 
@@ -153,7 +153,7 @@ def measure(_: Context, source: str) -> Row:
         return blockwise_attend(inputs, SOURCES[source](layer, inputs, "guarded"), MARGIN)
 
     with patch(load()[0], POLICY) as handle, observing(handle, observer):
-        found = teacher_forced(load()[0], facts("moments", JUDGED_ON))
+        found = teacher_forced(load()[0], documents("moments", JUDGED_ON))
     opened = handle.report().open_fraction("prefill")
     return Row(source, accuracy, opened, found.right["fact"], found.asked["fact"], found.text_loss)
 

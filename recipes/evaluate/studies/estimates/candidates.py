@@ -79,16 +79,13 @@ def prefix_moments(call: Call) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def gaussian(estimate: Estimate, freezing: float = 1.0) -> Candidate:
-    """One Gaussian for all far keys: the library's estimates; `guarded` may freeze elsewhere than the theory says."""
+def gaussian(estimate: Estimate, *, freezing: float = torch.inf) -> Candidate:
+    """One Gaussian for all far keys, as the library has it; opens above a multiple of the theory's freezing point."""
 
     def mass(call: Call) -> Tensor:
         mean, variance = prefix_moments(call)
-        kind = "saturating" if estimate == "guarded" else estimate
-        found = log_mass_of_gaussian(call.n, mean, variance, estimate=kind)
-        if estimate == "guarded":
-            found = torch.where(variance > 2 * freezing * call.log_n, torch.inf, found)
-        return found
+        found = log_mass_of_gaussian(call.n, mean, variance, estimate=estimate)
+        return torch.where(variance > 2 * freezing * call.log_n, torch.inf, found)
 
     return mass
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from context import LENGTH, Answered, facts, load, text
+from context import Answered, documents, load
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from patchattn.evaluation.documents import Document, make_document
+from patchattn.evaluation.documents import Document
 from patchattn.hf.architecture import with_cache
 
 DOCUMENTS = 6
@@ -67,20 +66,17 @@ class Row(Answered):
 
 def asked_documents() -> list[Document]:
     """Make the documents with facts."""
-    return facts("kvpress", DOCUMENTS)
+    return documents("kvpress", DOCUMENTS)
 
 
-@cache
-def plain_documents() -> list[list[int]]:
-    """Make the documents of plain text, which are token ids."""
-    seeds = [f"kvpress/plain/{at}" for at in range(DOCUMENTS)]
-    made = [make_document(text(), load()[1], length=LENGTH, kinds=(), seed=seed) for seed in seeds]
-    return [list(one.token_ids) for one in made]
+def plain_documents() -> list[Document]:
+    """Make the documents of plain text."""
+    return documents("kvpress/plain", DOCUMENTS, kinds="plain text")
 
 
 def digest() -> str:
     """Say in a few letters which tokens the model reads."""
-    ids = [list(one.token_ids) for one in asked_documents()] + plain_documents()
+    ids = [list(one.token_ids) for one in asked_documents() + plain_documents()]
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
 
 
@@ -125,8 +121,8 @@ def ask(row: Row, press: Press) -> None:
 
 def predict(row: Row, press: Press) -> None:
     """Read each plain text but for its end, then predict that."""
-    for ids in plain_documents():
-        begin, rest = ids[:-FOLLOWING], ids[-FOLLOWING:]
+    for one in plain_documents():
+        begin, rest = list(one.token_ids[:-FOLLOWING]), list(one.token_ids[-FOLLOWING:])
         logits = following(read(begin, press)[0], rest, len(begin))
         row.losses += (functional.cross_entropy(logits[:-1], torch.tensor(rest[1:])).item(),)
 

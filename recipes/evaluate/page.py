@@ -66,7 +66,7 @@ def filled(study: Mapping[str, Any], **values: object) -> str:
         study: The study's `globals()`, whose constants are fields too, as are those of `context`.
         values: The other fields.
 
-    A line that begins with `{each NAME}` is written for each of the rows of that name, and its fields are theirs.
+    A line that begins with `{each NAME}` is written for each of the rows of that name, and its fields are theirs first.
     """
     name = study["__name__"].rpartition(".")[2]
     text = (Path(__file__).parent / "pages" / f"{name}.md").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def filled(study: Mapping[str, Any], **values: object) -> str:
     for line in text.split("\n"):
         each = re.fullmatch(r"\{each (\w+)\}(.*)", line)
         form, rows = (each[2], values[each[1]]) if each else (line, [values])
-        written += [_Fields().vformat(form, (), row) for row in rows]
+        written += [_Fields().vformat(form, values, row) for row in rows]
     return "\n".join(written)
 
 
@@ -85,8 +85,8 @@ class _Fields(string.Formatter):
     Intervals are written as numbers are, with their ends in brackets, after `-` or, where the format ends so, ` to`.
     """
 
-    def get_value(self, key: Any, args: Any, row: Any) -> Any:
-        return row[key] if isinstance(row, Mapping) else getattr(row, key)
+    def get_value(self, key: Any, page: Any, row: Any) -> Any:
+        return (row if key in row else page)[key] if isinstance(row, Mapping) else getattr(row, key)
 
     def format_field(self, value: Any, how: str) -> str:
         if value is None or value != value:

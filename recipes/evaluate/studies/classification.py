@@ -14,7 +14,7 @@ from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHO
 MEASURED = (MARGINS,)
 
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9)
-GUARDED = "prompt/guarded"
+GUARDED, *_ = PROMPT = ("prompt/guarded", "prompt/saturating", "prompt/lognormal")
 GOAL = 0.95
 
 
@@ -38,13 +38,15 @@ def page(context: Context) -> Page:
     against = {threshold: place.confusion(GUARDED, threshold, oracle=DEFAULT) for threshold in THRESHOLDS}
     reached = next((threshold for threshold, one in against.items() if one.value("recall") >= GOAL), None)
 
-    prompt = (GUARDED, "prompt/saturating", "prompt/lognormal")
-
-    def answering(name: str) -> dict[str, Any]:
-        layers = [place.confusion(name, DEFAULT, layer=at, answering=True) for at in range(place.layers)]
-        by_layer = " / ".join(f"{layer.value('recall'):.2f}" for layer in layers)
-        one = place.confusion(name, DEFAULT, answering=True)
-        return {"name": label(name), "one": one, "threshold": DEFAULT, "by_layer": by_layer}
+    def about(name: str) -> dict[str, Any]:
+        layers = range(place.layers)
+        return {
+            "name": label(name),
+            "one": place.confusion(name, DEFAULT),
+            "at": [place.confusion(name, threshold, oracle=DEFAULT) for threshold in THRESHOLDS],
+            "answering": place.confusion(name, DEFAULT, answering=True),
+            "by_layer": [place.confusion(name, DEFAULT, layer=layer, answering=True) for layer in layers],
+        }
 
     markdown = filled(
         globals(),
@@ -61,16 +63,11 @@ def page(context: Context) -> Page:
             for threshold in SHOWN
             for at, name in ((None, f"**{threshold}**"), *((at, f"{threshold}") for at in range(place.layers)))
         ],
-        estimates=[{"name": label(name), "one": place.confusion(name, DEFAULT)} for name in place.estimates],
-        thresholds=[
-            {"name": label(name), "at": [place.confusion(name, each, oracle=DEFAULT) for each in THRESHOLDS]}
-            for name in place.estimates
-        ],
-        answering=map(answering, place.estimates),
+        estimates=list(map(about, place.estimates)),
         places=[
             {"length": length, "name": label(name), "at": by_window(found, length, name)}
             for length in LENGTHS
-            for name in prompt
+            for name in PROMPT
         ],
     )
     return Page(markdown, draw(place), {"classification": list(every_measure(found))})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from context import Context, Job, Measurement, document, load
+from context import Context, Measurement, document, load
 from matplotlib.figure import Figure
 from page import Page, filled
 from torch import Tensor
@@ -116,14 +116,10 @@ def measure(context: Context, alpha: float, scope: Any) -> Row:
     return Row(alpha, scope, *map(float, means), tuple(missed.mean((1, 2)).tolist()), *map(float, patched_means))
 
 
-def targets(_: Context) -> list[Job]:
-    """List the targets that half of the documents can carry."""
-    every = [RiskTarget(alpha=alpha, scope=scope) for scope in SCOPES for alpha in ALPHAS]
-    return [(target.alpha, target.scope) for target in every if documents_needed(target) <= HALF]
-
-
+EVERY = [RiskTarget(alpha=alpha, scope=scope) for scope in SCOPES for alpha in ALPHAS]
+TARGETS = [(target.alpha, target.scope) for target in EVERY if documents_needed(target) <= HALF]
 READ = Measurement("guarantee-documents", Read, ("document",), lambda _: [(at,) for at in range(DOCUMENTS)], read)
-ROWS = Measurement("guarantee", Row, ("alpha", "scope"), targets, measure)
+ROWS = Measurement("guarantee", Row, ("alpha", "scope"), lambda _: TARGETS, measure)
 MEASURED = (READ, ROWS)
 
 

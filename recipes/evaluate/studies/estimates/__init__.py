@@ -11,8 +11,8 @@ import torch
 from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, load, read_densely, text
 from matplotlib.figure import Figure
 from page import Page, beside_dense, draw_intervals, filled, told
-from studies.estimates.candidates import Call, Candidate, boxes, exact, expected_bulk, gaussian, low_rank, mixture
-from studies.estimates.learned import common_threshold, fit_probe, thresholds_by_head
+from studies.estimates import candidates
+from studies.estimates.candidates import Call, Candidate, boxes, exact, gaussian, low_rank, mixture
 from torch import Tensor
 
 from patchattn import patch
@@ -146,7 +146,7 @@ def by_layer(name: str) -> list[Candidate]:
     candidate, _ = CANDIDATES[name]
     if candidate is not None:
         return [candidate] * load()[0].config.num_hidden_layers
-    return [fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(fitted_on(name))]
+    return [candidates.fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(fitted_on(name))]
 
 
 def margins(name: str, calls: list[list[Call]]) -> Tensor:
@@ -164,10 +164,10 @@ def fit(_: Context, full_name: str) -> Fit:
     calls, held = recorded(fitted_on(name)), recorded("held", 1)
     found = margins(name, calls)
     if full_name == name:
-        chosen = [common_threshold(found, fraction) for fraction in FRACTIONS]
+        chosen = [candidates.common_threshold(found, fraction) for fraction in FRACTIONS]
     else:
         share = torch.sigmoid(-margins("oracle", calls))
-        chosen = [thresholds_by_head(found, share, fraction) for fraction in FRACTIONS]
+        chosen = [candidates.thresholds_by_head(found, share, fraction) for fraction in FRACTIONS]
     threshold = torch.stack(chosen)[..., None]
     found, true = margins(name, held), margins("oracle", held)
     known = found.isfinite() & true.isfinite()
@@ -185,20 +185,20 @@ def run(context: Context, name: str, target: float) -> Row:
     model, _ = load()
     shape = model.config.num_hidden_layers, model.config.num_attention_heads
     if name in FIXED:
-        candidates, threshold = by_layer("guarded"), torch.full(shape, FIXED[name])
+        chosen, threshold = by_layer("guarded"), torch.full(shape, FIXED[name])
     else:
         fitted = FITS.done(context)[(name.removesuffix(EXPECTED),)]
-        candidates = by_layer(fitted.candidate.removesuffix(BY_HEAD))
+        chosen = by_layer(fitted.candidate.removesuffix(BY_HEAD))
         threshold = torch.tensor(fitted.thresholds[FRACTIONS.index(target)]).view(shape)
 
     def observer(layer: int, inputs: AttentionInputs, _: Any) -> Attended:
         asked = inputs.regions.asked[0]
         call = Call(inputs)
         mass = torch.full(inputs.query.shape[:3], -torch.inf)
-        mass[0, :, asked] = with_margins(candidates[layer](call).flatten(0, 1), threshold[layer])
+        mass[0, :, asked] = with_margins(chosen[layer](call).flatten(0, 1), threshold[layer])
         attended = blockwise_attend(inputs, mass, 0.0)
         if name.endswith(EXPECTED):
-            bulk, expected = expected_bulk(call)
+            bulk, expected = candidates.expected_bulk(call)
             share = torch.sigmoid(bulk - call.local).flatten(0, 1).masked_fill(attended.open[0, :, asked], 0)
             output = attended.output[0, :, asked]
             attended.output[0, :, asked] = output.lerp(expected.flatten(0, 1), share[..., None])

@@ -53,11 +53,7 @@ def goals(full: Sequence[Summary]) -> dict[str, Summary]:
 
 
 def across(
-    listed: Iterable[Summary],
-    head: Sequence[str],
-    places: Sequence[Any],
-    cell: Callable[[Summary], str],
-    least: int = 1,
+    listed: Iterable[Summary], head: list[str], places: list[Any], cell: Callable[[Summary], str], least: int = 1
 ) -> str:
     """Write gates down and places across; leaves out gates that fewer than `least` places have."""
     at: dict[tuple[str, str], dict[Any, str]] = {}
@@ -98,7 +94,7 @@ def page(context: Context) -> Page:
         dense=[one for one in full if one.family in ("stock", "open")],
         gated=[one for one in full if one.family not in ("stock", "open")],
         AREA=AREA,
-        areas=[one._asdict() | {"name": label(one.family)} for one in areas(rows, FULL)],
+        areas=areas(rows, FULL),
         floors=[{"length": length, "at": {w: ranked[length, w].floor for w in WINDOWS}} for length in LENGTHS],
         counts=", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS),
         lean="\n\n".join(map(lean, LENGTHS)),

@@ -50,11 +50,6 @@ class Ranking:
         return 1 / (1 + math.exp(-margin))
 
 
-def quantile(ordered: Tensor, fraction: float) -> float:
-    """Margin in nats that so large a fraction of ascending values lies below."""
-    return ordered[min(math.ceil(fraction * len(ordered)), len(ordered) - 1)].item()
-
-
 def rank(length: int, window: int, read: Iterable[tuple[Mapping[int, Margins], Tensor]]) -> Ranking:
     """Rank by the margins of each document, by layer, and the task of each of its tokens, an index into `TASKS`."""
     pooled: dict[str, list[Tensor]] = {}
@@ -69,7 +64,10 @@ def rank(length: int, window: int, read: Iterable[tuple[Mapping[int, Margins], T
             for ranks, values in ((opened, margins.opens(ORACLE_THRESHOLD)), (answering, shares)):
                 ranks.update({(layer, head): value for head, value in enumerate(values.double().mean(1).tolist())})
     ordered = {gate: torch.cat(parts).sort().values for gate, parts in pooled.items()}
-    quantiles = {gate: {share: quantile(values, share) for share in FRACTIONS} for gate, values in ordered.items()}
+    quantiles = {
+        gate: {share: values[min(math.ceil(share * len(values)), len(values) - 1)].item() for share in FRACTIONS}
+        for gate, values in ordered.items()
+    }
     floor = {gate: (values == -math.inf).double().mean().item() for gate, values in ordered.items()}
     heads, heads_answering = ([head for head, _ in ranks.most_common()] for ranks in (opened, answering))
     return Ranking(length, window, quantiles, floor, heads, heads_answering)

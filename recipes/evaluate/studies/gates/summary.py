@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from context import Answered
@@ -112,15 +112,6 @@ def summaries(rows: Iterable[Scored], *, kind: str | None = None) -> list[Summar
     return sorted(listed, key=lambda one: (FAMILIES.index(one.family), one.open_fraction, one.setting))
 
 
-class Area(NamedTuple):
-    """A curve averaged over the log of the open fraction: answers in points, text loss in percent from dense."""
-
-    family: str
-    lost: Interval | None
-    rise: Interval | None
-    span: tuple[float, float]
-
-
 def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
     """Weigh the points of a curve so that they sum to its average over the logarithm of `x`: its area over its width.
 
@@ -135,8 +126,11 @@ def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((weights[1:] + weights[:-1]) / 2 * steps[:, None]).sum(0) / steps.sum()
 
 
-def areas(rows: Iterable[Scored], place: Place) -> list[Area]:
-    """Average every curve of one place that reaches from one end of `AREA` to the other, the best answers first."""
+def areas(rows: Iterable[Scored], place: Place) -> list[dict[str, Any]]:
+    """Average every curve of one place that reaches from one end of `AREA` to the other, the best answers first.
+
+    `lost` is in points below dense attention, `rise` in percent above it, `span` the open fractions that were measured.
+    """
     found = {key[1:]: of_gate for key, of_gate in _by_gate(rows).items() if key[0] == place}
     every = sorted(set.intersection(*map(set, found.values())))
 
@@ -161,5 +155,5 @@ def areas(rows: Iterable[Scored], place: Place) -> list[Area]:
             below, above = (dense_right - right) @ weights, (losses - dense_losses) @ weights
             lost = bootstrap(below, lambda w, below=below: w @ below)
             rise = bootstrap(above, lambda w, above=above: w @ above / (w @ dense_losses[:, 0]))
-        listed.append(Area(family, lost, rise, (float(x[0]), float(x[-1]))))
-    return sorted(listed, key=lambda one: one.lost.value if one.lost else np.inf)
+        listed.append({"name": label(family), "lost": lost, "rise": rise, "span": (x[0], x[-1])})
+    return sorted(listed, key=lambda one: one["lost"].value if one["lost"] else np.inf)

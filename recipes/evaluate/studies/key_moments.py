@@ -77,16 +77,6 @@ def moments_of_text() -> tuple[dict[tuple[int, int], KeyMoments], dict[int, Rota
     return rotated, {layer: RotaryMoments(*one, rotation.frequencies) for layer, one in means.items()}
 
 
-def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    """Estimate with moments of the sequence's own keys."""
-    return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0]
-
-
-def from_closed_form(layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    """Estimate as `MomentGate(moments="calibration")` does."""
-    return bulk_log_mass_from_text(inputs, moments_of_text()[1][layer], estimate=estimate)
-
-
 def from_lengths(lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
     """Estimate with moments of rotated keys, those of the length nearest to a query's number of bulk keys, by ratio."""
     n_bulk = inputs.regions.n_bulk[:, None, None]
@@ -102,8 +92,10 @@ def from_lengths(lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, 
 
 DENSE = "(dense)"
 SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
-    "prompt": from_prompt,
-    "other text, before RoPE, in closed form": from_closed_form,
+    "prompt": lambda _, inputs, estimate: bulk_log_mass_from_prompt(inputs, estimate=estimate)[0],
+    "other text, before RoPE, in closed form": lambda layer, inputs, estimate: bulk_log_mass_from_text(
+        inputs, moments_of_text()[1][layer], estimate=estimate
+    ),
     "other text, after RoPE, 5 lengths": partial(from_lengths, FIVE),
     "other text, after RoPE, 1 length": partial(from_lengths, (MOST,)),
     f"other text, after RoPE, every {CHUNK} keys": partial(from_lengths, GRID),
@@ -122,13 +114,13 @@ def judged() -> list[tuple[int, AttentionInputs, Masses]]:
 
 def accuracy_of(source: str) -> dict[str, float]:
     """Compare a source with the truth on dense activations, over the pairs with at least a chunk of bulk keys."""
-    by_layer: dict[int, list[Tensor]] = {}
+    masses = []
     for layer, inputs, exact in judged():
-        enough = inputs.regions.n_bulk[0] >= CHUNK
         guesses = [SOURCES[source](layer, inputs, estimate) for estimate in ("saturating", "guarded")]
-        masses = torch.cat([*guesses, exact.bulk, exact.local])[..., enough]
-        by_layer.setdefault(layer, []).append(masses.double())
-    saturating, guarded, bulk, local = torch.cat([torch.cat(calls, dim=-1) for calls in by_layer.values()], dim=1)
+        enough = inputs.regions.n_bulk[0] >= CHUNK
+        masses.append(torch.cat([*guesses, exact.bulk, exact.local])[..., enough].double())
+    by_document = torch.stack(masses).unflatten(0, (JUDGED_ON, -1))  # [documents, layers, masses, heads, pairs]
+    saturating, guarded, bulk, local = by_document.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2)
     bias, spread = (saturating - bulk).mean(-1), (saturating - bulk).std(-1)
     margins = torch.stack([local - saturating, local - bulk], dim=1)
     correlation = torch.stack([torch.corrcoef(of_head)[0, 1] for of_head in margins])

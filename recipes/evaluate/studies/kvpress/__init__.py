@@ -125,7 +125,7 @@ def page(context: Context) -> Page:
     if {row.documents for row in rows} != {digest()}:
         raise ValueError("Rows were measured on documents that are tokenized differently, so they can't be compared.")
     dense = rows[0]
-    beside = [told(row, dense) for row in rows]
+    beside = [told(row, dense) for row in sorted(rows, key=lambda row: (-row.attended, row.method))]
     later, known = ([row for row in beside if row.question == question] for question in ("later", "known"))
     markdown = filled(
         globals(),
@@ -134,8 +134,8 @@ def page(context: Context) -> Page:
         facts=len(asked_documents()[0].questions),
         dense=dense,
         context=round(mean(len(context_of(one)) for one in asked_documents())),
-        later=sorted(later, key=lambda row: (-row.attended, row.method)),
-        known=sorted(known, key=lambda row: (-row.attended, row.method)),
+        later=later,
+        known=known,
         known_asked=known[0].asked,
     )
     formats = {"number": ".4f", "losses": ".5f", "seconds": ".1f"}
@@ -147,7 +147,7 @@ def draw(later: list[Any], known: list[Any], dense: Row) -> Figure:
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for method, (colour, style) in STYLES.items():
-        of_method = sorted((row for row in later if row.method == method), key=lambda row: row.attended)
+        of_method = [row for row in reversed(later) if row.method == method]
         paid, look = [row.attended for row in of_method], {"color": colour, "fmt": style}
         draw_intervals(facts, paid, [row.facts for row in of_method], label=method, **look)
         changes = [Interval(*(100 * end for end in row.loss)) for row in of_method]

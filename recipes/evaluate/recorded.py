@@ -116,7 +116,7 @@ def _measure(_: Context, length: int, index: int) -> Recording:
 MARGINS = Measurement("margins", Recording, ("length", "document"), _jobs, _measure)
 
 
-SHARES = {
+MEASURES = {
     "open": ((0, 1), (0, 1, 2, 3)),
     "oracle_open": ((0, 2), (0, 1, 2, 3)),
     "accuracy": ((0, 3), (0, 1, 2, 3)),
@@ -124,11 +124,9 @@ SHARES = {
     "precision": ((0,), (0, 1)),
     "false_negatives": ((2,), (0, 2)),
     "false_positives": ((1,), (1, 3)),
+    "missed_mass": ((4,), (0, 1, 2, 3)),
 }
-"""Measures as shares of some cells of `Confusion.counts` in others."""
-
-MISSED = "missed_mass"
-"""Measure: mean over pairs of the bulk share that closed heads do not read."""
+"""Shares of some of `Confusion.sums` in others; `missed_mass`: of the attention, what closed heads do not read."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,14 @@ class Confusion:
     """How a gate's decisions compare with the oracle's, over some documents and heads; measures by name.
 
     Args:
-        counts: [documents, 4] pairs: both open, only the gate, only the oracle, both closed.
-        missed: [documents] sum of the bulk shares of the pairs that the gate closes; NaN if not known.
+        sums: [documents, 5] pairs: both open, only the gate, only the oracle, both closed; and the bulk shares of the
+            pairs that the gate closes, NaN if not known.
     """
 
-    counts: np.ndarray
-    missed: np.ndarray
+    sums: np.ndarray
+
+    def _parts(self, measure: str) -> list[np.ndarray]:
+        return [self.sums[:, list(cells)].sum(1) for cells in MEASURES[measure]]
 
     def value(self, measure: str) -> float:
         """A measure over all documents."""
@@ -151,13 +151,7 @@ class Confusion:
     def __getitem__(self, measure: str) -> Interval:
         """A measure with its interval, bootstrap over documents."""
         above, below = self._parts(measure)
-        return bootstrap(self.counts, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
-
-    def _parts(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
-        if measure == MISSED:
-            return self.missed, self.counts.sum(1)
-        above, below = (self.counts[:, list(cells)].sum(1) for cells in SHARES[measure])
-        return above, below
+        return bootstrap(self.sums, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
 
 
 class Recorded:
@@ -200,7 +194,7 @@ class Recorded:
         missed = self.array("missed", gate)[:, layers, :, at:].sum((1, 2, 3))
         opened, closed = pairs[:, :oracle_at].sum(1), pairs[:, oracle_at:].sum(1)  # [documents, gate bins]
         cells = [part.sum(1) for part in (opened[:, :at], closed[:, :at], opened[:, at:], closed[:, at:])]
-        return Confusion(np.stack(cells, axis=1), missed * (np.nan if answering else 1))
+        return Confusion(np.stack([*cells, missed * (np.nan if answering else 1)], axis=1))
 
 
 def mean_and_deviation(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

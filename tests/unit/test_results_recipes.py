@@ -93,7 +93,8 @@ def test_a_page_is_written_with_picture_and_tables(recipe: Any, tmp_path: Path) 
 def test_a_text_is_filled_in(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page, interval = recipe("page"), recipe("patchattn.evaluation.statistics").Interval
     (tmp_path / "pages").mkdir()
-    text = "{made_by}: {LENGTH:,} {GOAL} {facts:.2f} {rise:+.0% to}{unknown}\n{each rows}| {name} | {GOAL} | {loss:.1f} |\n"
+    text = "{made_by}: {LENGTH:,} {GOAL} {facts:.2f} {rise:+.0% to}{unknown}\n"
+    text += "{each rows}| {name} | {GOAL} | {loss:.1f} |\n"
     (tmp_path / "pages" / "one.md").write_text(text)
     monkeypatch.setattr(page, "__file__", str(tmp_path / "page.py"))
     rows = [{"name": "a", "loss": 1.25}, {"name": "b", "loss": math.nan}]
@@ -143,14 +144,15 @@ def test_a_layer_is_reduced_to_what_its_pairs_say(recipe: Any) -> None:
     oracle, gate = margins.opens(0.6), margins.opens(0.6, ("prompt", "guarded"))
     found = place.confusion("prompt/guarded", 0.6)
     cells = [oracle & gate, ~oracle & gate, oracle & ~gate, ~oracle & ~gate]
-    assert found.counts[0].tolist() == [int(cell.sum()) for cell in cells]
-    assert found.missed[0] == pytest.approx(float(margins.bulk_share[~gate].sum()), rel=1e-5)
+    assert found.sums[0, :4].tolist() == [int(cell.sum()) for cell in cells]
+    assert found.sums[0, 4] == pytest.approx(float(margins.bulk_share[~gate].sum()), rel=1e-5)
     recall = float((oracle & gate).sum() / oracle.sum())
     assert (found.value("recall"), found["recall"].value) == pytest.approx((recall, recall))
     answering = (oracle & gate)[:, task == 3]
-    assert place.confusion("prompt/guarded", 0.6, answering=True).counts[0, 0] == int(answering.sum())
-    assert place.confusion("oracle", 0.6).counts[0].tolist() == [int(oracle.sum()), 0, 0, int((~oracle).sum())]
-    assert place.confusion("oracle", 0.6).missed[0] == pytest.approx(float(margins.bulk_share[~oracle].sum()), rel=1e-5)
+    assert place.confusion("prompt/guarded", 0.6, answering=True).sums[0, 0] == int(answering.sum())
+    itself = place.confusion("oracle", 0.6).sums[0]
+    assert itself[:4].tolist() == [int(oracle.sum()), 0, 0, int((~oracle).sum())]
+    assert itself[4] == pytest.approx(float(margins.bulk_share[~oracle].sum()), rel=1e-5)
     by_task = torch.tensor(layer["pairs"]["prompt/guarded"])[:, :, :6].sum((-1, -2))
     assert by_task[:, 1].tolist() == oracle[:, task == 1].sum(1).tolist()
     count, total, squares, _, shares = torch.tensor(layer["of_task"], dtype=torch.double)[:, 2].T

@@ -9,7 +9,7 @@ from typing import Any
 from context import LENGTHS, Context
 from matplotlib.figure import Figure
 from page import STYLES, Page, filled, label, open_axis, tidy
-from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, by_window, recorded
+from recorded import DEFAULT, DOCUMENTS, MARGINS, MEASURES, PLACE, THRESHOLDS, Recorded, by_window, recorded
 
 MEASURED = (MARGINS,)
 
@@ -26,7 +26,7 @@ def every_measure(found: dict[tuple[int, int], Recorded]) -> Iterator[dict[str, 
             recall = one["recall"]
             row = {"length": length, "window": window, "documents": len(place.documents), "estimate": estimate}
             row |= {"threshold": threshold, "layer": "all" if layer is None else layer}
-            row |= {name: one.value(name) for name in (*SHARES, MISSED)}
+            row |= {name: one.value(name) for name in MEASURES}
             yield row | {"recall_low": recall.low, "recall_high": recall.high}
 
 
@@ -84,9 +84,9 @@ def draw(place: Recorded) -> Figure:
         x = [100 * point.value("open") for point in points]
         style = {"color": colour, "marker": marker, "ms": 4, "ls": "-" if name.startswith("prompt/") else ":"}
         recall.plot(x, [point.value("recall") for point in points], **style, label=label(name).replace("moment, ", ""))
-        missed.plot(x, [100 * point.value(MISSED) for point in points], **style)
+        missed.plot(x, [100 * point.value("missed_mass") for point in points], **style)
     points = [place.confusion("oracle", threshold) for threshold in THRESHOLDS]
-    x, y = ([100 * point.value(measure) for point in points] for measure in ("open", MISSED))
+    x, y = ([100 * point.value(measure) for point in points] for measure in ("open", "missed_mass"))
     missed.plot(x, y, "k--o", ms=4)
     missed.annotate("oracle", (x[5], y[5]), (-12, -14), textcoords="offset points", ha="right")
     recall.text(2.2, GOAL + 0.01, f"goal: {GOAL}", color="dimgrey", fontsize=9)

@@ -23,7 +23,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from context import Answered, documents, load
+from context import SINK, Answered, documents, load
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
@@ -162,19 +162,16 @@ def share_of_keys(left: float) -> float:
     return sum(shares) / len(shares)
 
 
-def press_of(method: str, kept: float) -> Press:
-    """Make a press with the defaults of kvpress, but for the sink, which is as long as that of patchattn's policy."""
-    import kvpress  # only its own environment has it
-
-    options = {"n_sink": 16} if method == "StreamingLLM" else {}
-    return getattr(kvpress, f"{method}Press")(compression_ratio=1 - kept, **options)
-
-
 def main() -> None:
     """Measure the row that the command line names."""
+    import kvpress  # only its own environment has it
+
     method, setting, question = sys.argv[1:]
     torch.set_num_threads(1)
-    press = press_of(method, int(setting.removesuffix("% kept")) / 100)
+    # The defaults of kvpress, but for the sink, which is as long as that of patchattn's policy.
+    options = {"n_sink": SINK} if method == "StreamingLLM" else {}
+    kept = int(setting.removesuffix("% kept")) / 100
+    press = getattr(kvpress, f"{method}Press")(compression_ratio=1 - kept, **options)
     row = put_through(Row(method, setting, question), press)
     row.attended = row.read = share_of_keys(row.cache)
     print(json.dumps(asdict(row)))

@@ -12,7 +12,7 @@ from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement
 from matplotlib.figure import Figure
 from page import Page, beside_dense, draw_intervals, filled, told
 from studies.estimates import candidates
-from studies.estimates.candidates import Call, Candidate, boxes, exact, gaussian, low_rank, mixture
+from studies.estimates.candidates import Call, Candidate, boxes, gaussian, low_rank, mixture
 from torch import Tensor
 
 from patchattn import patch
@@ -39,8 +39,11 @@ KEYS, DIM = LENGTH - SINK - WINDOW, 32
 SCORES, MOMENTS = KEYS * DIM, DIM * (DIM + 1)
 LINEAR, QUADRATIC = "probe, linear", "probe, quadratic"
 TRANSFERRED = "probe, quadratic, fitted on other tasks"
+FITTED_ON = {TRANSFERRED: "others"}
+"""Documents that a candidate is fitted and its thresholds are chosen on, where not on facts."""
+
 CANDIDATES: dict[str, tuple[Candidate | None, float]] = {
-    "oracle": (exact, SCORES),
+    "oracle": (lambda call: call.bulk, SCORES),
     "saturating": (gaussian("saturating"), MOMENTS),
     "log-normal": (gaussian("lognormal"), MOMENTS),
     "guarded": (gaussian("saturating", freezing=1), MOMENTS),
@@ -135,33 +138,25 @@ def recorded(name: str, count: int | None = None) -> list[list[Call]]:
     return calls
 
 
-def fitted_on(name: str) -> str:
-    """Name the documents that a candidate is fitted and its thresholds are chosen on."""
-    return "others" if name == TRANSFERRED else "facts"
-
-
 @cache
 def by_layer(name: str) -> list[Candidate]:
     """Return a candidate for each layer, probes fitted."""
     candidate, _ = CANDIDATES[name]
     if candidate is not None:
         return [candidate] * load()[0].config.num_hidden_layers
-    return [candidates.fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(fitted_on(name))]
+    return [candidates.fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(FITTED_ON.get(name, "facts"))]
 
 
 def margins(name: str, calls: list[list[Call]]) -> Tensor:
     """Margins of recorded calls, [layers * heads, documents * pairs] nats."""
-    layers = [
-        torch.cat([(call.local - candidate(call)).flatten(0, 1) for call in of_layer], 1)
-        for candidate, of_layer in zip(by_layer(name), calls, strict=True)
-    ]
-    return torch.cat(layers)
+    layers = zip(by_layer(name), calls, strict=True)
+    return torch.cat([torch.cat([(one.local - mass(one)).flatten(0, 1) for one in some], 1) for mass, some in layers])
 
 
 def fit(_: Context, full_name: str) -> Fit:
     """Choose thresholds on some documents, and compare margins with the true ones on another."""
     name = full_name.removesuffix(BY_HEAD)
-    calls, held = recorded(fitted_on(name)), recorded("held", 1)
+    calls, held = recorded(FITTED_ON.get(name, "facts")), recorded("held", 1)
     found = margins(name, calls)
     if full_name == name:
         chosen = [candidates.common_threshold(found, fraction) for fraction in FRACTIONS]

@@ -62,11 +62,6 @@ Candidate = Callable[[Call], Tensor]
 """Estimates [kv_heads, group, asked] nats; NaN, which opens, where nothing is known yet."""
 
 
-def exact(call: Call) -> Tensor:
-    """The oracle."""
-    return call.bulk
-
-
 def _prefixes(call: Call) -> Iterator[tuple[Tensor, int]]:
     """Go through the numbers of keys in full chunks; say whose bulk has just so many, [asked]."""
     for chunks in range(1, int(call.n.max()) // CHUNK + 1):

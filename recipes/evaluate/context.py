@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,15 +15,26 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from patchattn import demo
+from patchattn import OpenGate, Policy, demo, patch
 from patchattn.calibration import Calibration
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.documents import Document, Kind, make_document, tokenize_text
 from patchattn.evaluation.rows import Store
+from patchattn.evaluation.statistics import Interval, share
+from patchattn.hf.observe import observing
+from patchattn.measuring.reading import read_document
 
 LENGTHS = (1024, 2048, 4096)
 WINDOWS = (64, 128, 256)
-SINK = 16
-KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {"facts": ("fact",) * 9, "chains and lists": ("chain", "list") * 3}
+LENGTH, WINDOW, SINK = 4096, 256, 16
+"""What studies at one length and window only have, tokens."""
+
+POLICY = Policy(sink_size=SINK, window_size=WINDOW, min_bulk=0, gate=OpenGate())
+KINDS_PER_1024: dict[str, tuple[Kind, ...]] = {
+    "facts": ("fact",) * 9,
+    "chains and lists": ("chain", "list") * 3,
+    "plain text": (),
+}
 """What is planted and asked for, in every 1,024 tokens."""
 
 TASKS = ("plain text", "planted line", "question", "answer")
@@ -72,6 +83,18 @@ class Measurement(Generic[Row]):
         return list(self.done(context).values())
 
 
+class Answered:
+    """A row that counts answers: those that are `right`, of those `asked` for."""
+
+    right: int
+    asked: int
+
+    @property
+    def facts(self) -> Interval:
+        """Share of right answers with its Wilson interval."""
+        return share(self.right, self.asked)
+
+
 @cache
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Return the shipped model and its tokenizer.
@@ -85,10 +108,10 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 @cache
-def calibration() -> Calibration:
-    """Return the shipped calibration for the same weights in float32; it was measured in bfloat16."""
+def calibration(dtype: str = "float32") -> Calibration:
+    """Return the shipped calibration for the same weights in a dtype; it was measured in bfloat16."""
     shipped = Calibration.from_pretrained(ROOT / "calibrations" / "patchattn-demo")
-    fingerprint = shipped.manifest.fingerprint.model_copy(update={"dtype": "float32"})
+    fingerprint = shipped.manifest.fingerprint.model_copy(update={"dtype": dtype})
     manifest = shipped.manifest.model_copy(update={"fingerprint": fingerprint})
     return Calibration(manifest, shipped.policy, shipped.tensors)
 
@@ -104,6 +127,23 @@ def document(kinds: str, length: int, seed: str) -> Document:
     """Make one document of held-out Python source with planted lines, all asked for at the end."""
     planted = KINDS_PER_1024[kinds] * (length // 1024)
     return make_document(text(), load()[1], length=length, kinds=planted, seed=seed)
+
+
+def documents(seed: str, count: int, *, length: int = LENGTH, kinds: str = "facts") -> list[Document]:
+    """Make documents, numbered from 0."""
+    return [document(kinds, length, f"{seed}/{at}") for at in range(count)]
+
+
+def read_densely(listed: Iterable[Document], visit: Callable[[int, AttentionInputs], object]) -> None:
+    """Show the layer and the inputs of every attention call while documents are read under `POLICY`."""
+
+    def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+        visit(layer, inputs)
+        return attend()
+
+    with patch(load()[0], POLICY, record=None) as handle, observing(handle, observer):
+        for one in listed:
+            read_document(load()[0], torch.tensor(one.token_ids))
 
 
 def tasks_of(one: Document) -> Tensor:

@@ -116,19 +116,17 @@ def _measure(_: Context, length: int, index: int) -> Recording:
 MARGINS = Measurement("margins", Recording, ("length", "document"), _jobs, _measure)
 
 
-SHARES = {
+MEASURES = {
     "open": ((0, 1), (0, 1, 2, 3)),
-    "oracle open": ((0, 2), (0, 1, 2, 3)),
+    "oracle_open": ((0, 2), (0, 1, 2, 3)),
     "accuracy": ((0, 3), (0, 1, 2, 3)),
     "recall": ((0,), (0, 2)),
     "precision": ((0,), (0, 1)),
-    "false negatives": ((2,), (0, 2)),
-    "false positives": ((1,), (1, 3)),
+    "false_negatives": ((2,), (0, 2)),
+    "false_positives": ((1,), (1, 3)),
+    "missed_mass": ((4,), (0, 1, 2, 3)),
 }
-"""Measures as shares of some cells of `Confusion.counts` in others."""
-
-MISSED = "missed mass"
-"""Measure: mean over pairs of the bulk share that closed heads do not read."""
+"""Shares of some of `Confusion.sums` in others; `missed_mass`: of the attention, what closed heads do not read."""
 
 
 @dataclass(frozen=True)
@@ -136,33 +134,24 @@ class Confusion:
     """How a gate's decisions compare with the oracle's, over some documents and heads; measures by name.
 
     Args:
-        counts: [documents, 4] pairs: both open, only the gate, only the oracle, both closed.
-        missed: [documents] sum of the bulk shares of the pairs that the gate closes; None if not known.
+        sums: [documents, 5] pairs: both open, only the gate, only the oracle, both closed; and the bulk shares of the
+            pairs that the gate closes, NaN if not known.
     """
 
-    counts: np.ndarray
-    missed: np.ndarray | None
+    sums: np.ndarray
+
+    def _parts(self, measure: str) -> list[np.ndarray]:
+        return [self.sums[:, list(cells)].sum(1) for cells in MEASURES[measure]]
 
     def value(self, measure: str) -> float:
         """A measure over all documents."""
         above, below = self._parts(measure)
         return float(above.sum() / max(below.sum(), 1e-12))
 
-    def interval(self, measure: str) -> Interval:
+    def __getitem__(self, measure: str) -> Interval:
         """A measure with its interval, bootstrap over documents."""
         above, below = self._parts(measure)
-        return bootstrap(self.counts, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
-
-    def intervals(self, **more: Any) -> dict[str, Any]:
-        """Every measure by name, with its interval, and what else a form asks for."""
-        names = SHARES if self.missed is None else (*SHARES, MISSED)
-        return {name: self.interval(name) for name in names} | more
-
-    def _parts(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
-        if measure == MISSED and self.missed is not None:
-            return self.missed, self.counts.sum(1)
-        above, below = (self.counts[:, list(cells)].sum(1) for cells in SHARES[measure])
-        return above, below
+        return bootstrap(self.sums, lambda w: (w @ above) / np.maximum(w @ below, 1e-12))
 
 
 class Recorded:
@@ -184,8 +173,14 @@ class Recorded:
         picked = [[reduce(getitem, names, layer) for layer in layers] for layers in self.documents]
         return np.array(picked, dtype=float)
 
+    def pairs(self, gate: str) -> np.ndarray:
+        """Count pairs of an estimate or "oracle", [documents, layers, heads, tasks, oracle bins, gate bins]."""
+        if gate == "oracle":
+            return self.array("pairs", self.estimates[0]).sum(-1, keepdims=True) * np.eye(_BINS)
+        return self.array("pairs", gate)
+
     def confusion(
-        self, estimate: str, threshold: float, *, layer: int | None = None, oracle: float = 0, answering: bool = False
+        self, gate: str, threshold: float, *, layer: int | None = None, oracle: float = 0, answering: bool = False
     ) -> Confusion:
         """Compare a gate with the oracle, at the same threshold unless `oracle` names another.
 
@@ -195,18 +190,18 @@ class Recorded:
         at, oracle_at = THRESHOLDS.index(threshold) + 1, THRESHOLDS.index(oracle or threshold) + 1
         layers = slice(layer, None if layer is None else layer + 1)
         tasks = slice(TASKS.index("answer") if answering else 0, None)
-        pairs = self.array("pairs", estimate)[:, layers, :, tasks].sum((1, 2, 3))  # [documents, oracle bins, gate bins]
-        missed = self.array("missed", estimate)[:, layers, :, at:].sum((1, 2, 3))
+        pairs = self.pairs(gate)[:, layers, :, tasks].sum((1, 2, 3))  # [documents, oracle bins, gate bins]
+        missed = self.array("missed", gate)[:, layers, :, at:].sum((1, 2, 3))
         opened, closed = pairs[:, :oracle_at].sum(1), pairs[:, oracle_at:].sum(1)  # [documents, gate bins]
         cells = [part.sum(1) for part in (opened[:, :at], closed[:, :at], opened[:, at:], closed[:, at:])]
-        return Confusion(np.stack(cells, axis=1), None if answering else missed)
+        return Confusion(np.stack([*cells, missed * (np.nan if answering else 1)], axis=1))
 
-    def oracle(self, threshold: float) -> Confusion:
-        """The oracle against itself: what it misses."""
-        found, at = self.confusion(self.estimates[0], threshold), THRESHOLDS.index(threshold) + 1
-        opened, closed = found.counts[:, [0, 2]].sum(1), found.counts[:, [1, 3]].sum(1)
-        counts = np.stack([opened, 0 * opened, 0 * opened, closed], axis=1)
-        return Confusion(counts, self.array("missed", "oracle")[..., at:].sum((1, 2, 3)))
+
+def mean_and_deviation(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation from numbers, sums and sums of squares, [..., 3] -> [...]."""
+    count, total, squares = np.moveaxis(sums, -1, 0)
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
 def by_head(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -223,3 +218,8 @@ def recorded(context: Context) -> dict[tuple[int, int], Recorded]:
     rows = MARGINS.rows(context)
     of_length = {length: [row for row in rows if row.length == length] for length in LENGTHS}
     return {(length, window): Recorded(of_length[length], window) for length in LENGTHS for window in WINDOWS}
+
+
+def by_window(found: Mapping[tuple[int, int], Recorded], length: int, gate: str) -> dict[int, Confusion]:
+    """What a gate decides at one length and the default threshold."""
+    return {window: found[length, window].confusion(gate, DEFAULT) for window in WINDOWS}

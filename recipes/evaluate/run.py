@@ -49,11 +49,11 @@ def _measure(measure: Callable[..., Any], context: Context, job: Job) -> Any:
 
 def write(page: Page, name: str, pages: Path, tables: Path) -> None:
     """Write a page and its picture into one folder, its tables into another."""
-    pages.mkdir(parents=True, exist_ok=True)
-    tables.mkdir(parents=True, exist_ok=True)
+    for folder in (pages, tables):
+        folder.mkdir(parents=True, exist_ok=True)
     (pages / f"{name}.md").write_text(page.markdown, encoding="utf-8")
     if page.picture is not None:
-        page.picture.savefig(pages / f"{name}.png", dpi=page.dpi)
+        page.picture.savefig(pages / f"{name}.png")
     for table, rows in page.tables.items():
         (tables / f"{table}.csv").write_text(csv_text(rows, **page.formats), encoding="utf-8")
 

@@ -90,6 +90,22 @@ def test_a_page_is_written_with_picture_and_tables(recipe: Any, tmp_path: Path) 
     assert (tmp_path / "tables/one.csv").read_text() == "x,y\n1,0.33333\n"
 
 
+def test_a_text_is_filled_in(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, interval = recipe("page"), recipe("patchattn.evaluation.statistics").Interval
+    (tmp_path / "pages").mkdir()
+    text = "{made_by}: {LENGTH:,} {GOAL} {facts:.2f} {rise:+.0% to}{unknown}\n"
+    text += "{each rows}| {name} | {GOAL} | {loss:.1f} |\n"
+    (tmp_path / "pages" / "one.md").write_text(text)
+    monkeypatch.setattr(page, "__file__", str(tmp_path / "page.py"))
+    rows = [{"name": "a", "loss": 1.25}, {"name": "b", "loss": math.nan}]
+    facts, rise = interval(0.5, 0.25, 0.75), interval(0.02, -0.01, 0.03)
+    study = {"__name__": "studies.one", "GOAL": 3}
+    assert page.filled(study, rows=rows, facts=facts, rise=rise, unknown=None) == (
+        "Made by `python recipes/evaluate/run.py one`: 4,096 3 0.50 (0.25-0.75) +2% (-1% to +3%)\n"
+        "| a | 3 | 1.2 |\n| b | 3 |  |\n"
+    )
+
+
 def test_every_study_is_complete(recipe: Any) -> None:
     run = recipe("run")
     for name in run.STUDIES:
@@ -128,14 +144,15 @@ def test_a_layer_is_reduced_to_what_its_pairs_say(recipe: Any) -> None:
     oracle, gate = margins.opens(0.6), margins.opens(0.6, ("prompt", "guarded"))
     found = place.confusion("prompt/guarded", 0.6)
     cells = [oracle & gate, ~oracle & gate, oracle & ~gate, ~oracle & ~gate]
-    assert found.counts[0].tolist() == [int(cell.sum()) for cell in cells]
-    assert found.missed[0] == pytest.approx(float(margins.bulk_share[~gate].sum()), rel=1e-5)
+    assert found.sums[0, :4].tolist() == [int(cell.sum()) for cell in cells]
+    assert found.sums[0, 4] == pytest.approx(float(margins.bulk_share[~gate].sum()), rel=1e-5)
     recall = float((oracle & gate).sum() / oracle.sum())
-    assert (found.value("recall"), found.interval("recall").value) == pytest.approx((recall, recall))
+    assert (found.value("recall"), found["recall"].value) == pytest.approx((recall, recall))
     answering = (oracle & gate)[:, task == 3]
-    assert place.confusion("prompt/guarded", 0.6, answering=True).counts[0, 0] == int(answering.sum())
-    assert place.oracle(0.6).counts[0].tolist() == [int(oracle.sum()), 0, 0, int((~oracle).sum())]
-    assert place.oracle(0.6).missed[0] == pytest.approx(float(margins.bulk_share[~oracle].sum()), rel=1e-5)
+    assert place.confusion("prompt/guarded", 0.6, answering=True).sums[0, 0] == int(answering.sum())
+    itself = place.confusion("oracle", 0.6).sums[0]
+    assert itself[:4].tolist() == [int(oracle.sum()), 0, 0, int((~oracle).sum())]
+    assert itself[4] == pytest.approx(float(margins.bulk_share[~oracle].sum()), rel=1e-5)
     by_task = torch.tensor(layer["pairs"]["prompt/guarded"])[:, :, :6].sum((-1, -2))
     assert by_task[:, 1].tolist() == oracle[:, task == 1].sum(1).tolist()
     count, total, squares, _, shares = torch.tensor(layer["of_task"], dtype=torch.double)[:, 2].T
@@ -200,10 +217,10 @@ def test_only_curves_that_reach_both_ends_have_an_area(recipe: Any, row: Any) ->
     for opened, right in ((40, 18), (100, 18), (300, 18)):
         rows += [row("oracle", f"{opened}", at, right, 2.02, opened) for at in range(3)]
         rows += [row("prompt/guarded", f"{opened}", at, right, 2.02, opened + 200) for at in range(3)]
-    found = {area.family: area for area in summary.areas(rows, FULL)}
-    assert found["prompt/guarded"].lost is None
-    assert found["oracle"].lost.value == pytest.approx(50.0)
-    assert found["oracle"].rise.value == pytest.approx(1.0)
+    found = {area["name"]: area for area in summary.areas(rows, FULL)}
+    assert found["moment, guarded"]["lost"] is None
+    assert found["oracle"]["lost"].value == pytest.approx(50.0)
+    assert found["oracle"]["rise"].value == pytest.approx(1.0)
 
 
 def test_goals_are_met_within_one_point_and_two_percent(recipe: Any, row: Any) -> None:
@@ -214,10 +231,9 @@ def test_goals_are_met_within_one_point_and_two_percent(recipe: Any, row: Any) -
     rows += [row("risk, each head", "0.2", at, 35, 2.02, 150) for at in range(3)]
     rows += [row("prompt/guarded", "0.6", at, 27, 2.0, 420) for at in range(3)]
     full = recipe("studies.gates.summary").summaries(rows)
-    best = gates.best(full, 0.2)
+    best = gates.best_of(full, 0.2)
     assert best.family == "risk, each head"
-    line = gates.goal_line("goal", best)
-    assert "risk, each head" in line
-    assert line.endswith("| no |"), "2.8 points are more than one"
+    assert best.points.value == pytest.approx(-100 / 36)
+    assert not best.meets_goals, "2.8 points are more than one"
     oracle = next(one for one in full if one.family == "oracle")
-    assert gates.goal_line("goal", oracle).endswith("| yes |")
+    assert oracle.meets_goals

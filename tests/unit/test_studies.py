@@ -46,12 +46,12 @@ def test_a_page_is_made_of_the_rows_that_are_kept(study: Any, tmp_path: Path, na
 
 
 def test_thresholds_open_no_more_than_was_asked_for(study: Any) -> None:
-    learned = study("estimates.learned")
+    candidates = study("estimates.candidates")
     margins = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     share = torch.sigmoid(-margins)
     share[0] = 0
-    common = learned.common_threshold(margins, 0.3)
-    by_head = learned.thresholds_by_head(margins, share, 0.3)
+    common = candidates.common_threshold(margins, 0.3)
+    by_head = candidates.thresholds_by_head(margins, share, 0.3)
     assert (margins < common[:, None]).double().mean() == pytest.approx(0.3, abs=1e-3)
     opened = (margins < by_head[:, None]).double().mean(1)
     assert opened.mean() <= 0.3

@@ -6,22 +6,18 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from context import ROOT, Context, Measurement, document, load
-from page import Page, filled, lines
+from context import Answered, Context, Measurement, calibration, documents, load
+from page import Page, filled
 
 from patchattn import MomentGate, OpenFractionTarget, OpenGate, RiskTarget, StaticGate, patch
-from patchattn.calibration import Calibration
 from patchattn.evaluation.answers import teacher_forced
-from patchattn.evaluation.page import with_interval
-from patchattn.evaluation.statistics import share
 from patchattn.gates import Gate
 
-DOCUMENTS, LENGTH = 8, 4096
-FORM = "| {gate} | {open:.1%} | {facts} | {text_loss:.4f} |"
+DOCUMENTS = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Answered):
     """One gate: open fraction in prefill, facts answered exactly of those asked, text loss in nats per token."""
 
     gate: str
@@ -29,12 +25,6 @@ class Row:
     right: int
     asked: int
     text_loss: float
-
-
-@cache
-def calibration() -> Calibration:
-    """Return the shipped calibration, for the model in bfloat16."""
-    return Calibration.from_pretrained(ROOT / "calibrations" / "patchattn-demo")
 
 
 @cache
@@ -48,18 +38,17 @@ def gates() -> dict[str, Gate]:
         "budget 43%": MomentGate(threshold=OpenFractionTarget(fraction=0.43)),
         "budget 25%": MomentGate(threshold=OpenFractionTarget(fraction=0.25)),
         "one threshold, 0.25": MomentGate(threshold=0.25),
-        "8 static heads of the calibration": StaticGate.from_calibration(calibration(), heads=8),
+        "8 static heads of the calibration": StaticGate.from_calibration(calibration("bfloat16"), heads=8),
         "risk 0.1 for each head": MomentGate(threshold=RiskTarget(alpha=0.1)),
     }
 
 
 def measure(_: Context, gate: str) -> Row:
     """Score the model with one gate."""
-    documents = [document("facts", LENGTH, f"calibrated/{at}") for at in range(DOCUMENTS)]
-    policy = calibration().policy.model_copy(update={"gate": gates()[gate], "min_bulk": 0})
-    model, _ = load(torch.bfloat16)
-    with patch(model, policy, calibration=calibration()) as handle:
-        found = teacher_forced(model, documents)
+    measured, (model, _) = calibration("bfloat16"), load(torch.bfloat16)
+    policy = measured.policy.model_copy(update={"gate": gates()[gate], "min_bulk": 0})
+    with patch(model, policy, calibration=measured) as handle:
+        found = teacher_forced(model, documents("calibrated", DOCUMENTS))
     opened = handle.report().open_fraction("prefill")
     return Row(gate, opened, found.right["fact"], found.asked["fact"], found.text_loss)
 
@@ -70,9 +59,5 @@ MEASURED = (ROWS,)
 
 def page(context: Context) -> Page:
     """Show what each gate opens and keeps."""
-    rows = ROWS.rows(context)
-    listed = [vars(row) | {"facts": with_interval(share(row.right, row.asked), ".3f")} for row in rows]
-    text = filled(
-        "calibrated", length=LENGTH, asked=rows[0].asked, manifest=calibration().manifest, rows=lines(FORM, listed)
-    )
-    return Page(text)
+    rows, manifest = ROWS.rows(context), calibration("bfloat16").manifest
+    return Page(filled(globals(), asked=rows[0].asked, manifest=manifest, rows=rows))

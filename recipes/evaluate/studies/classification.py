@@ -6,31 +6,16 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from context import LENGTHS, WINDOWS, Context
+from context import LENGTHS, Context
 from matplotlib.figure import Figure
-from page import STYLES, Page, filled, label, lines, open_axis, tidy
-from recorded import DEFAULT, DOCUMENTS, MARGINS, MISSED, PLACE, SHARES, THRESHOLDS, Recorded, recorded
-
-from patchattn.evaluation.page import table, with_interval
+from page import STYLES, Page, filled, label, open_axis, tidy
+from recorded import DEFAULT, DOCUMENTS, MARGINS, MEASURES, PLACE, THRESHOLDS, Recorded, by_window, recorded
 
 MEASURED = (MARGINS,)
 
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9)
-GUARDED = "prompt/guarded"
+GUARDED, *_ = PROMPT = ("prompt/guarded", "prompt/saturating", "prompt/lognormal")
 GOAL = 0.95
-
-_RECALL = "{recall.value:.3f} ({recall.low:.3f}-{recall.high:.3f})"
-_ONE = (
-    "| {name} | {oracle open.value:.1%} | {open.value:.1%} | {accuracy.value:.3f} | " + _RECALL + " | "
-    "{precision.value:.3f} | {false negatives.value:.3f} | {false positives.value:.3f} | "
-    "{missed mass.value:.2%} ({missed mass.low:.2%}-{missed mass.high:.2%}) |"
-)
-_ONE_ANSWERING = (
-    "| {name}, {threshold} | {oracle open.value:.1%} | {open.value:.1%} | " + _RECALL + " | {precision.value:.3f} | "
-    "{by layer} |"
-)
-_ONE_THRESHOLD = "{recall.value:.2f} / {open.value:.0%}"
-_ONE_PLACE = "{recall.value:.3f} / {precision.value:.3f} / {missed mass.value:.2%}"
 
 
 def every_measure(found: dict[tuple[int, int], Recorded]) -> Iterator[dict[str, Any]]:
@@ -38,10 +23,10 @@ def every_measure(found: dict[tuple[int, int], Recorded]) -> Iterator[dict[str, 
     for (length, window), place in found.items():
         for estimate, threshold, layer in itertools.product(place.estimates, SHOWN, (None, *range(place.layers))):
             one = place.confusion(estimate, threshold, layer=layer)
-            recall = one.interval("recall")
+            recall = one["recall"]
             row = {"length": length, "window": window, "documents": len(place.documents), "estimate": estimate}
             row |= {"threshold": threshold, "layer": "all" if layer is None else layer}
-            row |= {name.replace(" ", "_"): one.value(name) for name in (*SHARES, MISSED)}
+            row |= {name: one.value(name) for name in MEASURES}
             yield row | {"recall_low": recall.low, "recall_high": recall.high}
 
 
@@ -53,54 +38,44 @@ def page(context: Context) -> Page:
     against = {threshold: place.confusion(GUARDED, threshold, oracle=DEFAULT) for threshold in THRESHOLDS}
     reached = next((threshold for threshold, one in against.items() if one.value("recall") >= GOAL), None)
 
-    def answering(name: str) -> dict[str, Any]:
-        layers = [place.confusion(name, DEFAULT, layer=at, answering=True) for at in range(place.layers)]
-        by_layer = {"by layer": " / ".join(f"{layer.value('recall'):.2f}" for layer in layers)}
-        one = place.confusion(name, DEFAULT, answering=True)
-        return one.intervals(name=label(name), threshold=DEFAULT, **by_layer)
+    def about(name: str) -> dict[str, Any]:
+        layers = range(place.layers)
+        return {
+            "name": label(name),
+            "one": place.confusion(name, DEFAULT),
+            "at": [place.confusion(name, threshold, oracle=DEFAULT) for threshold in THRESHOLDS],
+            "answering": place.confusion(name, DEFAULT, answering=True),
+            "by_layer": [place.confusion(name, DEFAULT, layer=layer, answering=True) for layer in layers],
+        }
 
-    def thresholds(name: str) -> list[str]:
-        found = [place.confusion(name, threshold, oracle=DEFAULT).intervals() for threshold in THRESHOLDS]
-        return [label(name), *map(_ONE_THRESHOLD.format_map, found)]
-
-    def windows(length: int, name: str) -> list[str]:
-        cells = [found[length, window].confusion(name, DEFAULT).intervals() for window in WINDOWS]
-        return [f"{length:,}, {label(name)}", *map(_ONE_PLACE.format_map, cells)]
-
-    layers = [
-        place.confusion(GUARDED, threshold, layer=at).intervals(name=f"{name}, {'all' if at is None else at}")
-        for threshold in SHOWN
-        for at, name in ((None, f"**{threshold}**"), *((at, f"{threshold}") for at in range(place.layers)))
-    ]
-    prompt = (GUARDED, "prompt/saturating", "prompt/lognormal")
     markdown = filled(
-        "classification",
+        globals(),
         documents=", ".join(f"{DOCUMENTS[length]} of {length:,} tokens" for length in LENGTHS),
-        goal=GOAL,
-        default=DEFAULT,
         met="met" if default.value("recall") >= GOAL else "missed",
-        recall=with_interval(default.interval("recall"), ".3f"),
-        missed=default.value(MISSED),
-        missed_by_oracle=place.oracle(DEFAULT).value(MISSED),
+        all=default,
+        oracle=place.confusion("oracle", DEFAULT),
         reached=f"No threshold up to {THRESHOLDS[-1]} reaches {GOAL}."
         if reached is None
         else f"Against the oracle at {DEFAULT}, the guarded gate reaches {GOAL} from threshold {reached} on, with "
         f"{against[reached].value('open'):.0%} open.",
-        layers=lines(_ONE, layers),
-        estimates=lines(_ONE, (place.confusion(name, DEFAULT).intervals(name=label(name)) for name in place.estimates)),
-        thresholds=table(["estimate", *map(str, THRESHOLDS)], map(thresholds, place.estimates)),
-        answering=lines(_ONE_ANSWERING, map(answering, place.estimates)),
-        places=table(
-            ["tokens, estimate", *(f"window {window}" for window in WINDOWS)],
-            (windows(length, name) for length in LENGTHS for name in prompt),
-        ),
+        layers=[
+            {"name": f"{name}, {'all' if at is None else at}", "one": place.confusion(GUARDED, threshold, layer=at)}
+            for threshold in SHOWN
+            for at, name in ((None, f"**{threshold}**"), *((at, f"{threshold}") for at in range(place.layers)))
+        ],
+        estimates=list(map(about, place.estimates)),
+        places=[
+            {"length": length, "name": label(name), "at": by_window(found, length, name)}
+            for length in LENGTHS
+            for name in PROMPT
+        ],
     )
     return Page(markdown, draw(place), {"classification": list(every_measure(found))})
 
 
 def draw(place: Recorded) -> Figure:
     """Draw recall and missed mass against open fraction, and recall of each layer."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), dpi=120, layout="constrained")
     axes: Any = figure.subplots(1, 3)
     recall, missed, layers = axes
     for name in place.estimates:
@@ -109,9 +84,9 @@ def draw(place: Recorded) -> Figure:
         x = [100 * point.value("open") for point in points]
         style = {"color": colour, "marker": marker, "ms": 4, "ls": "-" if name.startswith("prompt/") else ":"}
         recall.plot(x, [point.value("recall") for point in points], **style, label=label(name).replace("moment, ", ""))
-        missed.plot(x, [100 * point.value(MISSED) for point in points], **style)
-    points = [place.oracle(threshold) for threshold in THRESHOLDS]
-    x, y = ([100 * point.value(measure) for point in points] for measure in ("open", MISSED))
+        missed.plot(x, [100 * point.value("missed_mass") for point in points], **style)
+    points = [place.confusion("oracle", threshold) for threshold in THRESHOLDS]
+    x, y = ([100 * point.value(measure) for point in points] for measure in ("open", "missed_mass"))
     missed.plot(x, y, "k--o", ms=4)
     missed.annotate("oracle", (x[5], y[5]), (-12, -14), textcoords="offset points", ha="right")
     recall.text(2.2, GOAL + 0.01, f"goal: {GOAL}", color="dimgrey", fontsize=9)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-from context import SINK, TASKS, Context, Measurement, document, load
+from context import LENGTH, TASKS, Context, Measurement, document, read_densely
 from matplotlib.figure import Figure
-from page import BLUE, ORANGE, RED, Page, filled, lines, tidy
-from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, recorded, spearman
+from page import BLUE, ORANGE, RED, Page, filled, tidy
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, mean_and_deviation, recorded, spearman
 from torch import Tensor
 
-from patchattn import OpenGate, Policy, patch
-from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.evaluation.page import number
-from patchattn.hf.observe import observing
-from patchattn.measuring.collect import read_document
+from patchattn.call.inputs import AttentionInputs
 from patchattn.moments.gaussian import CHUNK, KeyMoments
 
 SAMPLED_DOCUMENTS = 4
@@ -35,12 +31,7 @@ FEATURES = (
 )  # fmt: skip
 OUTCOMES = ("rank_saturating", "spread_saturating", "bias_saturating", "recall")
 
-_ONE_HEAD = (
-    "| {layer}.{head} | {bias_saturating:+.2f} | {spread_saturating:.2f} | {rank_saturating:.2f} | "
-    "{bias_guarded:+.2f} | {spread_guarded:.2f} | {rank_guarded:.2f} | {bias_answering:+.2f} | {known_recall} | "
-    "{oracle_open:.1%} | {bulk_share_answering:.0%} | {top_share:.0%} | {largest:.1f} | {frozen:.0%} |"
-)
-_WORST = 6
+WORST = 6
 _COLOURS = {"best": BLUE, "median": ORANGE, "worst": RED}
 
 
@@ -61,13 +52,11 @@ class Whitened:
 
 
 def _whiten(_: Context, index: int) -> Whitened:
-    model, _ = load()
     rng = random.Random(f"gaussian/{index}")
     counts, moments = [], []
 
-    def count(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
-        heads = inputs.query.shape[1]
-        counted, shapes = torch.zeros(heads, len(GRID) + 1, dtype=torch.long), []
+    def visit(_: int, inputs: AttentionInputs) -> None:
+        counted, shapes = torch.zeros(inputs.query.shape[1], len(GRID) + 1, dtype=torch.long), []
         for whitened, variance in _samples(inputs, rng):
             at = torch.bucketize(whitened, GRID).flatten(1)
             counted.scatter_add_(1, at, torch.ones_like(at))
@@ -77,11 +66,8 @@ def _whiten(_: Context, index: int) -> Whitened:
             shapes.append(torch.stack([part.double() for part in shape], dim=-1))
         counts.append(counted.tolist())
         moments.append(torch.cat(shapes, dim=1).mean(1).tolist())
-        return attend()
 
-    policy = Policy(sink_size=SINK, window_size=PLACE[1], min_bulk=0, gate=OpenGate())
-    with patch(model, policy, record=None) as handle, observing(handle, count):
-        read_document(model, torch.tensor(document("facts", PLACE[0], f"gaussian/{index}").token_ids))
+    read_densely([document("facts", LENGTH, f"gaussian/{index}")], visit)
     return Whitened(index, counts, moments)
 
 
@@ -116,10 +102,8 @@ def per_head(place: Recorded, moments: np.ndarray) -> list[dict[str, Any]]:
     """
     columns: dict[str, np.ndarray] = {}
     for short in ("saturating", "guarded"):
-        count, total, squares = np.moveaxis(place.array("errors", f"prompt/{short}").sum((0, 3)), -1, 0)
-        bias = total / count
-        columns[f"bias_{short}"] = bias
-        columns[f"spread_{short}"] = np.sqrt(np.maximum(squares / count - bias**2, 0))
+        errors = place.array("errors", f"prompt/{short}").sum((0, 3))
+        columns[f"bias_{short}"], columns[f"spread_{short}"] = mean_and_deviation(errors)
         columns[f"rank_{short}"] = np.nanmean(place.array("ranks", f"prompt/{short}"), axis=0)
     answer, at = TASKS.index("answer"), THRESHOLDS.index(DEFAULT) + 1
     n_answers, off, _ = np.moveaxis(place.array("errors", "prompt/saturating").sum(0)[:, :, answer], -1, 0)
@@ -148,20 +132,6 @@ def means(heads: list[dict[str, Any]]) -> str:
     return " | ".join(f"{np.mean([head[feature] for head in heads]):.2f}" for feature in FEATURES)
 
 
-def answering(heads: list[dict[str, Any]]) -> str:
-    """Say how far off the estimate is in heads that look up."""
-    off = {f"{h['layer']}.{h['head']}": h["bias_answering"] for h in heads if h["bulk_share_answering"] > 0.9}
-    text = f"{len(off)} of {len(heads)} heads have more than 90% of their attention on bulk keys"
-    if not off:
-        return text
-    low, high, mean = min(off.values()), max(off.values()), np.mean(list(off.values()))
-    each = ", ".join(f"{head} {bias:+.1f}" for head, bias in off.items())
-    return (
-        f"{text}; there the saturating estimate is off by {mean:+.1f} nats on average, from {low:+.1f} to {high:+.1f}: "
-        f"{each}"
-    )
-
-
 def page(context: Context) -> Page:
     """Show what the worst heads have in common, and every head."""
     place, samples = recorded(context)[PLACE], WHITENED.rows(context)
@@ -170,22 +140,25 @@ def page(context: Context) -> Page:
     chosen = {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]}
     ranks = [head["rank_saturating"] for head in ordered]
     half = 1.96 / math.sqrt(len(heads) - 3)
+    looking_up = {f"{h['layer']}.{h['head']}": h["bias_answering"] for h in heads if h["bulk_share_answering"] > 0.9}
+    off = sorted(looking_up.values())
     markdown = filled(
-        "gaussian",
+        globals(),
         documents=len(place.documents),
-        heads=len(heads),
+        heads=heads,
+        n_heads=len(heads),
         median=np.median(ranks),
-        lowest=ranks[0],
+        ranks=ranks,
         highest=ranks[-1],
         guarded=np.nanmedian([head["rank_guarded"] for head in heads]),
         chosen=", ".join(f"{name} {head['layer']}.{head['head']}" for name, head in chosen.items()),
         half=half,
         correlation={feature: correlation(heads, feature, half) for feature in FEATURES},
-        n_worst=_WORST,
-        worst=means(ordered[:_WORST]),
-        others=means(ordered[_WORST:]),
-        answering=answering(heads),
-        every_head=lines(_ONE_HEAD, [head | {"known_recall": number(head["recall"], ".2f")} for head in heads]),
+        worst=means(ordered[:WORST]),
+        others=means(ordered[WORST:]),
+        answering=", ".join(f"{head} {bias:+.1f}" for head, bias in looking_up.items()),
+        n_answering=len(off),
+        off=(np.mean(off), off[0], off[-1]),
     )
     counts = np.sum([sample.counts for sample in samples], axis=0)
     curves = {name: quantiles(counts[head["layer"], head["head"]]) for name, head in chosen.items()}
@@ -204,7 +177,7 @@ def quantiles(counts: np.ndarray) -> np.ndarray:
 
 def draw(heads: list[dict[str, Any]], chosen: dict[str, dict[str, Any]], curves: dict[str, np.ndarray]) -> Figure:
     """Draw QQ plots of three heads, and every head's rank correlation against its top key's share."""
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
     axes: Any = figure.subplots(1, 4)
     scatter = axes[3]
     expected = [NormalDist().inv_cdf(share) for share in SHARES]

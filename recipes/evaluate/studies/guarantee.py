@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from context import Context, Job, Measurement, document, load
+from context import Context, Measurement, document, load
 from matplotlib.figure import Figure
-from page import Page, filled, lines
+from page import Page, filled
 from torch import Tensor
 
 from patchattn import Policy, RiskTarget
@@ -24,10 +24,6 @@ HALF, PATCHED = DOCUMENTS // 2, 64
 ALPHAS, SCOPES = (0.005, 0.01, 0.02, 0.05, 0.1), ("head", "model")
 POLICY = Policy(sink_size=16, window_size=128, min_bulk=0)
 RUNGS = torch.cat([torch.tensor([-torch.inf]), MARGINS, torch.tensor([torch.inf])])
-FORM = (
-    "| {alpha:g} | {scope} | {missed:.4f} | {worst_head:.4f} | {open:.1%} | "
-    "{patched:.4f} | {patched_worst_head:.4f} | {patched_open:.1%} |"
-)
 STYLES = {
     "missed": ("D", "tab:green", "mean over splits, mean over heads"),
     "worst_head": ("^", "tab:red", "mean over splits, worst head"),
@@ -120,36 +116,22 @@ def measure(context: Context, alpha: float, scope: Any) -> Row:
     return Row(alpha, scope, *map(float, means), tuple(missed.mean((1, 2)).tolist()), *map(float, patched_means))
 
 
-def targets(_: Context) -> list[Job]:
-    """List the targets that half of the documents can carry."""
-    every = [RiskTarget(alpha=alpha, scope=scope) for scope in SCOPES for alpha in ALPHAS]
-    return [(target.alpha, target.scope) for target in every if documents_needed(target) <= HALF]
-
-
+EVERY = [RiskTarget(alpha=alpha, scope=scope) for scope in SCOPES for alpha in ALPHAS]
+TARGETS = [(target.alpha, target.scope) for target in EVERY if documents_needed(target) <= HALF]
 READ = Measurement("guarantee-documents", Read, ("document",), lambda _: [(at,) for at in range(DOCUMENTS)], read)
-ROWS = Measurement("guarantee", Row, ("alpha", "scope"), targets, measure)
+ROWS = Measurement("guarantee", Row, ("alpha", "scope"), lambda _: TARGETS, measure)
 MEASURED = (READ, ROWS)
 
 
 def page(context: Context) -> Page:
     """Show what each target promises and keeps."""
     rows = ROWS.rows(context)
-    markdown = filled(
-        "guarantee",
-        documents=DOCUMENTS,
-        length=LENGTH,
-        policy=POLICY,
-        splits=SPLITS,
-        patched=PATCHED,
-        half=HALF,
-        rows=lines(FORM, map(vars, rows)),
-    )
-    return Page(markdown, draw(rows), dpi=150)
+    return Page(filled(globals(), rows=rows), draw(rows))
 
 
 def draw(rows: list[Row]) -> Figure:
     """Draw the distribution over splits as a share of alpha."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     for axes, scope in zip(figure.subplots(1, 2, sharey=True), SCOPES, strict=True):
         chosen = [row for row in rows if row.scope == scope]
         places = range(1, len(chosen) + 1)

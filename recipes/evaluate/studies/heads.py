@@ -7,24 +7,15 @@ from typing import Any
 import numpy as np
 from context import LENGTHS, TASKS, WINDOWS, Context
 from matplotlib.figure import Figure
-from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, lines, tidy
-from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Confusion, Recorded, by_head, recorded
-
-from patchattn.evaluation.page import table, with_interval
+from page import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Page, filled, tidy
+from recorded import DEFAULT, MARGINS, PLACE, THRESHOLDS, Recorded, by_head, by_window, mean_and_deviation, recorded
 
 MEASURED = (MARGINS,)
 
-GATES = {"oracle": -1, "default": -2}
-"""Axis of recorded pairs with the bins of the other gate."""
+GATES = {"oracle": "oracle", "default": "prompt/guarded"}
 
 SWINGS = (0.1, 0.9)
 """A head swings where its open fraction lies between these: neither always local nor always long."""
-
-_ONE_HEAD = (
-    "| {layer}.{head} | {oracle_all:.1%} ({oracle_variance:.3f}) | {default_all:.1%} ({default_variance:.3f}) | "
-    "{oracle_plain_text:.1%} | {oracle_answer:.1%} | {default_plain_text:.1%} | {default_answer:.1%} | "
-    "{margin_sd:.1f} |"
-)
 
 
 def open_fractions(pairs: np.ndarray) -> np.ndarray:
@@ -40,22 +31,16 @@ def per_head(place: Recorded) -> list[dict[str, Any]]:
     the standard deviation of the exact margin over queries, in nats.
     """
     columns: dict[str, np.ndarray] = {}
-    for gate, other in GATES.items():
-        pairs = place.array("pairs", "prompt/guarded").sum((0, other))  # [layers, heads, tasks, bins]
+    for gate, name in GATES.items():
+        pairs = place.pairs(name).sum((0, -2))  # [layers, heads, tasks, bins]
         fractions = open_fractions(pairs)
         mean = fractions[..., -1]
         columns |= {f"{gate}_{task.replace(' ', '_')}": fractions[..., at] for at, task in enumerate((*TASKS, "all"))}
         columns[f"{gate}_variance"] = mean * (1 - mean)
         weight = pairs.sum(-1) / pairs.sum((-1, -2))[..., None]
         columns[f"{gate}_variance_between_tasks"] = (weight * (fractions[..., :-1] - mean[..., None]) ** 2).sum(-1)
-    count, total, squares = np.moveaxis(place.array("of_task").sum((0, 3))[..., :3], -1, 0)
-    columns["margin_sd"] = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+    columns["margin_sd"] = mean_and_deviation(place.array("of_task").sum((0, 3))[..., :3])[1]
     return by_head(columns)
-
-
-def decisions(place: Recorded, gate: str) -> Confusion:
-    """Take what a gate opens at the default threshold."""
-    return place.oracle(DEFAULT) if gate == "oracle" else place.confusion(f"prompt/{gate}", DEFAULT)
 
 
 def page(context: Context) -> Page:
@@ -63,43 +48,32 @@ def page(context: Context) -> Page:
     found = recorded(context)
     place, heads = found[PLACE], per_head(found[PLACE])
 
-    def layer(name: str, layers: slice) -> list[list[str]]:
-        pairs = {
-            gate: place.array("pairs", "prompt/guarded")[:, layers].sum((0, 1, 2, other))
-            for gate, other in GATES.items()
-        }
-        by_task = {gate: [f"{value:.1%}" for value in open_fractions(of_gate)] for gate, of_gate in pairs.items()}
-        return [[name, gate, values[-1], *values[:-1]] for gate, values in by_task.items()]
+    def layer(name: str, layers: slice) -> list[dict[str, Any]]:
+        pairs = {gate: place.pairs(other)[:, layers].sum((0, 1, 2, -2)) for gate, other in GATES.items()}
+        return [{"layer": name, "gate": gate, "open": open_fractions(of_gate)} for gate, of_gate in pairs.items()]
 
-    layers = [row for at in range(place.layers) for row in layer(str(at), slice(at, at + 1))]
-    places = [
-        [
-            f"{length:,}",
-            name,
-            *(with_interval(decisions(found[length, w], gate).interval("open"), ".1%") for w in WINDOWS),
-        ]
-        for length in LENGTHS
-        for name, gate in (("oracle", "oracle"), ("default", "guarded"), ("saturating", "saturating"))
-    ]
     sums = {name: sum(head[name] for head in heads) for name in heads[0]}
     markdown = filled(
-        "heads",
-        threshold=DEFAULT,
+        globals(),
         documents=len(place.documents),
-        heads=len(heads),
-        swings=SWINGS,
+        heads=heads,
+        n_heads=len(heads),
         swinging={gate: sum(SWINGS[0] < head[f"{gate}_all"] < SWINGS[1] for head in heads) for gate in GATES},
         between={gate: sums[f"{gate}_variance_between_tasks"] / sums[f"{gate}_variance"] for gate in GATES},
-        layers=table(["layer", "gate", "all", *TASKS], layers + layer("**all**", slice(None))),
-        one_by_one=lines(_ONE_HEAD, heads),
-        places=table(["tokens", "gate", *(f"window {window}" for window in WINDOWS)], places),
+        layers=[row for at in range(place.layers) for row in layer(str(at), slice(at, at + 1))],
+        all_layers=layer("**all**", slice(None)),
+        places=[
+            {"length": length, "gate": name, "at": by_window(found, length, gate)}
+            for length in LENGTHS
+            for name, gate in (*GATES.items(), ("saturating", "prompt/saturating"))
+        ],
     )
     return Page(markdown, draw(found, heads), {"heads": heads})
 
 
 def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) -> Figure:
     """Draw heads by task above, heat maps and lengths below."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 8), dpi=120, layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     dots: Any = upper.subplots(2, 1, sharex=True)
     ordered = sorted(heads, key=lambda head: -head["oracle_all"])
@@ -126,8 +100,8 @@ def draw(found: dict[tuple[int, int], Recorded], heads: list[dict[str, Any]]) ->
     maps[0].set(ylabel="layer")
     lengths = maps[2]
     for window, colour in zip(WINDOWS, (SKY, BLUE, BLACK), strict=True):
-        for name, gate, line in (("oracle", "oracle", "--"), ("default", "guarded", "-")):
-            y = [100 * decisions(found[length, window], gate).value("open") for length in LENGTHS]
+        for (name, gate), line in zip(GATES.items(), ("--", "-"), strict=True):
+            y = [100 * by_window(found, length, gate)[window].value("open") for length in LENGTHS]
             lengths.plot(LENGTHS, y, line, marker="o", ms=4, color=colour)
             style = {"textcoords": "offset points", "color": colour, "fontsize": 9}
             lengths.annotate(f"{name}, {window}", (LENGTHS[-1], y[-1]), (6, -3), **style)

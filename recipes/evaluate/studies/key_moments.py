@@ -10,27 +10,21 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from context import Context, Measurement, document, load
-from page import Page, filled, lines
+from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, documents, load, read_densely
+from page import Page, filled
 from torch import Tensor
 
-from patchattn import OpenGate, Policy, patch
+from patchattn import patch
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import Masses, exact_masses
 from patchattn.evaluation.answers import teacher_forced
-from patchattn.evaluation.documents import Document
-from patchattn.evaluation.page import with_interval
-from patchattn.evaluation.statistics import share
 from patchattn.hf.observe import observing
-from patchattn.measuring.reading import read_document
 from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.moments.text import RotaryMoments, Rotation, bulk_log_mass_from_text
 
-LENGTH = 4096
-POLICY = Policy(sink_size=16, window_size=256, min_bulk=0, gate=OpenGate())
-MOST = LENGTH - 16 - 256
+MOST = LENGTH - SINK - WINDOW
 FIVE = tuple(MOST >> step for step in range(4, -1, -1))
 GRID = tuple(range(CHUNK, MOST + 1, CHUNK))
 MARGIN = 0.405465  # a threshold of 0.6
@@ -38,16 +32,9 @@ OPENED = (0.3, 0.5)
 MEASURED_ON, JUDGED_ON = 16, 6
 """Documents that moments are taken from, and that sources are judged on."""
 
-ACCURACY = (
-    "| {source} | {accuracy[bias]:+.2f} ({accuracy[worst_bias]:+.1f}) | "
-    "{accuracy[spread]:.2f} ({accuracy[worst_spread]:.1f}) | "
-    "{accuracy[correlation]:.2f} ({accuracy[worst_correlation]:.2f}) | {accuracy[0.3]:.2%} | {accuracy[0.5]:.2%} |"
-)
-QUALITY = "| {source} | {open:.1%} | {facts} | {text_loss:.4f} |"
-
 
 @dataclass(frozen=True)
-class Row:
+class Row(Answered):
     """One source of moments: how well it estimates on dense activations, and what the model does where it decides.
 
     `accuracy` has medians over heads and the worst heads, and the missed mass by open fraction; it is empty for dense
@@ -60,23 +47,6 @@ class Row:
     right: int
     asked: int
     text_loss: float
-
-
-def documents(seed: str, count: int) -> list[Document]:
-    """Make documents with facts."""
-    return [document("facts", LENGTH, f"{seed}/{at}") for at in range(count)]
-
-
-def read_densely(documents: list[Document], visit: Callable[[int, AttentionInputs], None]) -> None:
-    """Show every attention call of reading some documents."""
-
-    def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
-        visit(layer, inputs)
-        return attend()
-
-    with patch(load()[0], POLICY, backend="blockwise") as handle, observing(handle, observer):
-        for one in documents:
-            read_document(load()[0], torch.tensor(one.token_ids))
 
 
 @cache
@@ -95,30 +65,16 @@ def moments_of_text() -> tuple[dict[tuple[int, int], KeyMoments], dict[int, Rota
         kept[at] = kept[at].merge(found) if at in kept else found
 
     def visit(layer: int, inputs: AttentionInputs) -> None:
-        slots = torch.arange(POLICY.sink_size, POLICY.sink_size + MOST)
+        slots = torch.arange(SINK, SINK + MOST)
         keys = inputs.key[0, :, slots].double()
         add(before, layer, rotation.undone(keys, slots))
         for count in {*GRID, *FIVE}:
             add(after, (layer, count), keys[:, None, :count])
 
     read_densely(documents("calibrate", MEASURED_ON), visit)
-    return (
-        {at: KeyMoments(one.count, one.mean.float(), one.covariance.float()) for at, one in after.items()},
-        {
-            at: RotaryMoments(one.mean.float(), one.covariance.float(), rotation.frequencies)
-            for at, one in before.items()
-        },
-    )
-
-
-def from_prompt(_: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    """Estimate with moments of the sequence's own keys."""
-    return bulk_log_mass_from_prompt(inputs, estimate=estimate)[0]
-
-
-def from_closed_form(layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
-    """Estimate as `MomentGate(moments="calibration")` does."""
-    return bulk_log_mass_from_text(inputs, moments_of_text()[1][layer], estimate=estimate)
+    rotated = {at: KeyMoments(one.count, one.mean.float(), one.covariance.float()) for at, one in after.items()}
+    means = {layer: (one.mean.float(), one.covariance.float()) for layer, one in before.items()}
+    return rotated, {layer: RotaryMoments(*one, rotation.frequencies) for layer, one in means.items()}
 
 
 def from_lengths(lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, estimate: Estimate) -> Tensor:
@@ -136,8 +92,10 @@ def from_lengths(lengths: tuple[int, ...], layer: int, inputs: AttentionInputs, 
 
 DENSE = "(dense)"
 SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
-    "prompt": from_prompt,
-    "other text, before RoPE, in closed form": from_closed_form,
+    "prompt": lambda _, inputs, estimate: bulk_log_mass_from_prompt(inputs, estimate=estimate)[0],
+    "other text, before RoPE, in closed form": lambda layer, inputs, estimate: bulk_log_mass_from_text(
+        inputs, moments_of_text()[1][layer], estimate=estimate
+    ),
     "other text, after RoPE, 5 lengths": partial(from_lengths, FIVE),
     "other text, after RoPE, 1 length": partial(from_lengths, (MOST,)),
     f"other text, after RoPE, every {CHUNK} keys": partial(from_lengths, GRID),
@@ -149,27 +107,29 @@ SOURCES: dict[str, Callable[[int, AttentionInputs, Estimate], Tensor]] = {
 def judged() -> list[tuple[int, AttentionInputs, Masses]]:
     """Read the documents that sources are judged on; layer, inputs and exact masses of every call."""
     found = []
-    judged_on = documents("moments", JUDGED_ON)
-    read_densely(judged_on, lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0])))
+    dense = documents("moments", JUDGED_ON)
+    read_densely(dense, lambda layer, inputs: found.append((layer, inputs, exact_masses(inputs)[0])))
     return found
 
 
 def accuracy_of(source: str) -> dict[str, float]:
     """Compare a source with the truth on dense activations, over the pairs with at least a chunk of bulk keys."""
-    by_layer: dict[int, list[Tensor]] = {}
+    masses = []
     for layer, inputs, exact in judged():
-        enough = inputs.regions.n_bulk[0] >= CHUNK
         guesses = [SOURCES[source](layer, inputs, estimate) for estimate in ("saturating", "guarded")]
-        masses = torch.cat([*guesses, exact.bulk, exact.local])[..., enough]
-        by_layer.setdefault(layer, []).append(masses.double())
-    saturating, guarded, bulk, local = torch.cat([torch.cat(calls, dim=-1) for calls in by_layer.values()], dim=1)
+        enough = inputs.regions.n_bulk[0] >= CHUNK
+        masses.append(torch.cat([*guesses, exact.bulk, exact.local])[..., enough].double())
+    by_document = torch.stack(masses).unflatten(0, (JUDGED_ON, -1))  # [documents, layers, masses, heads, pairs]
+    saturating, guarded, bulk, local = by_document.permute(2, 1, 3, 0, 4).flatten(3, 4).flatten(1, 2)
     bias, spread = (saturating - bulk).mean(-1), (saturating - bulk).std(-1)
     margins = torch.stack([local - saturating, local - bulk], dim=1)
     correlation = torch.stack([torch.corrcoef(of_head)[0, 1] for of_head in margins])
     bulk_share = torch.sigmoid(bulk - local).flatten()[(local - guarded).flatten().argsort()]
-    found = {"bias": bias.median(), "worst_bias": bias[bias.abs().argmax()]}
-    found |= {"spread": spread.median(), "worst_spread": spread.max()}
-    found |= {"correlation": correlation.median(), "worst_correlation": correlation.min()}
+    found = {
+        "bias": bias.median(), "worst_bias": bias[bias.abs().argmax()],
+        "spread": spread.median(), "worst_spread": spread.max(),
+        "correlation": correlation.median(), "worst_correlation": correlation.min(),
+    }  # fmt: skip
     pairs = len(bulk_share)
     found |= {str(opened): bulk_share[int(opened * pairs) :].sum() / pairs for opened in OPENED}
     return {name: float(value) for name, value in found.items()}
@@ -177,7 +137,6 @@ def accuracy_of(source: str) -> dict[str, float]:
 
 def measure(_: Context, source: str) -> Row:
     """Judge a source, then let it decide about every pair of the patched model."""
-    model, judged_on = load()[0], documents("moments", JUDGED_ON)
     accuracy = {} if source == DENSE else accuracy_of(source)
 
     def observer(layer: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
@@ -185,8 +144,8 @@ def measure(_: Context, source: str) -> Row:
             return attend()
         return blockwise_attend(inputs, SOURCES[source](layer, inputs, "guarded"), MARGIN)
 
-    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
-        found = teacher_forced(model, judged_on)
+    with patch(load()[0], POLICY) as handle, observing(handle, observer):
+        found = teacher_forced(load()[0], documents("moments", JUDGED_ON))
     opened = handle.report().open_fraction("prefill")
     return Row(source, accuracy, opened, found.right["fact"], found.asked["fact"], found.text_loss)
 
@@ -198,19 +157,6 @@ MEASURED = (ROWS,)
 def page(context: Context) -> Page:
     """Show how well each source estimates, and what it opens and keeps."""
     rows = ROWS.rows(context)
-    told = [vars(row) | {"facts": with_interval(share(row.right, row.asked), ".3f")} for row in rows]
-    markdown = filled(
-        "key_moments",
-        tokens=LENGTH,
-        policy=POLICY,
-        measured=MEASURED_ON,
-        judged=JUDGED_ON,
-        facts=rows[0].asked,
-        accuracy=lines(ACCURACY, (row for row in told if row["accuracy"])),
-        quality=lines(QUALITY, told),
-        chunk=CHUNK,
-        most=MOST,
-        five=", ".join(f"{count:,}" for count in FIVE),
-        grid=len(GRID),
-    )
-    return Page(markdown)
+    five = ", ".join(f"{count:,}" for count in FIVE)
+    accuracy = [row for row in rows if row.accuracy]
+    return Page(filled(globals(), rows=rows, accuracy=accuracy, asked=rows[0].asked, five=five, lengths=len(GRID)))

@@ -8,27 +8,22 @@ from functools import cache
 from typing import Any
 
 import torch
-from against_dense import draw_facts, finish, told
-from context import Context, Measurement, load, text
+from context import LENGTH, POLICY, SINK, WINDOW, Answered, Context, Measurement, load, read_densely, text
 from matplotlib.figure import Figure
-from page import Page, filled, lines
-from studies.estimates.candidates import Call, Candidate, boxes, exact, expected_bulk, gaussian, low_rank, mixture
-from studies.estimates.learned import common_threshold, fit_probe, thresholds_by_head
+from page import Page, beside_dense, draw_intervals, filled, told
+from studies.estimates import candidates
+from studies.estimates.candidates import Call, Candidate, boxes, gaussian, low_rank, mixture
 from torch import Tensor
 
-from patchattn import OpenGate, Policy, patch
+from patchattn import patch
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.answers import teacher_forced
 from patchattn.evaluation.documents import Document, Kind, TokenizedText, make_document
-from patchattn.evaluation.page import number, percent
-from patchattn.evaluation.statistics import relative_change
+from patchattn.evaluation.page import number
 from patchattn.gates.moment import with_margins
 from patchattn.hf.observe import observing
-from patchattn.measuring.reading import read_document
 
-LENGTH = 4096
-POLICY = Policy(sink_size=16, window_size=256, min_bulk=0, gate=OpenGate())
 FRACTIONS = (0.1, 0.2, 0.3)
 """Open fractions that thresholds are chosen for."""
 
@@ -40,17 +35,20 @@ DOCUMENTS: dict[str, tuple[int, str, tuple[Kind, ...]]] = {
 }
 """How many are made, the beginning of their seeds, and what is asked in each; the last ones are judged on."""
 
-KEYS, DIM = LENGTH - 16 - 256, 32
+KEYS, DIM = LENGTH - SINK - WINDOW, 32
 SCORES, MOMENTS = KEYS * DIM, DIM * (DIM + 1)
 LINEAR, QUADRATIC = "probe, linear", "probe, quadratic"
 TRANSFERRED = "probe, quadratic, fitted on other tasks"
+FITTED_ON = {TRANSFERRED: "others"}
+"""Documents that a candidate is fitted and its thresholds are chosen on, where not on facts."""
+
 CANDIDATES: dict[str, tuple[Candidate | None, float]] = {
-    "oracle": (exact, SCORES),
+    "oracle": (lambda call: call.bulk, SCORES),
     "saturating": (gaussian("saturating"), MOMENTS),
     "log-normal": (gaussian("lognormal"), MOMENTS),
-    "guarded": (gaussian("guarded"), MOMENTS),
-    "guarded, from half the freezing point": (gaussian("guarded", 0.5), MOMENTS),
-    "guarded, from 1.5 times the freezing point": (gaussian("guarded", 1.5), MOMENTS),
+    "guarded": (gaussian("saturating", freezing=1), MOMENTS),
+    "guarded, from half the freezing point": (gaussian("saturating", freezing=0.5), MOMENTS),
+    "guarded, from 1.5 times the freezing point": (gaussian("saturating", freezing=1.5), MOMENTS),
     "mixture, chunks of 128": (mixture(128), KEYS / 128 * MOMENTS),
     "mixture, chunks of 64": (mixture(64), KEYS / 64 * MOMENTS),
     "mixture, chunks of 32, diagonal": (mixture(32, diagonal=True), KEYS / 32 * 2 * DIM),
@@ -64,35 +62,22 @@ CANDIDATES: dict[str, tuple[Candidate | None, float]] = {
 """What each candidate is, None for one that is fitted, and its multiply-adds for one query."""
 
 BY_HEAD, EXPECTED = ", threshold by head", ", expected value added"
-HAS_THRESHOLDS_BY_HEAD = ("saturating", "guarded")
 GUARD_ONLY = "guarded, open only above the freezing point"
 FIXED_GUARDED = {"guarded, threshold 0.6": math.log(0.6 / 0.4), GUARD_ONLY: -1e6}
 FIXED = {"dense": math.inf, "closed": -math.inf, **FIXED_GUARDED}
 """Margins in nats of rows of the guarded estimate whose threshold is not chosen."""
 
 RUNS: dict[str, tuple[float, ...]] = {
-    "saturating": FRACTIONS,
-    QUADRATIC: FRACTIONS,
-    "guarded" + BY_HEAD: FRACTIONS,
-    "oracle": FRACTIONS,
+    **dict.fromkeys(("saturating", QUADRATIC, "guarded" + BY_HEAD, "oracle"), FRACTIONS),
     "guarded": (0.3,),
-    "saturating" + BY_HEAD: (0.2,),
-    "boxes of 64 keys": (0.2,),
-    TRANSFERRED: (0.2,),
-    "mixture, chunks of 128": (0.2,),
-    "mixture, chunks of 32, diagonal": (0.2,),
-    "saturating" + EXPECTED: (0.2,),
-    "guarded, from 1.5 times the freezing point": (0.2,),
-    "log-normal": (0.2,),
+    **dict.fromkeys(("saturating" + BY_HEAD, "boxes of 64 keys", TRANSFERRED, "mixture, chunks of 128"), (0.2,)),
+    **dict.fromkeys(("mixture, chunks of 32, diagonal", "saturating" + EXPECTED), (0.2,)),
+    **dict.fromkeys(("guarded, from 1.5 times the freezing point", "log-normal"), (0.2,)),
     LINEAR: (0.1, 0.2),
-    "8 directions of 32, every key": (0.2,),
-    "mixture, chunks of 64": (0.2,),
-    "boxes of 16 keys": (0.2,),
+    **dict.fromkeys(("8 directions of 32, every key", "mixture, chunks of 64", "boxes of 16 keys"), (0.2,)),
 }
 """Rows measured on the model at open fractions; what matters most comes first."""
 
-FORM = "| {chosen_for} | {candidate} | {paid} | {open:.1%} | {facts} | {loss} |"
-FIT_FORM = "| {candidate} | {cost:.2%} | {correlation:.2f} | {spread:.2f} | {at[0]} | {at[1]} | {at[2]} |"
 STYLES = {
     "saturating": ("tab:orange", "o-"),
     QUADRATIC: ("tab:green", "o-"),
@@ -120,7 +105,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Answered):
     """What one candidate does on the model; see the page.
 
     `target` is the open fraction that the threshold was chosen for, 0 where it was not chosen so. `losses` are of each
@@ -148,22 +133,9 @@ def documents(name: str) -> list[Document]:
 @cache
 def recorded(name: str, count: int | None = None) -> list[list[Call]]:
     """Read documents, or the first few, with dense attention; returns the calls by layer."""
-    model, _ = load()
-    calls: list[list[Call]] = [[] for _ in range(model.config.num_hidden_layers)]
-
-    def observer(layer: int, inputs: AttentionInputs, attend: Any) -> Attended:
-        calls[layer].append(Call.of(inputs, exact=True))
-        return attend()
-
-    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
-        for document in documents(name)[:count]:
-            read_document(model, torch.tensor(document.token_ids))
+    calls: list[list[Call]] = [[] for _ in range(load()[0].config.num_hidden_layers)]
+    read_densely(documents(name)[:count], lambda layer, inputs: calls[layer].append(Call(inputs)))
     return calls
-
-
-def fitted_on(name: str) -> str:
-    """Name the documents that a candidate is fitted and its thresholds are chosen on."""
-    return "others" if name == TRANSFERRED else "facts"
 
 
 @cache
@@ -172,28 +144,25 @@ def by_layer(name: str) -> list[Candidate]:
     candidate, _ = CANDIDATES[name]
     if candidate is not None:
         return [candidate] * load()[0].config.num_hidden_layers
-    return [fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(fitted_on(name))]
+    return [candidates.fit_probe(calls, quadratic=name != LINEAR) for calls in recorded(FITTED_ON.get(name, "facts"))]
 
 
 def margins(name: str, calls: list[list[Call]]) -> Tensor:
     """Margins of recorded calls, [layers * heads, documents * pairs] nats."""
-    layers = [
-        torch.cat([(call.local - candidate(call)).flatten(0, 1) for call in of_layer], 1)
-        for candidate, of_layer in zip(by_layer(name), calls, strict=True)
-    ]
-    return torch.cat(layers)
+    layers = zip(by_layer(name), calls, strict=True)
+    return torch.cat([torch.cat([(one.local - mass(one)).flatten(0, 1) for one in some], 1) for mass, some in layers])
 
 
 def fit(_: Context, full_name: str) -> Fit:
     """Choose thresholds on some documents, and compare margins with the true ones on another."""
     name = full_name.removesuffix(BY_HEAD)
-    calls, held = recorded(fitted_on(name)), recorded("held", 1)
+    calls, held = recorded(FITTED_ON.get(name, "facts")), recorded("held", 1)
     found = margins(name, calls)
     if full_name == name:
-        chosen = [common_threshold(found, fraction) for fraction in FRACTIONS]
+        chosen = [candidates.common_threshold(found, fraction) for fraction in FRACTIONS]
     else:
         share = torch.sigmoid(-margins("oracle", calls))
-        chosen = [thresholds_by_head(found, share, fraction) for fraction in FRACTIONS]
+        chosen = [candidates.thresholds_by_head(found, share, fraction) for fraction in FRACTIONS]
     threshold = torch.stack(chosen)[..., None]
     found, true = margins(name, held), margins("oracle", held)
     known = found.isfinite() & true.isfinite()
@@ -211,33 +180,33 @@ def run(context: Context, name: str, target: float) -> Row:
     model, _ = load()
     shape = model.config.num_hidden_layers, model.config.num_attention_heads
     if name in FIXED:
-        candidates, threshold = by_layer("guarded"), torch.full(shape, FIXED[name])
+        chosen, threshold = by_layer("guarded"), torch.full(shape, FIXED[name])
     else:
         fitted = FITS.done(context)[(name.removesuffix(EXPECTED),)]
-        candidates = by_layer(fitted.candidate.removesuffix(BY_HEAD))
+        chosen = by_layer(fitted.candidate.removesuffix(BY_HEAD))
         threshold = torch.tensor(fitted.thresholds[FRACTIONS.index(target)]).view(shape)
 
     def observer(layer: int, inputs: AttentionInputs, _: Any) -> Attended:
         asked = inputs.regions.asked[0]
-        call = Call.of(inputs, exact=candidates[layer] is exact)
+        call = Call(inputs)
         mass = torch.full(inputs.query.shape[:3], -torch.inf)
-        mass[0, :, asked] = with_margins(candidates[layer](call).flatten(0, 1), threshold[layer])
+        mass[0, :, asked] = with_margins(chosen[layer](call).flatten(0, 1), threshold[layer])
         attended = blockwise_attend(inputs, mass, 0.0)
         if name.endswith(EXPECTED):
-            bulk, expected = expected_bulk(call)
+            bulk, expected = candidates.expected_bulk(call)
             share = torch.sigmoid(bulk - call.local).flatten(0, 1).masked_fill(attended.open[0, :, asked], 0)
             output = attended.output[0, :, asked]
             attended.output[0, :, asked] = output.lerp(expected.flatten(0, 1), share[..., None])
         return attended
 
-    with patch(model, POLICY, backend="blockwise") as handle, observing(handle, observer):
+    with patch(model, POLICY) as handle, observing(handle, observer):
         found = [teacher_forced(model, [document]) for document in documents("held")]
     opened = handle.report().open_fraction("prefill")
     right, asked = (sum(getattr(each, part)["fact"] for each in found) for part in ("right", "asked"))
     return Row(name, target, opened, right, asked, tuple(each.text_loss for each in found))
 
 
-FITTED = [name + how for name in CANDIDATES for how in ("", BY_HEAD) if not how or name in HAS_THRESHOLDS_BY_HEAD]
+FITTED = [name + how for name in CANDIDATES for how in ("", BY_HEAD) if not how or name + how in RUNS]
 CHOSEN = [(name, fraction) for name, fractions in RUNS.items() for fraction in fractions]
 FITS = Measurement("estimates-fits", Fit, ("candidate",), lambda _: [(name,) for name in FITTED], fit)
 ROWS = Measurement("estimates", Row, ("candidate", "target"), lambda _: [(name, 0.0) for name in FIXED] + CHOSEN, run)
@@ -248,40 +217,36 @@ def page(context: Context) -> Page:
     """Show what each candidate does at equal open fraction on the model, and on dense activations."""
     fits, rows = FITS.rows(context), ROWS.rows(context)
     dense, guard_only = (next(row for row in rows if row.candidate == name) for name in ("dense", GUARD_ONLY))
-    cost = {fit.candidate: percent(fit.cost, 2) for fit in fits}
-    cost |= {"dense": "", "closed": ""} | dict.fromkeys(FIXED_GUARDED, cost["guarded"])
-    by_target = []
-    for row in sorted(rows, key=lambda row: (row.target, -row.right)):
-        chosen_for = percent(row.target, 0) if row.target else ""
-        line = told(row, dense) | {"chosen_for": chosen_for, "paid": cost[row.candidate.removesuffix(EXPECTED)]}
-        by_target.append(line | {"loss": ""} if row is dense else line)
-    judged = [vars(one) | {"at": [number(share, ".3f", unknown="can't") for share in one.missed]} for one in fits]
+    cost = {fit.candidate: fit.cost for fit in fits}
+    cost |= {"dense": None, "closed": None} | dict.fromkeys(FIXED_GUARDED, cost["guarded"])
+    beside = [
+        told(row, dense, chosen_for=row.target or None, cost=cost[row.candidate.removesuffix(EXPECTED)]) for row in rows
+    ]
+    beside[rows.index(dense)].loss = None
     markdown = filled(
-        "estimates",
-        length=LENGTH,
+        globals(),
         documents=len(dense.losses),
-        asked=dense.asked,
-        fitted=DOCUMENTS["facts"][0],
-        floor=percent(guard_only.open, 0),
-        rows=lines(FORM, by_target),
-        fits=lines(FIT_FORM, judged),
+        dense=dense,
+        guard_only=guard_only,
+        rows=sorted(beside, key=lambda row: (row.target, -row.right)),
+        fits=[vars(one) | {"at": [number(share, ".3f", unknown="can't") for share in one.missed]} for one in fits],
     )
     shown = [{name: value for name, value in vars(one).items() if name != "thresholds"} for one in fits]
     tables = {"estimates": [vars(row) for row in rows], "estimates.dense": shown}
-    return Page(markdown, draw(rows, dense), tables, dpi=150, formats={"number": ".5f"})
+    return Page(markdown, draw(beside, dense), tables, formats={"number": ".5f"})
 
 
-def draw(rows: list[Row], dense: Row) -> Figure:
+def draw(rows: list[Any], dense: Row) -> Figure:
     """Draw facts and text loss against open fraction for candidates with several rows."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.8), dpi=150, layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for name, (colour, style) in STYLES.items():
         names = (name, *FIXED_GUARDED) if name == "guarded" else (name,)
         points = sorted((row for row in rows if row.candidate in names), key=lambda row: row.open)
-        opened = [100 * row.open for row in points]
-        changes = [100 * relative_change(row.losses, dense.losses).value for row in points]
-        draw_facts(facts, opened, points, color=colour, fmt=style, label=name)
-        loss.plot(opened, changes, style, color=colour, markersize=5)
+        opened = [row.open for row in points]
+        draw_intervals(facts, opened, [row.facts for row in points], color=colour, fmt=style, label=name)
+        changes = [100 * row.loss.value for row in points]
+        loss.plot([100 * part for part in opened], changes, style, color=colour, markersize=5)
     for axes in (facts, loss):
         axes.set_xlabel("open pairs, %")
-    return finish(figure, dense)
+    return beside_dense(figure, dense)

@@ -1,4 +1,4 @@
-"""Estimates of the bulk log mass that were tried: what each one knows of the far keys.
+"""Estimates of the bulk log mass that were tried: what each one knows of the far keys, and thresholds for them.
 
 Prototypes for one sequence without padding; the library's own estimates are in `patchattn.moments.gaussian`. All see
 far keys in whole chunks only, as the library does, and scale up to the true number.
@@ -7,73 +7,59 @@ far keys in whole chunks only, as the library does, and scale up to the true num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from patchattn.backends.blockwise.prefill import attend_local
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import exact_masses
 from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments, log_mass_of_gaussian
 
+_STEPS = 60
+_DECAY = 1e-4
+_GRID = 200
 
-@dataclass(frozen=True)
+
 class Call:
     """The pairs of one attention call that are asked.
 
-    Args:
+    Attributes:
         query: [kv_heads, group, asked, dim], times the scale.
         key: [kv_heads, keys, dim]; the keys after the sink, of which query `i` has the first `n[i]` in its bulk.
         value: [kv_heads, keys, dim].
-        n: [asked] number of bulk keys.
+        n: [asked] number of bulk keys; `log_n` is its logarithm.
         local: [kv_heads, group, asked] log mass of the local keys, nats.
-        bulk: [kv_heads, group, asked] exact log mass of the bulk keys, nats; None where it is not needed.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    n: Tensor
-    local: Tensor
-    bulk: Tensor | None
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._inputs, sink = inputs, inputs.regions.sink_size
+        self.query = self._asked(inputs.query) * inputs.scale
+        self.key, self.value = inputs.key[0, :, sink:].float(), inputs.value[0, :, sink:].float()
+        self.n = inputs.regions.n_bulk[0][inputs.regions.asked[0]]
+        self.log_n = self.n.float().log()
+        self.local = self._asked(attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass)
 
-    @classmethod
-    def of(cls, inputs: AttentionInputs, *, exact: bool) -> Call:
-        """Take the pairs that are asked out of a call; `exact` says whether to compute the bulk log mass."""
-        regions, asked = inputs.regions, inputs.regions.asked[0]
+    def _asked(self, x: Tensor) -> Tensor:
+        """Take the pairs that are asked, [1, heads, query, ...] -> [kv_heads, group, asked, ...]."""
+        return x[0][:, self._inputs.regions.asked[0]].float().unflatten(0, (len(self._inputs.key[0]), -1))
 
-        def grouped(x: Tensor) -> Tensor:
-            return x[0][:, asked].float().unflatten(0, (inputs.key.shape[1], -1))
-
-        return cls(
-            grouped(inputs.query) * inputs.scale,
-            inputs.key[0, :, regions.sink_size :].float(),
-            inputs.value[0, :, regions.sink_size :].float(),
-            regions.n_bulk[0][asked],
-            grouped(attend_local(inputs, slice(0, inputs.query.shape[2]))[0].log_mass),
-            grouped(exact_masses(inputs)[0].bulk) if exact else None,
-        )
-
-    @property
-    def log_n(self) -> Tensor:
-        """Log of the number of bulk keys, [asked]."""
-        return self.n.float().log()
+    @cached_property
+    def bulk(self) -> Tensor:
+        """Exact log mass of the bulk keys, [kv_heads, group, asked] nats."""
+        return self._asked(exact_masses(self._inputs)[0].bulk)
 
     @property
     def share(self) -> Tensor:
         """Exact share of the bulk keys, [heads, asked]."""
-        return torch.sigmoid(exact(self) - self.local).flatten(0, 1)
+        return torch.sigmoid(self.bulk - self.local).flatten(0, 1)
 
 
 Candidate = Callable[[Call], Tensor]
 """Estimates [kv_heads, group, asked] nats; NaN, which opens, where nothing is known yet."""
-
-
-def exact(call: Call) -> Tensor:
-    """The oracle."""
-    assert call.bulk is not None
-    return call.bulk
 
 
 def _prefixes(call: Call) -> Iterator[tuple[Tensor, int]]:
@@ -93,16 +79,13 @@ def prefix_moments(call: Call) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def gaussian(estimate: Estimate, freezing: float = 1.0) -> Candidate:
-    """One Gaussian for all far keys: the library's estimates; `guarded` may freeze elsewhere than the theory says."""
+def gaussian(estimate: Estimate, *, freezing: float = torch.inf) -> Candidate:
+    """One Gaussian for all far keys, as the library has it; opens above a multiple of the theory's freezing point."""
 
     def mass(call: Call) -> Tensor:
         mean, variance = prefix_moments(call)
-        kind = "saturating" if estimate == "guarded" else estimate
-        found = log_mass_of_gaussian(call.n, mean, variance, estimate=kind)
-        if estimate == "guarded":
-            found = torch.where(variance > 2 * freezing * call.log_n, torch.inf, found)
-        return found
+        found = log_mass_of_gaussian(call.n, mean, variance, estimate=estimate)
+        return torch.where(variance > 2 * freezing * call.log_n, torch.inf, found)
 
     return mass
 
@@ -196,3 +179,85 @@ def low_rank(rank: int) -> Candidate:
         return torch.stack(found)
 
     return mass
+
+
+def fit_probe(calls: list[Call], *, quadratic: bool) -> Candidate:
+    """Fit a logistic regression for each head of a layer, from the query to the exact share of the bulk keys.
+
+    Args:
+        calls: Calls whose exact log mass is known; every second pair is fitted.
+        quadratic: Whether products of the query's components are among the features.
+    """
+    x = torch.cat([features(call, quadratic=quadratic)[:, ::2] for call in calls], 1)
+    share = torch.cat([call.share[:, ::2] for call in calls], 1)
+    centre, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True).clamp(min=1e-3)
+    x = (x - centre) / scale
+    weight = torch.zeros(x.shape[0], x.shape[2], 1, requires_grad=True)
+    bias = torch.zeros(x.shape[0], 1, requires_grad=True)
+    search = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        logits = (x @ weight)[..., 0] + bias
+        loss = binary_cross_entropy_with_logits(logits, share, reduction="none").mean(1).sum()
+        loss = loss + _DECAY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    search.step(closure)
+
+    @torch.no_grad()
+    def mass(call: Call) -> Tensor:
+        logits = ((features(call, quadratic=quadratic) - centre) / scale @ weight)[..., 0] + bias
+        return call.local + logits.view_as(call.local)
+
+    return mass
+
+
+def features(call: Call, *, quadratic: bool) -> Tensor:
+    """Local log mass, log of the number of bulk keys and the query, [heads, asked, features]."""
+    query = call.query.flatten(0, 1)
+    known = torch.stack([call.local.flatten(0, 1), call.log_n.expand(query.shape[:2])], -1)
+    if not quadratic:
+        return torch.cat([known, query], -1)
+    row, column = torch.triu_indices(query.shape[-1], query.shape[-1])
+    return torch.cat([known, query, query[..., row] * query[..., column]], -1)
+
+
+def common_threshold(margins: Tensor, fraction: float) -> Tensor:
+    """Find the margin below which a share of all pairs lies; [heads, pairs] -> [heads], all equal.
+
+    A candidate that opens more than that whatever the threshold gets NaN.
+    """
+    ordered = torch.where(margins.isnan(), -torch.inf, margins).flatten().sort().values
+    found = ordered[int(fraction * len(ordered))]
+    return torch.where(found == -torch.inf, torch.nan, found).expand(len(margins))
+
+
+def thresholds_by_head(margins: Tensor, share: Tensor, fraction: float) -> Tensor:
+    """Choose a threshold for each head so that all miss least while a share of the pairs is open.
+
+    Args:
+        margins: [heads, pairs] nats; -inf and NaN can't be told apart from one another.
+        share: [heads, pairs] exact share of the bulk keys.
+        fraction: Open fraction over all heads.
+
+    Returns:
+        [heads]; -inf closes a head for good, +inf opens it.
+    """
+    pairs = margins.shape[1]
+    ordered, order = torch.where(margins.isnan(), -torch.inf, margins).sort(1)
+    found = share.gather(1, order).double().cumsum(1)
+    opened = torch.linspace(0, pairs, _GRID).long()
+    missed = (found[:, -1:] - torch.cat([torch.zeros(len(found), 1), found], 1)[:, opened]) / pairs
+    alike = (ordered == -torch.inf).sum(1, keepdim=True)
+    missed = missed.masked_fill((opened > 0) & (opened < alike), torch.inf)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        price = (low + high) / 2
+        chosen = (missed + price * opened / pairs).argmin(1)
+        low, high = (price, high) if opened[chosen].double().mean() > fraction * pairs else (low, price)
+    chosen = opened[(missed + high * opened / pairs).argmin(1)]
+    inf = torch.full_like(ordered[:, :1], torch.inf)
+    edges = torch.cat([-inf, ordered[:, 1:], inf], 1)  # a margin below edge j is one of the first j
+    return edges.gather(1, chosen[:, None])[:, 0]

@@ -11,10 +11,9 @@ from page import STYLES, Page, filled, label, open_axis
 from studies.gates import ranking
 from studies.gates.grid import DOCUMENTS, FULL, SCORED
 from studies.gates.ranking import RANKINGS
-from studies.gates.summary import AREA, Area, Summary, areas, summaries
+from studies.gates.summary import AREA, Summary, areas, summaries
 
-from patchattn.evaluation.page import percent, table, with_interval
-from patchattn.evaluation.statistics import Interval
+from patchattn.evaluation.page import percent, table
 
 MEASURED = (RANKINGS, SCORED)
 
@@ -32,7 +31,7 @@ _WITHOUT_MOMENTS = ("oracle", "static", "static, answering", "random heads", "ra
 _KINDS = ("chain", "list")
 
 
-def best(listed: Sequence[Summary], most_open: float) -> Summary:
+def best_of(listed: Sequence[Summary], most_open: float) -> Summary:
     """Return the gate that needs no exact mass with the best answers at an open fraction; text loss breaks ties."""
     known = (*_WITHOUT_MOMENTS, "stock", "open", "closed")
     fitting = [one for one in listed if one.family not in known and one.open_fraction <= most_open]
@@ -43,9 +42,9 @@ def goals(full: Sequence[Summary]) -> dict[str, Summary]:
     """Name the gates that are compared with the goals."""
     named = {(one.family, one.setting): one for one in full}
     return {
-        "best moment gate, at least 85% closed": best(full, 0.155),
-        "best moment gate, at least 70% closed": best(full, 0.305),
-        "best moment gate, any": best(full, 1.0),
+        "best moment gate, at least 85% closed": best_of(full, 0.155),
+        "best moment gate, at least 70% closed": best_of(full, 0.305),
+        "best moment gate, any": best_of(full, 1.0),
         "the default": named["prompt/guarded", "0.6"],
         "exact mass, 85% closed": named["oracle", "for 15%"],
         "static heads": named["static", "5 heads"],
@@ -53,49 +52,8 @@ def goals(full: Sequence[Summary]) -> dict[str, Summary]:
     }
 
 
-def meets_goals(one: Summary) -> bool:
-    """Say whether a gate is within one point and two percent of dense attention."""
-    return one.lost.value <= 1 and one.rise.value <= 0.02
-
-
-def points(interval: Interval) -> str:
-    """Write a difference in points with its interval."""
-    return f"{-interval.value:+.1f} ({-interval.high:+.1f} to {-interval.low:+.1f})"
-
-
-def goal_line(goal: str, one: Summary) -> str:
-    """Write how far a gate is from a goal."""
-    return (
-        f"| {goal} | {one.name}, {one.setting} | {percent(one.open_fraction)} | {points(one.lost)} | "
-        f"{one.rise.value:+.2%} | {'yes' if meets_goals(one) else 'no'} |"
-    )
-
-
-def gate_line(one: Summary) -> str:
-    """Write everything about a gate; what dense attention lost against itself is left out."""
-    lost, rise = "", ""
-    if one.family not in ("stock", "open"):
-        lost = points(one.lost)
-        rise = f", {one.rise.value:+.2%} ({100 * one.rise.low:+.2f} to {100 * one.rise.high:+.2f})"
-    return (
-        f"| {one.name} | {one.setting} | {percent(one.open_fraction)} | {percent(one.density)} | "
-        f"{with_interval(one.exact, '.3f')}, {one.asked} | {lost} | {one.loss:.4f}{rise} |"
-    )
-
-
-def area_line(one: Area) -> str:
-    """Write the area of a curve."""
-    lost = one.lost and with_interval(one.lost, ".1f", between=" to ")
-    rise = one.rise and with_interval(one.rise, ".2f", between=" to ")
-    return f"| {label(one.family)} | {lost or ''} | {rise or ''} | {one.span[0]:.1%} to {one.span[1]:.1%} |"
-
-
 def across(
-    listed: Iterable[Summary],
-    head: Sequence[str],
-    places: Sequence[Any],
-    cell: Callable[[Summary], str],
-    least: int = 1,
+    listed: Iterable[Summary], head: list[str], places: list[Any], cell: Callable[[Summary], str], least: int = 1
 ) -> str:
     """Write gates down and places across; leaves out gates that fewer than `least` places have."""
     at: dict[tuple[str, str], dict[Any, str]] = {}
@@ -112,39 +70,32 @@ def page(context: Context) -> Page:
     others = [one for kind in _KINDS for one in summaries(rows, kind=kind)]
     full = [one for one in listed if one.place == FULL]
     compared = goals(full)
-    first = next(iter(compared.values()))
-    columns = [f"window {window}" for window in WINDOWS]
-
-    def floor(length: int, window: int) -> str:
-        found = ranked[length, window].floor
-        return f"{found['prompt/saturating']:.1%} / {found['prompt/guarded']:.1%}"
+    best = next(iter(compared.values()))
 
     def lean(length: int) -> str:
         return across(
             [one for one in listed if one.place[:2] == ("facts", length)],
-            [f"{length:,} tokens", "setting", *columns],
+            [f"{length:,} tokens", "setting", *(f"window {window}" for window in WINDOWS)],
             [("facts", length, window) for window in WINDOWS],
-            lambda one: f"{percent(one.open_fraction)} / {one.exact.value:.3f} / {one.rise.value:+.2%}",
+            lambda one: f"{percent(one.open_fraction)} / {one.facts.value:.3f} / {one.rise.value:+.2%}",
             # The gates at `FULL` have their own table: here only what the other windows have too.
             least=2 if length == FULL[1] else 1,
         )
 
     markdown = filled(
-        "gates",
+        globals(),
         documents=(min(one.documents for one in full), max(one.documents for one in full)),
         ranked=", ".join(f"{count} of {length:,} tokens" for length, count in ranking.DOCUMENTS.items()),
         one_head=1 / len(ranked[FULL[1:]].heads),
-        met="met" if meets_goals(first) else "missed",
-        best=first,
-        lost=points(first.lost),
-        closed=1 - first.open_fraction,
-        goals="\n".join(goal_line(goal, one) for goal, one in compared.items()),
-        full="\n".join(map(gate_line, full)),
-        area=AREA,
-        areas="\n".join(map(area_line, areas(rows, FULL))),
-        floors=table(
-            ["tokens", *columns], [[f"{length:,}", *(floor(length, w) for w in WINDOWS)] for length in LENGTHS]
-        ),
+        met="met" if best.meets_goals else "missed",
+        best=best,
+        closed=1 - best.open_fraction,
+        goals=[{"goal": goal, "one": one, "met": "yes" if one.meets_goals else "no"} for goal, one in compared.items()],
+        dense=[one for one in full if one.family in ("stock", "open")],
+        gated=[one for one in full if one.family not in ("stock", "open")],
+        AREA=AREA,
+        areas=areas(rows, FULL),
+        floors=[{"length": length, "at": {w: ranked[length, w].floor for w in WINDOWS}} for length in LENGTHS],
         counts=", ".join(f"{len(DOCUMENTS[length])} documents of {length:,}" for length in LENGTHS),
         lean="\n\n".join(map(lean, LENGTHS)),
         kinds=across(
@@ -160,7 +111,7 @@ def page(context: Context) -> Page:
 
 def draw(full: Sequence[Summary]) -> Figure:
     """Draw exact match and text loss against open fraction, one row for each group of curves."""
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     grid: Any = figure.subplots(2, 2)
     dense, closed = (next(one for one in full if one.family == name) for name in ("open", "closed"))
     note = {"color": "dimgrey", "fontsize": 9}
@@ -172,18 +123,17 @@ def draw(full: Sequence[Summary]) -> Figure:
             line = "--" if family in (*_WITHOUT_MOMENTS, "risk, mean over heads") else "-"
             style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 6, "linewidth": 1.6}
             style["label"] = label(family).replace(", calibration moments", "")
-            facts.plot(x, [one.exact.value for one in curve], **style)
+            facts.plot(x, [one.facts.value for one in curve], **style)
             loss.plot(x, [100 * one.rise.value for one in curve], **style)
-        facts.axhspan(dense.exact.low, dense.exact.high, color="grey", alpha=0.15, lw=0)
-        facts.axhline(dense.exact.value, color="grey", lw=1)
-        facts.text(0.85, dense.exact.value + 0.035, "dense, 95%", **note)
-        facts.axhline(closed.exact.value, color="grey", lw=1, ls=":")
-        facts.text(100, closed.exact.value + 0.01, "closed", **note, ha="right")
-        loss.axhline(0, color="grey", lw=1)
-        loss.axhline(100 * closed.rise.value, color="grey", lw=1, ls=":")
-        loss.text(100, 100 * closed.rise.value + 0.04, "closed", **note, ha="right")
+        facts.axhspan(dense.facts.low, dense.facts.high, color="grey", alpha=0.15, lw=0)
+        facts.text(0.85, dense.facts.value + 0.035, "dense, 95%", **note)
+        facts.text(100, closed.facts.value + 0.01, "closed", **note, ha="right")
         loss.axhline(2, color="grey", lw=0.8, ls=(0, (1, 4)))
         loss.text(100, 2.04, "goal: +2%", **note, ha="right")
+        loss.text(100, 100 * closed.rise.value + 0.04, "closed", **note, ha="right")
+        for one, line in ((dense, "-"), (closed, ":")):
+            facts.axhline(one.facts.value, color="grey", lw=1, ls=line)
+            loss.axhline(100 * one.rise.value, color="grey", lw=1, ls=line)
         facts.set(ylabel="facts answered exactly", ylim=(-0.03, 1.03))
         facts.set_title(title, loc="left", fontsize=11)
         loss.set(ylabel="text loss above dense, %")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -143,10 +145,8 @@ def _measure(context: Context, place: Place, family: str, setting: str, index: i
             if case.random:
                 replay_gates(handle, at_random(model, case.random, place, f"{family}/{setting}/{place}/{index}"))
             found = teacher_forced(model, [one])
-        layers = [phases["prefill"] for phases in handle.report().layers.values()]
-        pairs = [(sum(one.open_pairs), one.asked * len(one.open_pairs)) for one in layers]
-        keys = [(one.scored_keys, one.causal_keys) for one in layers]
-        counts = tuple(map(sum, [*zip(*pairs, strict=True), *zip(*keys, strict=True)]))
+        total = reduce(add, handle.report().counts("prefill").values())
+        counts = (sum(total.open_pairs), total.asked_pairs, total.scored_keys, total.causal_keys)
     return Scored(place, family, setting, index, counts, found.right, found.asked, found.text_loss)
 
 

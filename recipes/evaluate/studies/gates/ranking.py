@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Measurement, calibration, document, load, tasks_of
+from context import LENGTHS, SINK, TASKS, WINDOWS, Context, Measurement, calibration, documents, load, tasks_of
 from torch import Tensor
 
 from patchattn.evaluation.margins import Margins, record_margins
@@ -50,37 +50,33 @@ class Ranking:
         return 1 / (1 + math.exp(-margin))
 
 
-def quantile(ordered: Tensor, fraction: float) -> float:
-    """Margin in nats that so large a fraction of ascending values lies below."""
-    return ordered[min(math.ceil(fraction * len(ordered)), len(ordered) - 1)].item()
-
-
-def rank(length: int, window: int, documents: Iterable[tuple[Mapping[int, Margins], Tensor]]) -> Ranking:
+def rank(length: int, window: int, read: Iterable[tuple[Mapping[int, Margins], Tensor]]) -> Ranking:
     """Rank by the margins of each document, by layer, and the task of each of its tokens, an index into `TASKS`."""
     pooled: dict[str, list[Tensor]] = {}
     opened: Counter[tuple[int, int]] = Counter()
     answering: Counter[tuple[int, int]] = Counter()
-    for layers, task in documents:
+    for layers, task in read:
         for layer, margins in layers.items():
-            for gate, mass in {
-                "oracle": margins.bulk,
-                **{"/".join(key): m for key, m in margins.estimates.items()},
-            }.items():
+            estimates = {"/".join(name): mass for name, mass in margins.estimates.items()}
+            for gate, mass in {"oracle": margins.bulk, **estimates}.items():
                 pooled.setdefault(gate, []).append((margins.local - mass).flatten())
             shares = margins.bulk_share[:, task[margins.positions] == TASKS.index("answer")]
             for ranks, values in ((opened, margins.opens(ORACLE_THRESHOLD)), (answering, shares)):
                 ranks.update({(layer, head): value for head, value in enumerate(values.double().mean(1).tolist())})
     ordered = {gate: torch.cat(parts).sort().values for gate, parts in pooled.items()}
-    quantiles = {gate: {share: quantile(values, share) for share in FRACTIONS} for gate, values in ordered.items()}
+    quantiles = {
+        gate: {share: values[min(math.ceil(share * len(values)), len(values) - 1)].item() for share in FRACTIONS}
+        for gate, values in ordered.items()
+    }
     floor = {gate: (values == -math.inf).double().mean().item() for gate, values in ordered.items()}
     heads, heads_answering = ([head for head, _ in ranks.most_common()] for ranks in (opened, answering))
     return Ranking(length, window, quantiles, floor, heads, heads_answering)
 
 
 def _measure(_: Context, length: int, window: int) -> Ranking:
-    documents = [document("facts", length, f"rank/{index}") for index in range(DOCUMENTS[length])]
+    read = documents("rank", DOCUMENTS[length], length=length)
     margins = partial(record_margins, load()[0], sink_size=SINK, windows=(window,), calibration=calibration())
-    return rank(length, window, ((margins(one.token_ids)[window], tasks_of(one)) for one in documents))
+    return rank(length, window, ((margins(one.token_ids)[window], tasks_of(one)) for one in read))
 
 
 RANKINGS = Measurement(

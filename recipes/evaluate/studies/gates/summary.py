@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from context import Answered
 from page import STYLES, label
 from studies.gates.grid import Place, Scored
 
-from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums, share
+from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums
 
 AREA = (0.05, 0.30)
 """Open fractions that curves are averaged between."""
@@ -17,7 +19,8 @@ AREA = (0.05, 0.30)
 FAMILIES = ("stock", "open", "closed", *STYLES)
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary(Answered):
     """One gate in one place beside dense attention on the same documents; intervals by bootstrap over documents.
 
     `lost` is exact match below dense attention, in points, `rise` text loss above it, as a fraction; `loss` is in nats
@@ -43,9 +46,19 @@ class Summary(NamedTuple):
         return label(self.family)
 
     @property
-    def exact(self) -> Interval:
-        """Share of right answers with its Wilson interval."""
-        return share(self.right, self.asked)
+    def points(self) -> Interval:
+        """Exact match above dense attention, in points."""
+        return Interval(-self.lost.value, -self.lost.high, -self.lost.low)
+
+    @property
+    def rise_in_percent(self) -> Interval:
+        """Text loss above dense attention."""
+        return Interval(*(100 * end for end in self.rise))
+
+    @property
+    def meets_goals(self) -> bool:
+        """Whether it is within one point and two percent of dense attention."""
+        return self.lost.value <= 1 and self.rise.value <= 0.02
 
     def columns(self) -> dict[str, Any]:
         """Columns of the table that is saved."""
@@ -54,7 +67,7 @@ class Summary(NamedTuple):
             "exact_high,points_below_dense,points_low,points_high,text_loss,loss_rise,rise_low,rise_high"
         )
         about = (*self.place, self.name, self.setting, self.documents, self.open_fraction, self.density)
-        answers = (self.right, self.asked, *self.exact, *self.lost, self.loss, *self.rise)
+        answers = (self.right, self.asked, *self.facts, *self.lost, self.loss, *self.rise)
         return dict(zip(names.split(","), about + answers, strict=True))
 
 
@@ -67,44 +80,36 @@ def _by_gate(rows: Iterable[Scored]) -> dict[tuple[Place, str, str], dict[int, S
 
 def summaries(rows: Iterable[Scored], *, kind: str | None = None) -> list[Summary]:
     """Summarise gates by family, then open fraction; `kind` counts only the questions of one kind, as a place."""
+
+    def count(answers: dict[str, int]) -> int:
+        return answers[kind] if kind else sum(answers.values())
+
     found, listed = _by_gate(rows), []
     for (place, family, setting), of_gate in found.items():
         dense = found.get((place, "open", ""), {})
-        both = sorted(of_gate.keys() & dense.keys())
-        if not both or (kind and kind not in of_gate[both[0]].asked):
+        both = [(of_gate[i], dense[i]) for i in sorted(of_gate.keys() & dense.keys())]
+        if not both or (kind and kind not in both[0][0].asked):
             continue
-        mine, theirs = [of_gate[i] for i in both], [dense[i] for i in both]
-        right, asked, right_dense = (
-            [counts[kind] if kind else sum(counts.values()) for counts in side]
-            for side in ([row.right for row in mine], [row.asked for row in mine], [row.right for row in theirs])
-        )
-        opened, pairs, scored, causal = np.sum([row.counts for row in mine], axis=0)
-        losses, dense_losses = ([row.loss for row in side] for side in (mine, theirs))
+        answers = np.array([(count(mine.right), count(mine.asked), count(theirs.right)) for mine, theirs in both])
+        right, asked, right_dense = answers.T
+        losses, dense_losses = np.array([(mine.loss, theirs.loss) for mine, theirs in both]).T
+        opened, pairs, scored, causal = np.sum([mine.counts for mine, _ in both], axis=0)
         listed.append(
             Summary(
-                (kind or place[0], *place[1:]),
-                family,
-                setting,
-                len(both),
-                opened / pairs if pairs else np.nan,
-                scored / causal if causal else np.nan,
-                sum(right),
-                sum(asked),
-                ratio_of_sums([100 * (a - b) for a, b in zip(right_dense, right, strict=True)], asked),
-                float(np.mean(losses)),
-                ratio_of_sums([a - b for a, b in zip(losses, dense_losses, strict=True)], dense_losses),
+                place=(kind or place[0], *place[1:]),
+                family=family,
+                setting=setting,
+                documents=len(both),
+                open_fraction=opened / pairs if pairs else np.nan,
+                density=scored / causal if causal else np.nan,
+                right=right.sum(),
+                asked=asked.sum(),
+                lost=ratio_of_sums(100 * (right_dense - right), asked),
+                loss=losses.mean(),
+                rise=ratio_of_sums(losses - dense_losses, dense_losses),
             )
         )
     return sorted(listed, key=lambda one: (FAMILIES.index(one.family), one.open_fraction, one.setting))
-
-
-class Area(NamedTuple):
-    """A curve averaged over the log of the open fraction: answers in points, text loss in percent from dense."""
-
-    family: str
-    lost: Interval | None
-    rise: Interval | None
-    span: tuple[float, float]
 
 
 def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -121,8 +126,11 @@ def weights_over_log(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((weights[1:] + weights[:-1]) / 2 * steps[:, None]).sum(0) / steps.sum()
 
 
-def areas(rows: Iterable[Scored], place: Place) -> list[Area]:
-    """Average every curve of one place that reaches from one end of `AREA` to the other, the best answers first."""
+def areas(rows: Iterable[Scored], place: Place) -> list[dict[str, Any]]:
+    """Average every curve of one place that reaches from one end of `AREA` to the other, the best answers first.
+
+    `lost` is in points below dense attention, `rise` in percent above it, `span` the open fractions that were measured.
+    """
     found = {key[1:]: of_gate for key, of_gate in _by_gate(rows).items() if key[0] == place}
     every = sorted(set.intersection(*map(set, found.values())))
 
@@ -147,5 +155,5 @@ def areas(rows: Iterable[Scored], place: Place) -> list[Area]:
             below, above = (dense_right - right) @ weights, (losses - dense_losses) @ weights
             lost = bootstrap(below, lambda w, below=below: w @ below)
             rise = bootstrap(above, lambda w, above=above: w @ above / (w @ dense_losses[:, 0]))
-        listed.append(Area(family, lost, rise, (float(x[0]), float(x[-1]))))
-    return sorted(listed, key=lambda one: one.lost.value if one.lost else np.inf)
+        listed.append({"name": label(family), "lost": lost, "rise": rise, "span": (x[0], x[-1])})
+    return sorted(listed, key=lambda one: one["lost"].value if one["lost"] else np.inf)

@@ -8,28 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from against_dense import draw_facts, draw_intervals, finish, told
-from context import Context, Job, Measurement, calibration, load
+from context import POLICY, SINK, WINDOW, Context, Job, Measurement, calibration, load
 from matplotlib.figure import Figure
-from page import Page, filled, lines
-from studies.kvpress.protocol import FOLLOWING, LENGTH, Row, ask, asked_documents, context_of, digest, predict
+from page import Page, beside_dense, draw_intervals, filled, told
+from studies.kvpress.protocol import FOLLOWING, Row, asked_documents, context_of, digest, put_through
 from torch import Tensor
 
-from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, Policy, StaticGate, patch
+from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, StaticGate, patch
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.evaluation.statistics import Interval, relative_change
+from patchattn.evaluation.statistics import Interval
 from patchattn.gates import Gate
 from patchattn.hf.observe import observing
 
-POLICY = Policy(sink_size=16, window_size=256, min_bulk=0)
-LOCAL = POLICY.sink_size + POLICY.window_size
+LOCAL = SINK + WINDOW
 PRESSES = ("StreamingLLM", "SnapKV", "ExpectedAttention")
 STYLES = {
     "patchattn, moment gate, calibrated": ("tab:blue", "o-"),
@@ -40,24 +37,20 @@ STYLES = {
     "SnapKV": ("tab:orange", "s-"),
     "ExpectedAttention": ("tab:red", "s-"),
 }
-FORM = "| {method} | {setting} | {facts} | {loss} | {attended:.0%} | {read:.0%} | {prefill:.0%} | {cache:.0%} |"
 
 
 def gates() -> dict[tuple[str, str], Gate]:
     """Name patchattn's gates by method and setting."""
-    budgets = {
-        ("patchattn, moment gate, calibrated", f"budget {share:.0%}"): MomentGate(
-            threshold=OpenFractionTarget(fraction=share)
-        )
-        for share in (0.1, 0.25, 0.5)
-    }
+    moment = "patchattn, moment gate"
     return {
         ("dense", ""): OpenGate(),
         ("patchattn, closed", ""): ClosedGate(),
         ("patchattn, static", "8 heads"): StaticGate.from_calibration(calibration(), heads=8),
-        ("patchattn, moment gate", "threshold 0.6"): MomentGate(),
-        ("patchattn, moment gate", "threshold 0.2"): MomentGate(threshold=0.2),
-        **budgets,
+        (moment, "threshold 0.6"): MomentGate(),
+        (moment, "threshold 0.2"): MomentGate(threshold=0.2),
+        (f"{moment}, calibrated", "budget 10%"): MomentGate(threshold=OpenFractionTarget(fraction=0.1)),
+        (f"{moment}, calibrated", "budget 25%"): MomentGate(threshold=OpenFractionTarget(fraction=0.25)),
+        (f"{moment}, calibrated", "budget 50%"): MomentGate(threshold=OpenFractionTarget(fraction=0.5)),
     }
 
 
@@ -70,9 +63,8 @@ def jobs(_: Context) -> list[Job]:
 
 def measure(context: Context, method: str, setting: str, question: str) -> Row:
     """Measure one row, that of a press in the environment of kvpress."""
-    row = Row(method, setting, question, documents=digest())
     if method not in PRESSES:
-        return measure_gate(row, gates()[method, setting])
+        return measure_gate(Row(method, setting, question), gates()[method, setting])
     python = context.options["kvpress_python"]
     if python is None:
         raise ValueError(f"{method} is measured in an environment with kvpress: give --kvpress-python.")
@@ -95,13 +87,9 @@ def measure_gate(row: Row, gate: Gate) -> Row:
             scored.append(share_of_keys(found.open, begin))
         return found
 
-    begin = time.process_time()
     policy = POLICY.model_copy(update={"gate": gate})
     with patch(load()[0], policy, calibration=calibration()) as handle:
-        with observing(handle, observer):
-            ask(row, nullcontext)
-        predict(row, nullcontext)
-    row.seconds = time.process_time() - begin
+        put_through(row, nullcontext, asking=observing(handle, observer))
     row.prefill, row.attended, row.read = mean(scored), mean(attended), mean(loaded)
     return row
 
@@ -137,47 +125,39 @@ def page(context: Context) -> Page:
     if {row.documents for row in rows} != {digest()}:
         raise ValueError("Rows were measured on documents that are tokenized differently, so they can't be compared.")
     dense = rows[0]
-    later, known = ([row for row in rows if row.question == question] for question in ("later", "known"))
-    listed = [
-        lines(FORM, (told(row, dense) for row in sorted(some, key=lambda row: (-row.attended, row.method))))
-        for some in (later, known)
-    ]
+    beside = [told(row, dense) for row in sorted(rows, key=lambda row: (-row.attended, row.method))]
+    later, known = ([row for row in beside if row.question == question] for question in ("later", "known"))
     markdown = filled(
-        "kvpress",
+        globals(),
+        FOLLOWING=FOLLOWING,
         count=len(asked_documents()),
-        length=LENGTH,
         facts=len(asked_documents()[0].questions),
-        asked=dense.asked,
+        dense=dense,
         context=round(mean(len(context_of(one)) for one in asked_documents())),
-        following=FOLLOWING,
-        later=listed[0],
-        known=listed[1],
+        later=later,
+        known=known,
         known_asked=known[0].asked,
-        local=LOCAL,
     )
     formats = {"number": ".4f", "losses": ".5f", "seconds": ".1f"}
-    return Page(markdown, draw(later, known, dense), {"kvpress": list(map(vars, rows))}, dpi=150, formats=formats)
+    return Page(markdown, draw(later, known, dense), {"kvpress": list(map(vars, rows))}, formats=formats)
 
 
-def draw(later: list[Row], known: list[Row], dense: Row) -> Figure:
+def draw(later: list[Any], known: list[Any], dense: Row) -> Figure:
     """Draw facts and text loss against the share of keys attended to."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     facts, loss = figure.subplots(1, 2)
     for method, (colour, style) in STYLES.items():
-        of_method = sorted((row for row in later if row.method == method), key=lambda row: row.attended)
-        paid = [100 * row.attended for row in of_method]
-        draw_facts(facts, paid, of_method, color=colour, fmt=style, label=method)
+        of_method = [row for row in reversed(later) if row.method == method]
+        paid, look = [row.attended for row in of_method], {"color": colour, "fmt": style}
+        draw_intervals(facts, paid, [row.facts for row in of_method], label=method, **look)
+        changes = [Interval(*(100 * end for end in row.loss)) for row in of_method]
+        draw_intervals(loss, paid, changes, **look)
         for row in known:
             if row.method == method:
-                look = {"fmt": "s:", "fillstyle": "none", "label": f"{method}, question known"}
-                draw_facts(facts, [100 * row.attended], [row], color=colour, **look)
-        changes = [relative_change(row.losses, dense.losses) for row in of_method]
-        in_percent = [Interval(*(100 * end for end in change)) for change in changes]
-        draw_intervals(loss, paid, in_percent, fmt=style, color=colour)
+                look |= {"fmt": "s:", "fillstyle": "none", "label": f"{method}, question known"}
+                draw_intervals(facts, [row.attended], [row.facts], **look)
     facts.set_title("Looking up facts", fontsize=10)
     loss.set_title("Plain text after the context", fontsize=10)
-    facts.set_xlabel("keys attended to while answering, %")
-    loss.set_xlabel("keys attended to, %, as on the left")
-    for axes in (facts, loss):
-        axes.set_xlim(0, 100)
-    return finish(figure, dense)
+    facts.set(xlabel="keys attended to while answering, %", xlim=(0, 100))
+    loss.set(xlabel="keys attended to, %, as on the left", xlim=(0, 100))
+    return beside_dense(figure, dense)

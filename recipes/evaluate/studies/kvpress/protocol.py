@@ -14,9 +14,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from context import document, load, text
+from context import SINK, Answered, documents, load
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from patchattn.evaluation.documents import Document, make_document
+from patchattn.evaluation.documents import Document
 from patchattn.hf.architecture import with_cache
 
-LENGTH, DOCUMENTS = 4096, 6
+DOCUMENTS = 6
 FOLLOWING = 640
 """Tokens of plain text that are predicted from the context before them."""
 
@@ -44,7 +43,7 @@ Press = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass
-class Row:
+class Row(Answered):
     """One line of the table; the page says what its shares of keys are.
 
     `losses` are of each document in nats per token, empty where they were not measured. `documents` is a digest of the
@@ -65,23 +64,19 @@ class Row:
     seconds: float = 0.0
 
 
-@cache
 def asked_documents() -> list[Document]:
     """Make the documents with facts."""
-    return [document("facts", LENGTH, f"kvpress/{at}") for at in range(DOCUMENTS)]
+    return documents("kvpress", DOCUMENTS)
 
 
-@cache
-def plain_documents() -> list[list[int]]:
-    """Make the documents of plain text, which are token ids."""
-    seeds = [f"kvpress/plain/{at}" for at in range(DOCUMENTS)]
-    made = [make_document(text(), load()[1], length=LENGTH, kinds=(), seed=seed) for seed in seeds]
-    return [list(one.token_ids) for one in made]
+def plain_documents() -> list[Document]:
+    """Make the documents of plain text."""
+    return documents("kvpress/plain", DOCUMENTS, kinds="plain text")
 
 
 def digest() -> str:
     """Say in a few letters which tokens the model reads."""
-    ids = [list(one.token_ids) for one in asked_documents()] + plain_documents()
+    ids = [list(one.token_ids) for one in asked_documents() + plain_documents()]
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
 
 
@@ -126,8 +121,8 @@ def ask(row: Row, press: Press) -> None:
 
 def predict(row: Row, press: Press) -> None:
     """Read each plain text but for its end, then predict that."""
-    for ids in plain_documents():
-        begin, rest = ids[:-FOLLOWING], ids[-FOLLOWING:]
+    for one in plain_documents():
+        begin, rest = list(one.token_ids[:-FOLLOWING]), list(one.token_ids[-FOLLOWING:])
         logits = following(read(begin, press)[0], rest, len(begin))
         row.losses += (functional.cross_entropy(logits[:-1], torch.tensor(rest[1:])).item(),)
 
@@ -145,6 +140,17 @@ def ask_known(row: Row, press: Press) -> None:
             row.asked += 1
 
 
+def put_through(row: Row, press: Press, *, asking: AbstractContextManager[Any] | None = None) -> Row:
+    """Measure everything but shares of keys; `asking` is entered while facts are asked for."""
+    row.documents, begin = digest(), time.process_time()
+    with asking or nullcontext():
+        (ask_known if row.question == "known" else ask)(row, press)
+    if row.question != "known":
+        predict(row, press)
+    row.seconds = time.process_time() - begin
+    return row
+
+
 def share_of_keys(left: float) -> float:
     """Share of the keys attended to: what is left of the context, and the tokens of the question up to each query."""
     shares = []
@@ -156,27 +162,17 @@ def share_of_keys(left: float) -> float:
     return sum(shares) / len(shares)
 
 
-def press_of(method: str, kept: float) -> Press:
-    """Make a press with the defaults of kvpress, but for the sink, which is as long as that of patchattn's policy."""
-    import kvpress  # only its own environment has it
-
-    options = {"n_sink": 16} if method == "StreamingLLM" else {}
-    return getattr(kvpress, f"{method}Press")(compression_ratio=1 - kept, **options)
-
-
 def main() -> None:
     """Measure the row that the command line names."""
+    import kvpress  # only its own environment has it
+
     method, setting, question = sys.argv[1:]
     torch.set_num_threads(1)
-    row = Row(method, setting, question, documents=digest())
-    press = press_of(method, int(setting.removesuffix("% kept")) / 100)
-    begin = time.process_time()
-    if question == "known":
-        ask_known(row, press)
-    else:
-        ask(row, press)
-        predict(row, press)
-    row.seconds = time.process_time() - begin
+    # The defaults of kvpress, but for the sink, which is as long as that of patchattn's policy.
+    options = {"n_sink": SINK} if method == "StreamingLLM" else {}
+    kept = int(setting.removesuffix("% kept")) / 100
+    press = getattr(kvpress, f"{method}Press")(compression_ratio=1 - kept, **options)
+    row = put_through(Row(method, setting, question), press)
     row.attended = row.read = share_of_keys(row.cache)
     print(json.dumps(asdict(row)))
 

@@ -182,12 +182,12 @@ class Regions:
         """Whether no slot up to the last query's is padding; read on the host, not for compiled code."""
         return self.host.is_plain and not self.host.last_first
 
-    @property
+    @_once
     def query_slots(self) -> Tensor:
         """Slots of the query rows, [query] int64."""
         return self.query_slot + torch.arange(self.query_length, device=self.valid.device)
 
-    @property
+    @_once
     def positions(self) -> Tensor:
         """Positions of the query rows, [batch, query] int64; negative where the row is padding before the text."""
         return self.query_slots - self.first[:, None]
@@ -209,7 +209,7 @@ class Regions:
         n_bulk = torch.tensor(self.last_n_bulk, dtype=torch.float64, device=self.valid.device)
         return n_bulk.log()[:, None, None]
 
-    @property
+    @_once
     def real(self) -> Tensor:
         """True where a query row is no padding, [batch, query] bool."""
         return self.valid.index_select(1, self.query_slots.clamp(max=self.key_length - 1))
@@ -233,7 +233,7 @@ class Regions:
         """
         return (self.n_bulk > 0) & ~self.asked
 
-    @property
+    @_once
     def n_causal(self) -> Tensor:
         """Number of real keys that each query row sees in a dense model, [batch, query] int64."""
         return self.valid.cumsum(1).index_select(1, self.query_slots.clamp(max=self.key_length - 1))

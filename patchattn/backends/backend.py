@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.gates.decision import all_open
 from patchattn.policy import MinBulk
 
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
@@ -37,8 +37,3 @@ class Backend:
         if self.own_dense is not None:
             return self.own_dense(inputs)
         return self.attend(inputs, all_open(inputs), 0.0).output
-
-
-def all_open(inputs: AttentionInputs) -> Tensor:
-    """Return the bulk log mass that opens every gate, [batch, heads, query] nats."""
-    return torch.full(inputs.query.shape[:3], torch.inf, dtype=inputs.compute_dtype, device=inputs.query.device)

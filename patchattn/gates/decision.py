@@ -47,3 +47,8 @@ def forced(open_pairs: Tensor, inputs: AttentionInputs) -> Tensor:
     """
     inf = torch.tensor(torch.inf, dtype=inputs.compute_dtype, device=open_pairs.device)
     return torch.where(open_pairs.expand(inputs.query.shape[:3]), inf, -inf)
+
+
+def all_open(inputs: AttentionInputs) -> Tensor:
+    """Return the bulk log mass that opens every gate, [batch, heads, query] nats."""
+    return torch.full(inputs.query.shape[:3], torch.inf, dtype=inputs.compute_dtype, device=inputs.query.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.gates.base import HeadGate, Known
-from patchattn.gates.decision import forced
+from patchattn.gates.decision import all_open, forced
 from patchattn.moments.prompt import PromptMoments
 
 
@@ -65,7 +65,7 @@ class OpenGate(HeadGate):
 
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Open for certain; see `HeadGate.weigh`."""
-        return forced(inputs.query.new_ones((), dtype=torch.bool), inputs), known.moments
+        return all_open(inputs), known.moments
 
 
 class ClosedGate(HeadGate):
@@ -75,4 +75,4 @@ class ClosedGate(HeadGate):
 
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Close for certain; see `HeadGate.weigh`."""
-        return forced(inputs.query.new_zeros((), dtype=torch.bool), inputs), known.moments
+        return -all_open(inputs), known.moments

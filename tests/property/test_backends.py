@@ -14,10 +14,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from patchattn.backends import BackendName, load
-from patchattn.backends.backend import Backend, all_open
+from patchattn.backends.backend import Backend
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.gates.decision import forced
+from patchattn.gates.decision import all_open, forced
 from patchattn.testing import assert_within_budget
 from patchattn.testing.dense import dense_attention
 from patchattn.testing.strategies import FINITE_KEYS, attention_inputs, cast, decisions, shapes

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import patchattn
 from patchattn import CalibrationError, CalibrationMismatchError, MomentGate, OracleGate, Policy, RiskTarget
-from patchattn.backends.backend import all_open
 from patchattn.backends.reference import attend
 from patchattn.calibration import Rotary
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
+from patchattn.gates.decision import all_open
 from patchattn.measuring.collect import calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from patchattn.backends.backend import Backend, all_open
+from patchattn.backends.backend import Backend
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
@@ -23,7 +23,7 @@ from patchattn.backends.blockwise.softmax import with_sink_logits, with_unit_str
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
-from patchattn.gates.decision import decide
+from patchattn.gates.decision import all_open, decide
 from patchattn.policy import MinBulk
 
 

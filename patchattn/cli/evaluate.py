@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +23,8 @@ from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.progress import progress
 from patchattn.evaluation import Evaluation, Material, make_sample, named_policy
 from patchattn.evaluation.documents import DocumentError, check_longest
-from patchattn.evaluation.policies import NAMES, heads_by_oracle
-from patchattn.evaluation.results import about, rows
+from patchattn.evaluation.policies import NAMES, heads_by_oracle, transfer_task
+from patchattn.evaluation.results import about
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
@@ -32,6 +34,7 @@ SHIPPED = "demo"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESULTS = "cells.jsonl"
+_RANKING_PROMPTS = 4
 _WINDOW_SHARE = 16
 _WINDOWS = (64, 1024)
 
@@ -46,20 +49,28 @@ def evaluate(
         str,
         typer.Option(
             help="Short names and policy files (.json), with commas between them: default, oracle, static, open, "
-            "closed, calibrated; a number as in default:0.8 sets threshold or share. Dense is always measured."
+            "closed, calibrated; a number as in default:0.8 sets threshold or share. static-transfer:TASK ranks its "
+            "heads on a task that is not measured. Dense is always measured."
         ),
     ] = "default,closed",
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks and groups (ruler, shipped, all), with commas between them. Default: all; for demo, shipped."
+            help="Tasks and groups (ruler, plain, shipped, all), with commas between them. Default: all; for demo, "
+            "shipped."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length.")] = 20,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task at each length, for each seed.")] = 20,
+    seed: Annotated[
+        str, typer.Option(help="Everything random follows from it; several, with commas between, add up.")
+    ] = "0",
     text: Annotated[
         Path | None,
         typer.Option(help="Real text for haystacks and text loss, UTF-8. Default: Python source that ships along."),
+    ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option(help="Source code for the task code, UTF-8. Default: Python source that ships along."),
     ] = None,
     calibration: Annotated[str | None, typer.Option(help="Folder or Hub id of a calibration of the model.")] = None,
     sink: Annotated[int | None, typer.Option(help="First tokens always attended, under short names.")] = None,
@@ -86,7 +97,8 @@ def evaluate(
     """Ask a model long-range questions, as it came and under policies, and print one table.
 
     Needles in a haystack, variable tracking and word counts after RULER, key-value pairs, long copy, few-shot examples
-    far away, and the loss of a text by position. All of it is made from a seed, for any tokenizer and any length;
+    far away, facts in plain English, a chat, code, and the loss of a text by position; and how closely each policy
+    predicts what dense attention predicts. All of it is made from a seed, for any tokenizer and any length;
     docs/reference/tasks.md describes each. Tasks that do not fit a length are left out, and a note says so.
 
     **Examples**
@@ -95,11 +107,11 @@ def evaluate(
     - `patchattn evaluate Qwen/Qwen3-0.6B --lengths 4096,32768 --policies default,static --device cuda --out found`
     - `patchattn evaluate org/model --lengths 8192 --tasks ruler,text --policies mine.json,default:0.9 --text notes.txt`
     """
-    at = _lengths(lengths)
+    at, seeds = _numbers(lengths, "lengths", "1024,4096", least=1), _numbers(seed, "seed", "0,1,2", least=0)
     chosen = chosen_tasks(_split(tasks or ("shipped" if model == SHIPPED else "all")))
-    haystack = demo.sample_text() if text is None else read_text(text)
+    haystack, source = (demo.sample_text() if path is None else read_text(path) for path in (text, code))
     base = _base(min(at), sink=sink, window=window, min_bulk=min_bulk)
-    files = _policy_files(policies)
+    files = _policy_files(policies, chosen)
     if dtype is not None and dtype not in _DTYPES:
         raise stop(f"Unknown dtype {dtype!r}.", fix=f"Use {', '.join(_DTYPES)}.")
     if out is not None:
@@ -110,10 +122,11 @@ def evaluate(
     check_longest(loaded, *at)
     if dtype is not None:
         loaded = loaded.to(_DTYPES[dtype])
-    material = Material(haystack, tokenizer)
+    material = Material(haystack, tokenizer, code=source)
 
-    def ranked_heads() -> list[tuple[int, int]]:
-        return heads_by_oracle(loaded, _ranking_prompts(material, chosen, min(at), seed), base)
+    def ranked_heads(task: str | None) -> list[tuple[int, int]]:
+        tasks = chosen if task is None else (task,)
+        return heads_by_oracle(loaded, _ranking_prompts(material, tasks, min(at), seeds[0]), base)
 
     named = {
         name: policy or named_policy(name, base, calibration=measured, ranked_heads=ranked_heads)
@@ -128,7 +141,8 @@ def evaluate(
             lengths=at,
             tasks=chosen,
             samples=samples,
-            seed=seed,
+            seed=seeds,
+            code=source,
             calibration=measured,
             backend=backend,
             name="the shipped model" if model == SHIPPED else model,
@@ -147,11 +161,11 @@ def _show(found: Evaluation, model: Any, saved: list[Path]) -> None:
     kind = f"{input_device(model).type}, {str(input_dtype(model)).removeprefix('torch.')}"
     console.print(f"[bold]{escape(found.model)}[/], {kind}, {found.samples} samples of each task", highlight=False)
     for length in found.lengths:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column(f"{length:,} tokens", no_wrap=True)
         for name in found.policies:
-            table.add_column(escape(name), justify="right")
-        for name, texts in rows(found, length):
+            table.add_column(escape(name), justify="right", overflow="fold")
+        for name, texts in found.rows(length):
             table.add_row(escape(name), *map(escape, texts))
         console.print(table)
     for line in (*about(found)[1:], *found.notes):
@@ -161,17 +175,19 @@ def _show(found: Evaluation, model: Any, saved: list[Path]) -> None:
 
 
 def _ranking_prompts(material: Material, tasks: tuple[str, ...], length: int, seed: int) -> list[tuple[int, ...]]:
-    """Make prompts with their answers to rank heads on, one of each task; none of them is asked in the evaluation."""
+    """Make prompts with their answers to rank heads on; none of them is asked in the evaluation.
+
+    One of each task, and at least four in all.
+    """
     prompts = []
-    for task in tasks:
-        if task == TEXT_LOSS:
-            continue
+    asked = [task for task in tasks if task != TEXT_LOSS]
+    for at, task in itertools.product(range(-(-_RANKING_PROMPTS // max(1, len(asked)))), asked):
         try:
-            sample = make_sample(task, material, length=length, seed=f"{seed}/rank")
+            sample = make_sample(task, material, length=length, seed=f"{seed}/rank{at or ''}")
         except DocumentError:  # The evaluation leaves this task out, and says so.
             continue
         prompts.append(sample.prompt + sample.target)
-    return prompts or material.stretches(length, 1)
+    return prompts or material.stretches(length, _RANKING_PROMPTS)
 
 
 def _base(shortest: int, *, sink: int | None, window: int | None, min_bulk: int) -> Policy:
@@ -181,11 +197,16 @@ def _base(shortest: int, *, sink: int | None, window: int | None, min_bulk: int)
     return Policy(**given, window_size=default if window is None else window, min_bulk=min_bulk)
 
 
-def _policy_files(names: str) -> dict[str, Policy | None]:
-    """Read the policies that are files; the others are None by their short names."""
+def _policy_files(names: str, tasks: Sequence[str]) -> dict[str, Policy | None]:
+    """Read the policies that are files; the others are None by their short names, which fit the tasks measured."""
     found: dict[str, Policy | None] = {}
     for name in _split(names):
         path = Path(name)
+        if (task := transfer_task(name)) in tasks:
+            raise stop(
+                f"The policy {name} ranks its heads on {task}, which it would be judged on too.",
+                fix=f"Leave {task} out of --tasks, or rank on another task.",
+            )
         if name.split(":")[0] in NAMES:
             found[name] = None
         elif path.suffix == ".json":
@@ -196,17 +217,17 @@ def _policy_files(names: str) -> dict[str, Policy | None]:
     return found
 
 
-def _lengths(given: str) -> tuple[int, ...]:
+def _numbers(given: str, what: str, example: str, *, least: int) -> tuple[int, ...]:
     try:
-        lengths = tuple(dict.fromkeys(int(part) for part in _split(given)))
+        found = tuple(dict.fromkeys(int(part) for part in _split(given)))
     except ValueError:
-        lengths = ()
-    if not lengths or min(lengths) < 1:
+        found = ()
+    if not found or min(found) < least:
         raise stop(
-            f"Expected lengths in tokens with commas between them, got {given!r}.",
-            fix="For instance --lengths 1024,4096.",
+            f"Expected --{what} as whole numbers from {least} on, with commas between them; got {given!r}.",
+            fix=f"For instance --{what} {example}.",
         )
-    return lengths
+    return found
 
 
 def _split(given: str) -> list[str]:

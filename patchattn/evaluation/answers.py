@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchattn.evaluation.documents import Document
 from patchattn.evaluation.loss import losses_of
@@ -34,16 +36,21 @@ def write(
     Returns:
         What was written, and the cache, which lacks the last token of it.
     """
-    tokens = torch.tensor([list(given)], device=input_device(model))
     found: list[int] = []
     for _ in range(count):
-        result = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
-        cache = cache_of(result)
-        tokens = result.logits[:, -1].argmax(-1, keepdim=True)
-        found.append(int(tokens))
+        logits, cache = _step(model, given, cache)
+        found.append(int(logits.argmax(-1)))
+        given = found[-1:]
         if found[-1] in stop:
             break
     return found, cache
+
+
+def _step(model: Any, given: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+    """Read tokens after those in the cache; returns what is predicted next, [1, vocabulary], and the cache."""
+    tokens = torch.tensor([list(given)], device=input_device(model))
+    result = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
+    return result.logits[:, -1], cache_of(result)
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -56,10 +63,31 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return found
 
 
-def written(model: Any, tokenizer: Any, sample: Sample) -> float:
-    """Have a model write after a prompt, up to its budget or the end of a text, and score it, 0 to 1."""
-    found, _ = write(model, sample.prompt, None, sample.budget, stop=stop_tokens(model, tokenizer))
-    return sample.score(found, tokenizer)
+@torch.no_grad()
+def answered(model: Any, tokenizer: Any, sample: Sample) -> tuple[float, Tensor]:
+    """Have a model write after a prompt, then read the right answer there token by token; the prompt is read once.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokenizer: Its tokenizer.
+        sample: The prompt; writing stops at its budget or the end of a text.
+
+    Returns:
+        The score of what was written, 0 to 1, and what the model predicts for each token of the right answer, given the
+        true ones before it: [target, vocabulary] logits.
+    """
+    logits, cache = _step(model, sample.prompt, None)
+    first, predicted = int(logits.argmax(-1)), [logits]
+    # A copy, because not every cache can take back what was written to it.
+    forced = copy.deepcopy(cache)
+    for token in sample.target[:-1]:
+        logits, forced = _step(model, [token], forced)
+        predicted.append(logits)
+    del forced
+    found, stop = [first], stop_tokens(model, tokenizer)
+    if sample.budget > 1 and first not in stop:
+        found += write(model, found, cache, sample.budget - 1, stop=stop)[0]
+    return sample.score(found, tokenizer), torch.cat(predicted)
 
 
 @dataclass(frozen=True)

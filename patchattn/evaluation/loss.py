@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,19 +69,35 @@ def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    targets = torch.tensor(list(tokens[1:]))
-    calls = ((logits, targets[begin : begin + len(logits)]) for begin, logits in read(model, tokens))
-    return torch.cat([losses_of(logits[: len(after)], after) for logits, after in calls])
+    return losses_and_logits(model, tokens, ())[0]
 
 
-def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:
-    """Read a document and return its mean loss in `BINS` equal parts, nats per token.
+def losses_and_logits(model: Any, tokens: Sequence[int], after: Collection[int]) -> tuple[Tensor, Tensor]:
+    """Read a document once for the loss of each token, and for what is predicted after some.
 
     Args:
         model: A causal language model, patched or not.
-        tokens: Token ids, more than `BINS`; the first one is not predicted.
+        tokens: Token ids, at least 2.
+        after: Positions of tokens, ascending.
+
+    Returns:
+        The loss of each token but the first, [tokens - 1] float32 nats, and [after, vocabulary] logits.
 
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    return [part.mean().item() for part in losses(model, tokens).tensor_split(BINS)]
+    targets, found, kept = torch.tensor(list(tokens[1:])), [], []
+    for begin, logits in read(model, tokens):
+        follow = targets[begin : begin + len(logits)]
+        found.append(losses_of(logits[: len(follow)], follow))
+        kept.append(logits[[at - begin for at in after if begin <= at < begin + len(logits)]])
+    return torch.cat(found), torch.cat(kept)
+
+
+def by_position(found: Tensor) -> list[float]:
+    """Mean of a document's losses in `BINS` equal parts, nats per token.
+
+    Args:
+        found: The losses, at least `BINS`.
+    """
+    return [part.mean().item() for part in found.tensor_split(BINS)]

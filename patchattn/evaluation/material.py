@@ -19,22 +19,25 @@ class Material:
     Args:
         text: Real text; its lines are haystack, and its tokens are what text loss is measured on.
         tokenizer: Any Hugging Face tokenizer.
+        code: Source code, haystack of the task `code`; None takes the text.
 
     Raises:
         DocumentError: The text is empty, or has no tokens.
     """
 
-    def __init__(self, text: str, tokenizer: Any) -> None:
+    def __init__(self, text: str, tokenizer: Any, *, code: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._line_break = self._plain(["\n"])[0]
         given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
         at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
         self.begin = tuple(given[:at])
         """What the tokenizer puts before a text: BOS for most, nothing for some."""
-        self.source = text.lower()
+        self.source = f"{text}\n{code or ''}".lower()
         self.text = tokenize_text(text, tokenizer)
-        if not self.text.lines:
-            raise DocumentError("The text is empty.", fix="Give some text to fill the prompts with.")
+        self.code = self.text if code is None else tokenize_text(code, tokenizer)
+        for what, found in (("text", self.text), ("code", self.code)):
+            if not found.lines:
+                raise DocumentError(f"The {what} is empty.", fix="Give some text to fill the prompts with.")
         self.n_tokens = sum(map(len, self.text.tokens))
         """Tokens in the text."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from patchattn.errors import MissingPackageError
 
 _COLOURS = ("#2a78d6", "#eb6834", "#2f9e62", "#8a56c2", "#c23b5e", "#8c7a2e", "#1f9aa8", "#666666")
+_FRAME = "#c23b5e"
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Panel:
         policies: A label for each column of the map.
         scores: A row of the map for each task, 0 to 1, NaN where there is none; the last one is their mean.
         changes: By policy, text loss minus dense's in equal parts by position, nats per token; None for no text loss.
+        worst: For each policy the task that drops most against dense, which is framed; None for none.
     """
 
     length: int
     policies: list[str]
     scores: dict[str, list[float]]
     changes: dict[str, list[float]] | None
+    worst: list[str | None]
 
 
 def save_picture(title: str, panels: Sequence[Panel], path: Path) -> Path:
@@ -65,6 +68,8 @@ def save_picture(title: str, panels: Sequence[Panel], path: Path) -> Path:
 
 
 def _draw_scores(axes: Any, panel: Panel) -> None:
+    from matplotlib.patches import Rectangle
+
     values = list(panel.scores.values())
     axes.set_facecolor("#e4e4e0")
     axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -74,10 +79,17 @@ def _draw_scores(axes: Any, panel: Panel) -> None:
             colour = "black" if value > 0.6 or not known else "white"
             label = f"{value:.2f}" if known else "-"
             axes.text(column, row, label, ha="center", va="center", color=colour, fontsize=9)
+    for column, task in enumerate(panel.worst):
+        if task is not None:
+            corner = (column - 0.47, list(panel.scores).index(task) - 0.45)
+            axes.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, edgecolor=_FRAME, linewidth=2))
     axes.axhline(len(values) - 1.5, color="white", linewidth=3)
     axes.set_xticks(range(len(panel.policies)), [*map(_plain, panel.policies)], fontsize=9)
     axes.set_yticks(range(len(values)), list(panel.scores), fontsize=9)
-    axes.set_title(f"{panel.length:,} tokens: score; open pairs in prefill / decode", fontsize=11)
+    title = (
+        f"{panel.length:,} tokens: score, worst drop framed\nopen: prefill / decode; agree with dense: text / answers"
+    )
+    axes.set_title(title, fontsize=10)
 
 
 def _draw_losses(axes: Any, panel: Panel) -> None:

@@ -11,6 +11,7 @@ import torch
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import check_longest
+from patchattn.evaluation.tasks import TASKS
 from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
@@ -22,14 +23,29 @@ DENSE = "dense"
 _KINDS = {gate.model_fields["kind"].default: gate for gate in get_args(get_args(Gate)[0])}
 _GATES: dict[str, Any] = {"default": MomentGate, **_KINDS}
 
-NAMES = (DENSE, *_GATES, "calibrated")
+TRANSFER = "static-transfer"
+"""Static heads that were ranked on one task, to be judged on others: `static-transfer:TASK`."""
+
+NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
 """Short names; every kind of gate is one. docs/how-to/evaluate-your-model.md says what they mean."""
 
 _STATIC_SHARE = 0.25
 _RANKING_THRESHOLD = 0.8
 
-RankedHeads = Callable[[], list[tuple[int, int]]]
-"""Called for (layer, query head) pairs, those that need the far keys most first."""
+RankedHeads = Callable[[str | None], list[tuple[int, int]]]
+"""Called with a task, or None for those that are measured, for (layer, query head) pairs, those that need the far keys
+most first."""
+
+
+def transfer_task(name: str) -> str | None:
+    """Return the task on which a policy of this short name ranks its heads; None where it names none.
+
+    Example:
+        >>> transfer_task("static-transfer:kv:0.3"), transfer_task("static:0.3")
+        ('kv', None)
+    """
+    kind, _, setting = name.partition(":")
+    return setting.partition(":")[0] if kind == TRANSFER else None
 
 
 def named_policy(
@@ -39,10 +55,10 @@ def named_policy(
 
     Args:
         name: One of `NAMES`. A colon and a number in (0, 1) may follow where a gate has a threshold; for `static` it is
-            the share of the heads that are open.
+            the share of the heads that are open. `static-transfer` needs a task first, as in `static-transfer:kv:0.3`.
         base: Sink, window, break-even, layers and phases.
         calibration: Brings the policy of `calibrated`, and the ranking of heads for `static`.
-        ranked_heads: Ranks heads for `static` without a calibration; see `heads_by_oracle`.
+        ranked_heads: Ranks heads for `static` without a calibration and for `static-transfer`; see `heads_by_oracle`.
 
     Raises:
         PolicyError: There is no such name, its number is not in (0, 1), or it needs a calibration.
@@ -52,7 +68,15 @@ def named_policy(
         OracleGate(kind='oracle', threshold=0.3)
     """
     kind, _, setting = name.partition(":")
-    gate = _GATES.get(kind)
+    task = transfer_task(name)
+    if task is not None:
+        setting = setting.partition(":")[2]
+        if task not in TASKS:
+            raise PolicyError(
+                f"The policy {name!r} names no task to rank heads on.",
+                fix=f"Name one, as in {TRANSFER}:kv or {TRANSFER}:kv:0.3; there are {', '.join(TASKS)}.",
+            )
+    gate = _GATES.get(kind) if task is None else StaticGate
     takes_number = gate is not None and (gate is StaticGate or "threshold" in gate.model_fields)
     if kind not in NAMES or (setting and not takes_number):
         raise PolicyError(
@@ -73,10 +97,12 @@ def named_policy(
         return calibration.policy
     settings: dict[str, Any] = {} if number is None else {"threshold": number}
     if gate is StaticGate:
-        ranked_heads = ranked_heads if calibration is None else calibration.heads_by_oracle
-        if ranked_heads is None:
-            raise PolicyError("The policy static needs ranked heads.", fix="Pass calibration=... or ranked_heads=...")
-        heads = ranked_heads()
+        if task is None and calibration is not None:
+            heads = calibration.heads_by_oracle()
+        elif ranked_heads is not None:
+            heads = ranked_heads(task)
+        else:
+            raise PolicyError(f"The policy {kind} needs ranked heads.", fix="Pass calibration=... or ranked_heads=...")
         settings = {"open_heads": tuple(heads[: max(1, round((number or _STATIC_SHARE) * len(heads)))])}
     return base.model_copy(update={"gate": gate(**settings)})
 

@@ -4,124 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from patchattn.errors import ReportError
-from patchattn.evaluation.page import escaped, number, table, with_interval
+from patchattn.evaluation.cells import Cell, PhaseCounts, together
+from patchattn.evaluation.page import escaped, number, table
 from patchattn.evaluation.picture import Panel, save_picture
 from patchattn.evaluation.policies import DENSE
 from patchattn.evaluation.rows import csv_text as csv_of_rows
-from patchattn.evaluation.statistics import Interval, wilson_interval
+from patchattn.evaluation.statistics import Interval
+from patchattn.evaluation.summary import Summary, summarize
+from patchattn.evaluation.table import MEANINGS, Row, rows
 from patchattn.evaluation.tasks import TEXT_LOSS
 from patchattn.policy import PHASES, Phase, Policy
-from patchattn.report import GateReport
-from patchattn.report.counts import ratio
 from patchattn.writing import made, write_text
-
-_NOTHING = "-"
-
-
-@dataclass(frozen=True)
-class PhaseCounts:
-    """Counts of one phase, over all layers and heads.
-
-    Args:
-        open_pairs: Pairs (query head, query) that were asked and opened.
-        asked_pairs: Pairs that were asked.
-        scored_keys: Keys whose score was computed, of all pairs.
-        causal_keys: Keys that dense attention has to score.
-    """
-
-    open_pairs: int = 0
-    asked_pairs: int = 0
-    scored_keys: int = 0
-    causal_keys: int = 0
-
-    def __add__(self, other: PhaseCounts) -> PhaseCounts:
-        """Add count by count."""
-        return PhaseCounts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
-
-    @classmethod
-    def of(cls, report: GateReport, phase: Phase) -> PhaseCounts:
-        """Add up a report."""
-        layers = report.counts(phase).values()
-        return cls(
-            open_pairs=sum(sum(layer.open_pairs) for layer in layers),
-            asked_pairs=sum(layer.asked_pairs for layer in layers),
-            scored_keys=sum(layer.scored_keys for layer in layers),
-            causal_keys=sum(layer.causal_keys for layer in layers),
-        )
-
-    @property
-    def open_fraction(self) -> float:
-        """Open pairs of those asked; NaN where none was."""
-        return ratio(self.open_pairs, self.asked_pairs)
-
-    @property
-    def realised_density(self) -> float:
-        """Keys scored of the causal ones; NaN where no call was gated."""
-        return ratio(self.scored_keys, self.causal_keys)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One task at one length under one policy.
-
-    Args:
-        policy: Name of the policy.
-        task: Name of the task.
-        length: Tokens in prompt and answer.
-        scores: Score of each sample, 0 to 1; empty for text loss.
-        losses: For text loss, the mean loss of each document in equal parts by position, nats per token.
-        counts: What the gates did, by phase; empty for dense.
-        key: Names everything that the result depends on.
-    """
-
-    policy: str
-    task: str
-    length: int
-    scores: tuple[float, ...] = ()
-    losses: tuple[tuple[float, ...], ...] = ()
-    counts: dict[str, PhaseCounts] = field(default_factory=dict)
-    key: str = ""
-
-    @property
-    def score(self) -> float:
-        """Mean score over the samples."""
-        return sum(self.scores) / len(self.scores)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson interval of the mean score, 95%.
-
-        A sample with several answers can be partly right. The interval takes it for all or nothing, which is wider.
-        """
-        return wilson_interval(sum(self.scores), len(self.scores))
-
-    @property
-    def loss_by_position(self) -> list[float]:
-        """Mean over the documents, by position."""
-        return [sum(part) / len(part) for part in zip(*self.losses, strict=True)]
-
-    @property
-    def loss(self) -> float:
-        """Mean loss, nats per token."""
-        parts = self.loss_by_position
-        return sum(parts) / len(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Cell:
-        """Read what `to_dict` gave."""
-        return TypeAdapter(cls).validate_python(found)
 
 
 @dataclass(frozen=True)
@@ -134,9 +34,9 @@ class Evaluation:
         lengths: Lengths in tokens.
         policies: Policies by name, every `"auto"` resolved; None for dense, which is the first.
         backend: Backend that computed the patched runs.
-        samples: Samples of each task.
-        seed: What everything random followed from.
-        cells: The results; none for a task that does not fit a length.
+        samples: Samples of each task and seed.
+        seeds: What everything random followed from.
+        cells: The results, one for each seed; none for a task that does not fit a length.
         notes: What a reader has to know: tasks left out, texts repeated, gates never asked.
     """
 
@@ -146,25 +46,31 @@ class Evaluation:
     policies: dict[str, Policy | None]
     backend: str
     samples: int
-    seed: int
+    seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
 
     def cell(self, policy: str, task: str, length: int) -> Cell | None:
-        """Return one cell; None if there is none."""
-        return next((cell for cell in self._of(policy, length) if cell.task == task), None)
+        """Return one cell, the samples of all seeds together; None if there is none."""
+        found = [cell for cell in self._of(policy, length) if cell.task == task]
+        return together(found) if found else None
+
+    def summary(self, policy: str, length: int) -> Summary:
+        """What the cells of a policy add up to, beside dense."""
+        return self._summaries[policy, length]
 
     def mean_score(self, policy: str, length: int) -> float:
         """Mean over the tasks that have a score; NaN without any."""
-        scores = [cell.score for cell in self._of(policy, length) if cell.task != TEXT_LOSS]
-        return sum(scores) / len(scores) if scores else math.nan
+        return self.summary(policy, length).mean_score
 
     def counts(self, policy: str, length: int, phase: Phase) -> PhaseCounts:
         """What the gates did over all tasks."""
-        return sum((cell.counts[phase] for cell in self._of(policy, length) if phase in cell.counts), PhaseCounts())
+        return self.summary(policy, length).counts[phase]
 
-    def _of(self, policy: str, length: int) -> list[Cell]:
-        return [cell for cell in self.cells if cell.policy == policy and cell.length == length]
+    def rows(self, length: int) -> Iterator[Row]:
+        """Yield the rows of the table at one length: what is shown, and a text for each policy."""
+        cells = [{task: self.cell(policy, task, length) for task in self.tasks} for policy in self.policies]
+        return rows(self.tasks, cells, [self.summary(policy, length) for policy in self.policies])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; `summary` holds the numbers of the table, None where there is none."""
@@ -174,22 +80,23 @@ class Evaluation:
             "tasks": list(self.tasks),
             "lengths": list(self.lengths),
             "samples": self.samples,
-            "seed": self.seed,
+            "seeds": list(self.seeds),
             "policies": {name: policy and policy.model_dump(mode="json") for name, policy in self.policies.items()},
             "notes": list(self.notes),
-            "summary": [self._summary(name, length) for length in self.lengths for name in self.policies],
+            "summary": [self.summary(name, length).to_dict() for length in self.lengths for name in self.policies],
             "cells": [cell.to_dict() for cell in self.cells],
         }
 
-    def _summary(self, policy: str, length: int) -> dict[str, Any]:
-        text = self.cell(policy, TEXT_LOSS, length)
+    @cached_property
+    def _summaries(self) -> Mapping[tuple[str, int], Summary]:
         return {
-            "policy": policy,
-            "length": length,
-            "mean_score": _known(self.mean_score(policy, length)),
-            "text_loss": _known(math.nan if text is None else text.loss),
-            **_shares(lambda phase: self.counts(policy, length, phase)),
+            (policy, length): summarize(policy, length, self._of(policy, length), self._of(DENSE, length))
+            for policy in self.policies
+            for length in self.lengths
         }
+
+    def _of(self, policy: str, length: int) -> tuple[Cell, ...]:
+        return tuple(cell for cell in self.cells if cell.policy == policy and cell.length == length)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write `evaluation.md`, `evaluation.csv`, `evaluation.json` and `evaluation.png` into a folder.
@@ -216,38 +123,17 @@ class Evaluation:
         return markdown(self)
 
 
-def rows(found: Evaluation, length: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows of the table at one length: what is shown, and a text for each policy."""
-    for task in found.tasks:
-        if task != TEXT_LOSS:
-            cells = (found.cell(policy, task, length) for policy in found.policies)
-            yield task, [_score(cell) if cell else _NOTHING for cell in cells]
-    if found.tasks != (TEXT_LOSS,):
-        yield "mean", [_number(found.mean_score(policy, length), ".3f") for policy in found.policies]
-    if TEXT_LOSS in found.tasks:
-        dense = found.cell(DENSE, TEXT_LOSS, length)
-        yield "text loss", [_loss(found.cell(policy, TEXT_LOSS, length), dense) for policy in found.policies]
-    for phase in PHASES:
-        counts = [found.counts(policy, length, phase) for policy in found.policies]
-        yield f"open, {phase}", [_number(count.open_fraction, ".1%") for count in counts]
-        yield f"density, {phase}", [_number(count.realised_density, ".1%") for count in counts]
-
-
 def about(found: Evaluation) -> list[str]:
     """Say what the rows mean."""
-    return [
-        f"{found.samples} samples of each task, seed {found.seed}, backend {found.backend}.",
-        "Scores: from 0 to 1, with the 95% Wilson interval. Text loss: nats per token, and the change against dense.",
-        "Open: of the (query head, query) pairs that were asked, how many read keys beyond sink and window.",
-        "Density: keys scored, of those that dense attention scores. Both are over all rows of the table.",
-    ]
+    seeds = f"seed{'s' * (len(found.seeds) > 1)} {', '.join(map(str, found.seeds))}"
+    return [f"{found.samples} samples of each task, {seeds}, backend {found.backend}.", *MEANINGS]
 
 
 def markdown(found: Evaluation) -> str:
     """Write the table, what it was measured with, and the notes, in Markdown."""
     lines = [f"# Evaluation of {escaped(found.model)}", "", " ".join(about(found)), ""]
     for length in found.lengths:
-        texts = ((escaped(name), *cells) for name, cells in rows(found, length))
+        texts = ((escaped(name), *cells) for name, cells in found.rows(length))
         head = ("measured", *map(escaped, found.policies))
         lines += [f"## {length:,} tokens", "", table(head, texts, numbers=True), ""]
     lines += [f"- {escaped(note)}" for note in found.notes]
@@ -258,21 +144,33 @@ def markdown(found: Evaluation) -> str:
 
 def csv_text(found: Evaluation) -> str:
     """Write one line for each cell."""
+    dense = {(cell.task, cell.length, cell.seed): cell for cell in found.cells if cell.policy == DENSE}
 
     def row(cell: Cell) -> dict[str, Any]:
+        alone = summarize(cell.policy, cell.length, [cell], [dense[cell.task, cell.length, cell.seed]])
         is_text = cell.task == TEXT_LOSS
-        score = (None, None, None) if is_text else (cell.score, *cell.interval)
+        close = alone.text if is_text else alone.answers
         return {
             "policy": cell.policy,
             "length": cell.length,
             "task": cell.task,
+            "seed": cell.seed,
             "samples": len(cell.losses if is_text else cell.scores),
-            **dict(zip(("score", "low", "high"), score, strict=True)),
+            **_three("score", None if is_text else Interval(cell.score, *cell.interval)),
+            **_three("drop", alone.drop),
             "text_loss": cell.loss if is_text else None,
-            **_shares(lambda phase: cell.counts.get(phase, PhaseCounts())),
+            **_three("loss_change", alone.loss_change),
+            **_three("agreement", close and close.top1),
+            **_three("kl", close and close.kl),
+            **alone.shares(),
         }
 
-    return csv_of_rows(map(row, found.cells), ".5f", score=".4f", low=".4f", high=".4f")
+    return csv_of_rows(map(row, found.cells), ".5f", score=".4f", score_low=".4f", score_high=".4f")
+
+
+def _three(name: str, found: Interval | None) -> dict[str, float | None]:
+    """Columns of an estimate and its interval; None where there is none."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found or (None,) * 3, strict=True))
 
 
 def never_asked(found: Evaluation) -> list[str]:
@@ -293,45 +191,33 @@ def never_asked(found: Evaluation) -> list[str]:
 
 def _panel(found: Evaluation, length: int) -> Panel:
     """Gather what is drawn of one length."""
-
-    def label(policy: str) -> str:
-        shares = [found.counts(policy, length, phase).open_fraction for phase in PHASES]
-        asked = not all(map(math.isnan, shares))
-        return f"{policy}\nopen: {' / '.join(_number(share, '.0%') for share in shares)}" if asked else policy
-
+    summaries = [found.summary(policy, length) for policy in found.policies]
     scores = {}
     for task in found.tasks:
         if task != TEXT_LOSS:
             cells = (found.cell(policy, task, length) for policy in found.policies)
             scores[task] = [cell.score if cell else math.nan for cell in cells]
     if scores:
-        scores["mean"] = [found.mean_score(policy, length) for policy in found.policies]
+        scores["mean"] = [summary.mean_score for summary in summaries]
     texts = {policy: found.cell(policy, TEXT_LOSS, length) for policy in found.policies}
     losses = {policy: cell.loss_by_position for policy, cell in texts.items() if cell}
     dense = losses.pop(DENSE, [])
     changes = {name: [a - b for a, b in zip(parts, dense, strict=True)] for name, parts in losses.items()}
-    return Panel(length, [*map(label, found.policies)], scores, changes if TEXT_LOSS in found.tasks else None)
+    return Panel(
+        length,
+        [*map(_label, summaries)],
+        scores,
+        changes if TEXT_LOSS in found.tasks else None,
+        worst=[summary.worst_task for summary in summaries],
+    )
 
 
-def _score(cell: Cell) -> str:
-    return with_interval(Interval(cell.score, *cell.interval), ".2f")
-
-
-def _loss(cell: Cell | None, dense: Cell | None) -> str:
-    if cell is None or dense is None:
-        return _NOTHING
-    return f"{cell.loss:.4f}" + ("" if cell is dense else f" ({cell.loss / dense.loss - 1:+.1%})")
-
-
-def _shares(counts: Callable[[Phase], PhaseCounts]) -> dict[str, float | None]:
-    """Open fraction and density of each phase by name; None where they are not known."""
-    names = ("open_fraction", "realised_density")
-    return {f"{phase}_{name}": _known(getattr(counts(phase), name)) for phase in PHASES for name in names}
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _number(value: float, how: str) -> str:
-    return number(value, how, unknown=_NOTHING)
+def _label(summary: Summary) -> str:
+    """Name a policy, with its open pairs and its agreement with dense, as far as they are known."""
+    opened = [summary.counts[phase].open_fraction for phase in PHASES]
+    agreed = [math.nan if close is None else close.top1.value for close in (summary.text, summary.answers)]
+    parts = (
+        (name, values) for name, values in (("open", opened), ("agree", agreed)) if not all(map(math.isnan, values))
+    )
+    lines = (f"{name}: {' / '.join(number(value, '.0%', unknown='-') for value in values)}" for name, values in parts)
+    return "\n".join((summary.policy, *lines))

@@ -13,14 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.evaluation.answers import written
+from patchattn.evaluation.agreement import Predictions
+from patchattn.evaluation.answers import answered
+from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.documents import DocumentError, check_longest
-from patchattn.evaluation.loss import loss_by_position
+from patchattn.evaluation.loss import by_position, losses_and_logits
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.policies import DENSE
-from patchattn.evaluation.results import Cell, Evaluation, PhaseCounts, never_asked
+from patchattn.evaluation.results import Evaluation, never_asked
 from patchattn.evaluation.rows import Store
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
 from patchattn.hf.architecture import name_of
@@ -32,6 +36,10 @@ from patchattn.version import VERSION
 Progress = Callable[[str, int, int], None]
 """Called after each sample with what is being done, the tokens that are behind, and all tokens."""
 
+_PLACES = 256
+# Of the checkpoint; another one does not find cells that lack what was added since.
+_FORMAT = 2
+
 
 def evaluate(
     model: Any,
@@ -42,7 +50,8 @@ def evaluate(
     lengths: Sequence[int],
     tasks: Sequence[str] = ("all",),
     samples: int = 20,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    code: str | None = None,
     calibration: Calibration | str | None = None,
     backend: str = "auto",
     name: str | None = None,
@@ -52,6 +61,9 @@ def evaluate(
     """Measure a model on long-range tasks, first as it came, then under each policy.
 
     Everyone is asked the same questions. Answers are written greedily, so that gates decide in prefill and in decode.
+    Then the right answer is read in their place, token by token, and what is predicted for each token is compared with
+    what dense attention predicts. So is what is predicted at 256 places of each document of text loss, which lie beyond
+    sink and window.
 
     Args:
         model: A causal language model of transformers, not patched.
@@ -60,8 +72,9 @@ def evaluate(
         text: Real text: haystack of some tasks, and what text loss is measured on.
         lengths: Tokens in prompt and answer together, one or more lengths.
         tasks: Names of tasks or groups, see `patchattn.evaluation.tasks`.
-        samples: Prompts of each task, and documents of text loss as far as the text goes.
-        seed: Everything random follows from it.
+        samples: Prompts of each task and seed, and documents of text loss as far as the text goes.
+        seed: Everything random follows from it. Several give as many samples each, which are put together.
+        code: Source code, haystack of the task `code`; None takes `text`.
         calibration: For policies that need one.
         backend: Backend of the patched runs, as in `patchattn.patch`.
         name: Name of the model in the table; None takes the one of its configuration.
@@ -90,12 +103,13 @@ def evaluate(
         >>> [cell.policy for cell in found.cells]
         ['dense', 'default']
     """
-    _check(model, policies, lengths, samples)
-    material = Material(text, tokenizer)
+    seeds = (seed,) if isinstance(seed, int) else tuple(dict.fromkeys(seed))
+    _check(model, policies, lengths, samples, seeds)
+    material = Material(text, tokenizer, code=code)
     if isinstance(calibration, str):
         calibration = Calibration.from_pretrained(calibration)
     chosen = chosen_tasks(tasks)
-    plan, notes = _plan(material, chosen, lengths, samples, seed)
+    plan, notes = _plan(material, chosen, lengths, samples, seeds)
     patched = partial(patch, model, calibration=calibration, backend=backend)
     resolved: dict[str, Policy | None] = {DENSE: None}
     used = backend
@@ -103,36 +117,54 @@ def evaluate(
         with patched(policy) as handle:  # What can't be patched is refused before anything is measured.
             resolved[policy_name], used = handle.policy, handle.backend
     measured_on = None if calibration is None else _sha(calibration.manifest.model_dump_json())
-    about = [VERSION, _about_model(model), _sha(text), samples, seed, used, measured_on]
+    about = [_FORMAT, VERSION, _about_model(model), _sha(text), samples, used, measured_on, code and _sha(code)]
+    local = [policy.sink_size + policy.window_size for policy in policies.values()]
     store = None if checkpoint is None else Store(checkpoint, Cell)
     known = {} if store is None else {cell.key: cell for cell in store.rows()}
     total, behind = len(resolved) * sum(part.tokens for part in plan), 0
     cells = []
-    for policy_name, policy in resolved.items():
-        plain = None if policy is None else policy.model_dump(mode="json")
-        with contextlib.nullcontext() if policy is None else patched(policy) as handle:
-            for part in plan:
-                key = _sha(json.dumps([*about, plain, part.task, part.length]))
-                tell = partial(progress or (lambda *_: None), f"{policy_name}: {part.task}, {part.length:,} tokens")
-                tell(behind, total)
-                cell = known.get(key)
-                if cell is None:
-                    answers = []
-                    if handle is not None:
-                        handle.reset_report()
-                    for answer in _answers(model, tokenizer, material, part, seed):
+    for part in plan:
+        places = _places(part.length, local)
+        # Policies one after the other for each part, so that dense predictions of one part only are kept at a time.
+        keys = {
+            policy_name: _sha(json.dumps([*about, *_about_policy(policy, places), part.task, part.length, part.seed]))
+            for policy_name, policy in resolved.items()
+        }
+        predicted: list[Predictions] = []
+        for policy_name, policy in resolved.items():
+            what = f"{policy_name}: {part.task}, {part.length:,} tokens"
+            cell = known.get(keys[policy_name])
+            # Known scores of dense come without its predictions, which policies that are not known need.
+            again = policy is None and cell is not None and not known.keys() >= {*keys.values()}
+            tell = partial(progress or (lambda *_: None), f"{what}, again" if again else what)
+            tell(behind, total)
+            if cell is None or again:
+                answers, agreements = [], []
+                with contextlib.nullcontext() if policy is None else patched(policy) as handle:
+                    for answer, logits in part.answers(model, tokenizer, material, places):
+                        if policy is None:
+                            predicted.append(Predictions.of(logits))
+                        else:
+                            agreements.append(predicted[len(answers)].agreement(logits))
                         answers.append(answer)
                         tell(behind + len(answers) * part.length, total)
-                    kind = "losses" if part.task == TEXT_LOSS else "scores"
-                    counts = (
-                        {} if handle is None else {phase: PhaseCounts.of(handle.report(), phase) for phase in PHASES}
-                    )
-                    cell = Cell(policy_name, part.task, part.length, **{kind: tuple(answers)}, counts=counts, key=key)
-                    if store is not None:
-                        store.add(cell)
-                cells.append(dataclasses.replace(cell, policy=policy_name))
-                behind += part.tokens
-                tell(behind, total)
+                    report = None if handle is None else handle.report()
+                counts = {phase: PhaseCounts.of(report, phase) for phase in PHASES} if report else {}
+                cell = cell or Cell(
+                    policy_name,
+                    part.task,
+                    part.length,
+                    part.seed,
+                    **{"losses" if part.task == TEXT_LOSS else "scores": tuple(answers)},
+                    agreements=tuple(agreements),
+                    counts=counts,
+                    key=keys[policy_name],
+                )
+                if store is not None and not again:
+                    store.add(cell)
+            cells.append(dataclasses.replace(cell, policy=policy_name))
+            behind += part.tokens
+            tell(behind, total)
     found = Evaluation(
         model=name or Path(name_of(model)).name,
         tasks=chosen,
@@ -140,7 +172,7 @@ def evaluate(
         policies=resolved,
         backend=used,
         samples=samples,
-        seed=seed,
+        seeds=seeds,
         cells=tuple(cells),
         notes=tuple(notes),
     )
@@ -149,18 +181,41 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Part:
-    """One task at one length, with so many samples."""
+    """One task at one length, with so many samples of one seed; text loss has no seed."""
 
     task: str
     length: int
     samples: int
+    seed: int | None
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
 
+    def answers(
+        self, model: Any, tokenizer: Any, material: Material, places: Sequence[int]
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Yield what each sample gives: a score, or the losses of a stretch of text by position; and predictions."""
+        if self.task == TEXT_LOSS:
+            for tokens in material.stretches(self.length, self.samples):
+                losses, logits = losses_and_logits(model, tokens, places)
+                yield tuple(by_position(losses)), logits
+        else:
+            for at in range(self.samples):
+                sample = make_sample(self.task, material, length=self.length, seed=f"{self.seed}/{at}")
+                yield answered(model, tokenizer, sample)
 
-def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], samples: int) -> None:
+
+def _places(length: int, local: Sequence[int]) -> list[int]:
+    """Choose positions of a document that lie beyond sink and window of every policy that has keys beyond them."""
+    first = max((keys for keys in local if keys < length - 1), default=0)
+    count = min(_PLACES, length - 1 - first)
+    return [first + at * (length - 1 - first) // count for at in range(count)]
+
+
+def _check(
+    model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], samples: int, seeds: Sequence[int]
+) -> None:
     """Refuse what can't be measured."""
     if not policies or DENSE in policies:
         raise PolicyError(
@@ -173,32 +228,33 @@ def _check(model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], s
         raise UnsupportedModelError(
             f"{type(model).__name__} has no head to write with.", fix="Load the model with AutoModelForCausalLM."
         )
-    if samples < 1 or not lengths or min(lengths) < 1:
+    if samples < 1 or not lengths or min(lengths) < 1 or not seeds:
         raise DocumentError(
-            f"Expected samples and lengths of at least 1; got {samples} samples and lengths {list(lengths)}.",
-            fix="Give positive numbers.",
+            "Expected samples and lengths of at least 1, and a seed; "
+            f"got {samples} samples, lengths {list(lengths)} and seeds {list(seeds)}.",
+            fix="Give positive numbers, and one seed or more.",
         )
     check_longest(model, *lengths)
 
 
 def _plan(
-    material: Material, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
+    material: Material, tasks: Sequence[str], lengths: Sequence[int], samples: int, seeds: Sequence[int]
 ) -> tuple[list[_Part], list[str]]:
     """Find out which tasks fit which lengths; those that do not are left out, and the notes say why."""
     plan, notes, problem = [], [], DocumentError("No tasks were named.", fix="Name at least one.")
     for length, task in itertools.product(lengths, tasks):
         try:
             if task == TEXT_LOSS:
-                count = len(material.stretches(length, samples))
+                parts = [_Part(task, length, len(material.stretches(length, samples)), None)]
             else:
-                count = samples
-                make_sample(task, material, length=length, seed=f"{seed}/0")
+                parts = [_Part(task, length, samples, seed) for seed in seeds]
+                make_sample(task, material, length=length, seed=f"{seeds[0]}/0")
         except DocumentError as error:
             problem = error
             notes.append(f"Left out at {length:,} tokens: {error.message}")
             continue
-        plan.append(_Part(task, length, count))
-        if count < samples:
+        plan += parts
+        if (count := parts[0].samples) < samples:
             notes.append(f"Text loss at {length:,} tokens: over {count} documents, as the text has no more.")
     if not plan:
         raise problem
@@ -207,15 +263,9 @@ def _plan(
     return plan, notes
 
 
-def _answers(model: Any, tokenizer: Any, material: Material, part: _Part, seed: int) -> Iterator[Any]:
-    """Yield what each sample gives: a score, or the losses of a stretch of text by position."""
-    if part.task == TEXT_LOSS:
-        for tokens in material.stretches(part.length, part.samples):
-            yield tuple(loss_by_position(model, tokens))
-    else:
-        for at in range(part.samples):
-            sample = make_sample(part.task, material, length=part.length, seed=f"{seed}/{at}")
-            yield written(model, tokenizer, sample)
+def _about_policy(policy: Policy | None, places: Sequence[int]) -> list[Any]:
+    """Tell policies apart, and at which places they were compared with dense."""
+    return [None] if policy is None else [policy.model_dump(mode="json"), places[0]]
 
 
 def _sha(text: str) -> str:

@@ -12,7 +12,7 @@ from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.units import Units, cut, n_shared, weave
 
-# Where planted lines may stand, as shares of the haystack: 0%, 2.6%, ... 100%.
+# Where planted lines may stand, as shares of the depths allowed: 0%, 2.6%, ... 100%.
 _DEPTHS = tuple(at / 39 for at in range(40))
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
 
@@ -81,6 +81,7 @@ class Draft:
         haystack: Gives units of at least as many tokens as it is asked for; the first one may be cut.
         planted: Pieces that go into the haystack in this order, at random depths.
         exact: As in `Sample`.
+        depths: Where planted pieces may stand, the least and the greatest depth as fractions of the haystack.
     """
 
     before: str
@@ -90,6 +91,7 @@ class Draft:
     haystack: Callable[[int], Units]
     planted: tuple[str, ...] = ()
     exact: bool = False
+    depths: tuple[float, float] = (0.0, 1.0)
 
 
 Draw = Callable[[Material, int, random.Random], Draft]
@@ -126,6 +128,8 @@ def finish(task: str, draft: Draft, material: Material, *, length: int, rng: ran
     prompt = [*material.begin, *before]
     enough = len(planted) <= len(_DEPTHS)
     depths = sorted(rng.sample(_DEPTHS, len(planted)) if enough else [rng.random() for _ in planted])
+    first, last = draft.depths
+    depths = [first + depth * (last - first) for depth in depths]
     # Between two units, as close to the depth as they allow.
     spans = weave(prompt, haystack, zip(depths, planted, strict=True), share=0.5)
     return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)

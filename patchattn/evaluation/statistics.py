@@ -62,6 +62,15 @@ def ratio_of_sums(top: Sequence[float], bottom: Sequence[float]) -> Interval:
     return bootstrap(pairs, lambda weights: (weights @ pairs[:, 0]) / (weights @ pairs[:, 1]))
 
 
+def mean_of_means(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Interval:
+    """Mean over groups of their means; bootstrap within each group."""
+    random_state = np.random.default_rng(seed)
+    arrays = [np.asarray(group, float) for group in groups]
+    means = [random_state.choice(array, (_RESAMPLES, len(array))).mean(axis=1) for array in arrays]
+    low, high = np.percentile(np.mean(means, axis=0), (2.5, 97.5))
+    return Interval(float(np.mean([array.mean() for array in arrays])), float(low), float(high))
+
+
 def relative_change(losses: Sequence[float], dense: Sequence[float]) -> Interval:
     """Relative change of a loss against dense attention's on the same documents, which are drawn one by one."""
     chosen, every = random.Random(0), range(len(dense))

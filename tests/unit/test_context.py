@@ -12,7 +12,7 @@ from patchattn import CalibrationError, Policy, demo
 from patchattn.demo.compare import compare
 from patchattn.evaluation import evaluate
 from patchattn.evaluation.documents import DocumentError
-from patchattn.evaluation.loss import loss_by_position
+from patchattn.evaluation.loss import losses
 from patchattn.evaluation.margins import record_margins
 from patchattn.evaluation.policies import heads_by_oracle
 from patchattn.hf.context import check_context, context_of
@@ -47,7 +47,7 @@ TOO_LONG = {
     ),
     "heads_by_oracle": lambda model, *_: heads_by_oracle(model, [range(300), range(4097)], POLICY),
     "record_margins": lambda model, *_: record_margins(model, range(4097), windows=(32,)),
-    "loss_by_position": lambda model, *_: loss_by_position(model, range(4097)),
+    "losses": lambda model, *_: losses(model, range(4097)),
     "assert_equivalent": lambda model, *_: assert_equivalent(model, POLICY, length=4096, new_tokens=1),
 }
 

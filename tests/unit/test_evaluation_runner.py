@@ -20,11 +20,23 @@ from transformers import AutoModel
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, StaticGate, demo
 from patchattn.errors import MissingPackageError, PatchStateError, PolicyError, ReportError, UnsupportedModelError
-from patchattn.evaluation import Cell, DocumentError, Evaluation, evaluate, loss, named_policy, runner
-from patchattn.evaluation.answers import stop_tokens, write
-from patchattn.evaluation.loss import BINS, loss_by_position
+from patchattn.evaluation import (
+    Cell,
+    DocumentError,
+    Evaluation,
+    Material,
+    evaluate,
+    loss,
+    make_sample,
+    named_policy,
+    runner,
+)
+from patchattn.evaluation.agreement import Agreement
+from patchattn.evaluation.answers import answered, stop_tokens, write
+from patchattn.evaluation.cells import PhaseCounts
+from patchattn.evaluation.loss import BINS, by_position, losses
 from patchattn.evaluation.policies import heads_by_oracle
-from patchattn.evaluation.results import PhaseCounts, csv_text, markdown
+from patchattn.evaluation.results import csv_text, markdown
 from patchattn.evaluation.rows import Store
 
 TEXT = demo.sample_text()[:12_000]
@@ -72,6 +84,73 @@ def test_open_gates_are_dense_and_closed_gates_find_nothing(found: tuple[Evaluat
         assert math.isnan(evaluation.counts("dense", 400, phase).open_fraction)
 
 
+def test_open_gates_agree_with_dense_and_closed_ones_do_not(found: tuple[Evaluation, Path]) -> None:
+    evaluation, _ = found
+    dense, opened, closed = (evaluation.summary(policy, 400) for policy in evaluation.policies)
+    assert dense.text is dense.answers is dense.drop is dense.worst_task is None
+    # 256 places in each of three texts, all of which lie beyond the largest sink and window.
+    assert [one.tokens for one in evaluation.cell("closed", "text", 400).agreements] == [256] * 3
+    assert (opened.text.top1.value, opened.answers.top1.value) == pytest.approx((1, 1), abs=0.03)
+    assert max(opened.text.kl.value, opened.answers.kl.value) < 2e-3
+    assert closed.text.kl.low > 10 * opened.text.kl.high
+    assert closed.answers.top1.value < 0.9
+    assert (opened.drop.value, opened.worst_task) == (0, None)
+    assert (closed.worst_task, closed.worst_drop.value) == ("fact", dense.mean_score)
+
+
+def test_the_right_answer_is_predicted_as_in_one_reading(shipped: tuple[Any, Any]) -> None:
+    model, tokenizer = shipped
+    sample = make_sample("list", Material(TEXT, tokenizer), length=400, seed=3)
+    assert len(sample.target) > 5
+    score, logits = answered(model, tokenizer, sample)
+    with torch.no_grad():
+        whole = model(torch.tensor([[*sample.prompt, *sample.target]])).logits[0]
+    torch.testing.assert_close(logits, whole[len(sample.prompt) - 1 : -1], atol=1e-3, rtol=1e-3)
+    free, _ = write(model, sample.prompt, None, sample.budget)
+    assert score == sample.score(free, tokenizer)
+
+
+def test_places_lie_beyond_the_windows_that_leave_some() -> None:
+    assert runner._places(1024, [80, 272, 1040]) == [272 + at * 751 // 256 for at in range(256)]
+    assert runner._places(100, [90, 20]) == list(range(90, 99))
+    assert runner._places(100, [1040]) == list(range(99))
+
+
+def test_several_seeds_are_put_together(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"text": TEXT, "lengths": [300], "tasks": ["fact", "text"], "samples": 2}
+    policies = {"closed": POLICIES["closed"]}
+    one = [evaluate(*shipped, policies, seed=seed, **arguments) for seed in (4, 9)]
+    both = evaluate(*shipped, policies, seed=(4, 9), checkpoint=tmp_path / "cells.jsonl", **arguments)
+    assert both.seeds == (4, 9)
+    for policy in both.policies:
+        assert both.cell(policy, "fact", 300).scores == sum((it.cell(policy, "fact", 300).scores for it in one), ())
+        assert both.cell(policy, "text", 300).losses == one[0].cell(policy, "text", 300).losses
+        means = tuple(it.mean_score(policy, 300) for it in one)
+        assert both.summary(policy, 300).mean_by_seed == means
+        assert both.mean_score(policy, 300) == pytest.approx(sum(means) / 2)
+    assert "| mean by seed |" in markdown(both)
+    with (tmp_path / "cells.jsonl").open() as file:
+        assert len(file.readlines()) == 2 * (2 + 1)
+
+
+def test_a_new_policy_measures_dense_predictions_again_and_says_so(
+    shipped: tuple[Any, Any], found: tuple[Evaluation, Path]
+) -> None:
+    evaluation, checkpoint = found
+    told: set[str] = set()
+    later = evaluate(
+        *shipped,
+        {"closed": POLICIES["closed"], "default": Policy(**REGIONS)},
+        text=TEXT, lengths=[400], tasks=["fact"], samples=3, checkpoint=checkpoint,
+        progress=lambda what, *_: told.add(what),
+    )  # fmt: skip
+    assert told == {
+        f"{who}: fact, 400 tokens{more}" for who, more in [("dense", ", again"), ("closed", ""), ("default", "")]
+    }
+    assert later.cell("dense", "fact", 400) == evaluation.cell("dense", "fact", 400)
+    assert 0 < later.summary("default", 400).answers.kl.value < evaluation.summary("closed", 400).answers.kl.value
+
+
 def test_what_does_not_fit_is_left_out_and_said(found: tuple[Evaluation, Path]) -> None:
     evaluation, _ = found
     assert evaluation.cell("dense", "cwe", 400) is None
@@ -84,8 +163,8 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 ) -> None:
     evaluation, checkpoint = found
     arguments: dict[str, Any] = {"text": TEXT, "lengths": [400], "samples": 3, "checkpoint": checkpoint}
-    monkeypatch.setattr(runner, "written", None)
-    monkeypatch.setattr(runner, "loss_by_position", None)
+    monkeypatch.setattr(runner, "answered", None)
+    monkeypatch.setattr(runner, "losses_and_logits", None)
     again = evaluate(*shipped, POLICIES, tasks=["fact", "text", "cwe"], **arguments)
     assert again == evaluation
     # The same policy under another name is the same measurement; another seed is not.
@@ -98,7 +177,16 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
 def test_cells_survive_a_run_that_was_broken_off(tmp_path: Path) -> None:
     store = Store(tmp_path / "cells.jsonl", Cell)
     assert store.rows() == []
-    cell = Cell("a", "fact", 9, (1.0, 0.5), counts={"decode": PhaseCounts(1, 2, 3, 4)}, key="k")
+    cell = Cell(
+        "a",
+        "fact",
+        9,
+        3,
+        (1.0, 0.5),
+        agreements=(Agreement(1, 0, 0.5),),
+        counts={"decode": PhaseCounts(1, 2, 3, 4)},
+        key="k",
+    )
     store.add(cell)
     with store.path.open("a") as file:
         file.write('{"policy": "b", "ta')
@@ -140,6 +228,8 @@ def test_gates_that_are_never_asked_are_said(shipped: tuple[Any, Any]) -> None:
         ({"lengths": []}, DocumentError, "lengths of at least 1"),
         ({"lengths": [0]}, DocumentError, "lengths of at least 1"),
         ({"samples": 0}, DocumentError, "0 samples"),
+        ({"seed": ()}, DocumentError, "and a seed"),
+        ({"code": ""}, DocumentError, "The code is empty"),
         ({"lengths": [5000]}, DocumentError, "at most 4,096 tokens"),
         ({"text": ""}, DocumentError, "text is empty"),
         ({"tasks": ["riddle"]}, DocumentError, "no task 'riddle'"),
@@ -156,7 +246,7 @@ def test_mistakes_are_refused_before_anything_is_measured(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "written", None)
+    monkeypatch.setattr(runner, "answered", None)
     arguments: dict[str, Any] = {"policies": POLICIES, "text": TEXT, "lengths": [400], "tasks": ["fact"]}
     with pytest.raises(error, match=message):
         evaluate(*shipped, **arguments | change)
@@ -173,11 +263,12 @@ def test_patched_and_headless_models_are_refused(shipped: tuple[Any, Any]) -> No
 
 
 def made_up(**fields: Any) -> Evaluation:
+    counts: Any = {"counts": {"prefill": PhaseCounts(1, 4, 3, 4), "decode": PhaseCounts()}}
     cells = (
-        Cell("dense", "fact", 64, (1.0, 0.5, 0.0)),
-        Cell("a|b", "fact", 64, (0.0, 0.0, 0.0), counts={"prefill": PhaseCounts(1, 4, 3, 4), "decode": PhaseCounts()}),
-        Cell("dense", "text", 64, (), ((1.0, 3.0),)),
-        Cell("a|b", "text", 64, (), ((1.0, 4.0),), {"prefill": PhaseCounts(1, 4, 3, 4), "decode": PhaseCounts()}),
+        Cell("dense", "fact", 64, 0, scores=(1.0, 0.5, 0.0)),
+        Cell("dense", "text", 64, losses=((1.0, 3.0), (3.0, 1.0))),
+        Cell("a|b", "fact", 64, 0, (0.0, 0.0, 0.0), agreements=(Agreement(4, 3, 0.8), Agreement(4, 1, 0.8)), **counts),
+        Cell("a|b", "text", 64, losses=((1.0, 4.0), (2.0, 2.0)), agreements=(Agreement(256, 192, 2.56),), **counts),
     )
     policies = {"dense": None, "a|b": Policy()}
     return Evaluation(
@@ -188,7 +279,7 @@ def made_up(**fields: Any) -> Evaluation:
             "policies": policies,
             "backend": "blockwise",
             "samples": 3,
-            "seed": 0,
+            "seeds": (0,),
             "cells": cells,
             "notes": ("a note with | and `code`",),
         }
@@ -200,7 +291,15 @@ def test_markdown_holds_the_numbers_and_escapes_the_texts() -> None:
     text = markdown(made_up())
     assert text.startswith("# Evaluation of \\<b\\>\\*model\\*\\</b\\>\n")
     assert "| fact | 0.50 (0.13-0.87) | 0.00 (0.00-0.56) |" in text
-    assert "| text loss | 2.0000 | 2.5000 (+25.0%) |" in text
+    assert "| drop of mean | - | 50.0 (" in text
+    assert "| worst task | - | fact |" in text
+    assert "| answer agreement | - | 50.0% (25.0-75.0) |" in text
+    assert "| answer KL | - | 0.200 |" in text
+    assert "| text loss | 2.0000 | 2.2500 |" in text
+    assert "| loss change | - | +12.5% (+0.0, +25.0) |" in text
+    assert "| text agreement | - | 75.0% |" in text
+    assert "| text KL | - | 0.010 |" in text
+    assert "by seed" not in text
     assert "| open, prefill | - | 25.0% |" in text
     assert "| density, prefill | - | 75.0% |" in text
     assert "| open, decode | - | - |" in text
@@ -212,9 +311,12 @@ def test_markdown_holds_the_numbers_and_escapes_the_texts() -> None:
 def test_csv_and_json_hold_the_same_numbers(tmp_path: Path) -> None:
     evaluation = made_up()
     lines = list(csv.DictReader(io.StringIO(csv_text(evaluation))))
-    assert [line["policy"] for line in lines] == ["dense", "a|b", "dense", "a|b"]
+    assert [line["policy"] for line in lines] == ["dense", "dense", "a|b", "a|b"]
     assert lines[0]["score"] == "0.5000"
-    assert lines[3]["text_loss"] == "2.50000"
+    assert (lines[0]["drop"], lines[2]["drop"], lines[2]["seed"], lines[3]["seed"]) == ("", "0.50000", "0", "")
+    assert (lines[2]["agreement"], lines[2]["agreement_low"], lines[3]["kl"]) == ("0.50000", "0.25000", "0.01000")
+    assert lines[3]["text_loss"] == "2.25000"
+    assert lines[3]["loss_change"] == "0.12500"
     assert lines[3]["prefill_open_fraction"] == "0.25000"
     assert lines[3]["decode_open_fraction"] == ""
     paths = evaluation.save(tmp_path / "new" / "folder")
@@ -224,6 +326,9 @@ def test_csv_and_json_hold_the_same_numbers(tmp_path: Path) -> None:
     assert kept["summary"][1]["mean_score"] == 0.0
     assert kept["summary"][0]["text_loss"] == 2.0
     assert kept["summary"][1]["decode_open_fraction"] is None
+    assert kept["summary"][1]["worst_task"] == "fact"
+    assert kept["summary"][1]["answers"]["top1"] == [0.5, 0.25, 0.75]
+    assert kept["summary"][0]["text"] is None
     assert tuple(Cell.from_dict(cell) for cell in kept["cells"]) == evaluation.cells
 
 
@@ -253,7 +358,7 @@ def test_loss_by_position_is_the_models_own(
     each = functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
     expected = [part.mean().item() for part in each.tensor_split(BINS)]
     monkeypatch.setattr(loss, "_MOST_LOGITS", most)  # the second time in calls of 256 tokens
-    assert loss_by_position(model, tokens) == pytest.approx(expected, abs=1e-4)
+    assert by_position(losses(model, tokens)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_writing_stops_after_a_stop_token(shipped: tuple[Any, Any]) -> None:
@@ -281,12 +386,18 @@ def test_named_policies(shipped: tuple[Any, Any]) -> None:
     assert named_policy("open", base) == POLICIES["all open"]
     assert named_policy("closed", base) == POLICIES["closed"]
     heads = [(1, 0), (0, 2), (0, 0), (1, 1)]
-    static = named_policy("static:0.5", base, ranked_heads=lambda: heads)
+    static = named_policy("static:0.5", base, ranked_heads=lambda _: heads)
     assert static == Policy(**REGIONS, gate=StaticGate(open_heads=tuple(heads[:2])))
+    by_task = {"kv": heads, None: heads[::-1]}.__getitem__
+    transferred = named_policy("static-transfer:kv:0.5", base, ranked_heads=by_task)
+    assert transferred == static
+    assert named_policy("static-transfer:kv", base, ranked_heads=by_task).gate.open_heads == ((1, 0),)
     calibration: Any = SimpleNamespace(policy=Policy(window_size=7), heads_by_oracle=lambda: heads[::-1])
     assert named_policy("calibrated", base, calibration=calibration) == Policy(window_size=7)
     static = named_policy("static", base, calibration=calibration)
     assert static == Policy(**REGIONS, gate=StaticGate(open_heads=((1, 1),)))
+    transferred = named_policy("static-transfer:kv", base, calibration=calibration, ranked_heads=by_task)
+    assert transferred.gate.open_heads == ((1, 0),)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +409,10 @@ def test_named_policies(shipped: tuple[Any, Any]) -> None:
         ("oracle:1.5", "no number"),
         ("calibrated", "needs a calibration"),
         ("static", "needs ranked heads"),
+        ("static-transfer:kv", "needs ranked heads"),
+        ("static-transfer", "names no task"),
+        ("static-transfer:riddle", "names no task"),
+        ("static-transfer:kv:2", "no number"),
     ],
 )
 def test_wrong_names_of_policies_are_refused(name: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from pathlib import Path
 
@@ -183,6 +184,65 @@ def test_few_shot_asks_for_a_word_that_was_not_shown() -> None:
         assert len(shown) == len(set(shown)) == 17
 
 
+def test_english_asks_for_one_of_the_planted_facts() -> None:
+    for name in MADE:
+        tokenizer = material(name).tokenizer
+        sample = make_sample("english", material(name), length=4096, seed=2)
+        planted = [tokenizer.decode(sample.prompt[start:end]).strip() for start, end in sample.planted]
+        assert len(planted) == 16
+        lead = tokenizer.decode(sample.prompt).rpartition("Answer: ")[2]
+        assert sum(f"{lead} {sample.answers[0]}" in fact for fact in planted) == 1
+
+
+def turns(prompt: str, roles: tuple[str, str]) -> list[str]:
+    return re.split("|".join(map(re.escape, roles)), prompt)[1:]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_chat_is_written_by_the_template_or_in_plain_words(bos: bool) -> None:
+    tokenizer = byte_level(bos=bos)
+    plain = Material(SAMPLE, byte_level(bos=bos))
+    tokenizer.chat_template = "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}]{{ turn.content | trim }}[end]{% endfor %}[assistant]"
+    for made, roles in ((Material(SAMPLE, tokenizer), ("[user]", "[assistant]")), (plain, ("User: ", "Assistant: "))):
+        sample = make_sample("chat", made, length=4000, seed=5)
+        prompt = tokenizer.decode(sample.prompt)
+        assert len(sample.prompt) + sample.budget == 4000
+        assert prompt.count("<s>") == bos
+        first, *others, question, lead = turns(prompt, roles)
+        assert f"{lead} {sample.answers[0]}." in first
+        assert lead.strip() not in "".join(others[1:])
+        assert question.startswith("Now back to what I told you first.")
+        passages = others[1::2]
+        assert len(passages) == 4000 // 512 - 1
+        # They continue each other, and are about as long.
+        lines = "".join(passage.partition("\n\n")[2].replace("[end]", "") for passage in passages)
+        assert "".join(lines.split())[-300:] in "".join(SAMPLE.split()) * 2
+        assert max(map(len, passages)) < 2 * min(map(len, passages))
+
+
+def test_a_template_that_swallows_turns_is_refused() -> None:
+    tokenizer = byte_level(bos=False)
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DocumentError, match="chat template leaves out"):
+        make_sample("chat", Material(SAMPLE, tokenizer), length=3000)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_code_uses_at_the_end_what_was_defined_early(seed: int) -> None:
+    tokenizer = material("shipped").tokenizer
+    made = Material(SAMPLE, tokenizer, code=demo.sample_text())
+    sample = make_sample("code", made, length=2048, seed=seed)
+    assert all(end < 0.75 * len(sample.prompt) for _, end in sample.planted)
+    definitions = "".join(tokenizer.decode(sample.prompt[start:end]) for start, end in sample.planted)
+    use = tokenizer.decode(sample.prompt).rpartition("\n")[2]
+    assert "about nothing" not in tokenizer.decode(sample.prompt)
+    scope: dict[str, object] = {}
+    exec("import inspect\n" + definitions + use + tokenizer.decode(sample.target).rstrip(), scope)
+    wrong = tokenizer.decode(sample.target).replace(sample.answers[-1], "1")
+    with pytest.raises((AssertionError, SyntaxError)):
+        exec(use + wrong, scope)
+
+
 def test_needles_are_spread_over_the_whole_haystack() -> None:
     places = []
     for seed in range(60):
@@ -255,6 +315,9 @@ SAMPLES = {
     "kv": "e1baef64",
     "copy": "3edd600b",
     "few_shot": "7b059841",
+    "english": "",
+    "chat": "",
+    "code": "",
     "fact": "254ec156",
     "chain": "a8fe26e4",
     "list": "dee5eab1",

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import Draw, Sample, finish
-from patchattn.evaluation.tasks import frequencies, needles, others, planted, tracking
+from patchattn.evaluation.tasks import code, english, frequencies, needles, others, planted, tracking
 
 _RULER: dict[str, Draw] = {**needles.TASKS, **tracking.TASKS, **frequencies.TASKS}
 
-DRAWN: dict[str, Draw] = {**_RULER, **others.TASKS, **planted.TASKS}
+_PLAIN: dict[str, Draw] = {**english.TASKS, **code.TASKS}
+
+DRAWN: dict[str, Draw] = {**_RULER, **others.TASKS, **_PLAIN, **planted.TASKS}
 """The tasks that ask a question, by name."""
 
 TEXT_LOSS = "text"
@@ -23,10 +25,12 @@ TASKS: tuple[str, ...] = (*DRAWN, TEXT_LOSS)
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "ruler": tuple(_RULER),
+    "plain": (*_PLAIN, TEXT_LOSS),
     "shipped": (*planted.TASKS, TEXT_LOSS),
-    "all": (*_RULER, *others.TASKS, TEXT_LOSS),
+    "all": (*_RULER, *others.TASKS, *_PLAIN, TEXT_LOSS),
 }
-"""Names for several tasks. `shipped` is what the shipped model was trained on, `all` what other models are asked."""
+"""Names for several tasks. `plain` is plain English, chat and code; `shipped` is what the shipped model was trained on,
+`all` what other models are asked."""
 
 
 def make_sample(task: str, material: Material, *, length: int, seed: int | str = 0) -> Sample:

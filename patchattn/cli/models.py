@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from patchattn import demo
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
 from patchattn.cli.problems import stop
 from patchattn.hf.loading import load_pretrained
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
 def load(name: str | None, device: str) -> tuple[Any, Any]:
@@ -43,12 +46,25 @@ def _load_by_name(name: str) -> tuple[Any, Any]:
         raise stop(f"Can't load {name!r} as a causal language model: {no_folder(name)}", fix=_fix(name))
     try:
         return load_pretrained(name)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        where = "" if Path(name).is_dir() else f"{no_folder(name)} From the Hub: "
-        raise stop(f"Can't load {name!r} as a causal language model: {where}{lines[0]}", fix=_fix(name)) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise stop(f"Can't load {name!r} as a causal language model: {_why(name, error)}", fix=_fix(name)) from None
+
+
+def _why(name: str, error: Exception) -> str:
+    """Say what a folder lacks, and otherwise what transformers says in its first line."""
+    folder = Path(name)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if not folder.is_dir():
+        return f"{no_folder(name)} From the Hub: {line}"
+    if not (folder / "config.json").is_file():
+        return "the folder has no config.json, so there is no model in it."
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        return "the folder has no tokenizer."
+    return line
 
 
 def _fix(name: str) -> str:
-    otherwise = "give a folder made by save_pretrained, or the Hub id of a causal language model"
+    otherwise = (
+        "give a folder into which save_pretrained wrote model and tokenizer, or the Hub id of a causal language model"
+    )
     return otherwise if Path(name).is_dir() else fix_for(name, otherwise)

@@ -37,7 +37,10 @@ class Material:
         self.code = self.text if code is None else tokenize_text(code, tokenizer)
         for what, found in (("text", self.text), ("code", self.code)):
             if not found.lines:
-                raise DocumentError(f"The {what} is empty.", fix="Give some text to fill the prompts with.")
+                raise DocumentError(
+                    f"The {what} is empty, or the tokenizer makes no tokens of it.",
+                    fix="Give some text to fill the prompts with, and the model's own tokenizer.",
+                )
         self.n_tokens = sum(map(len, self.text.tokens))
         """Tokens in the text."""
 

@@ -258,6 +258,8 @@ def _plan(
             notes.append(f"Text loss at {length:,} tokens: over {count} documents, as the text has no more.")
     if not plan:
         raise problem
+    if "chat" in tasks and getattr(material.tokenizer, "chat_template", None) is None:
+        notes.append('The tokenizer has no chat template, so chats are written with "User:" and "Assistant:".')
     if material.n_tokens < max(lengths):
         notes.append(f"The text has {material.n_tokens:,} tokens; in longer prompts it is repeated.")
     return plan, notes

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("demo", "--lengths", "300", "--tasks", "fact,text", "--samples", "2")
 
 
-def run(*arguments: str | Path) -> Result:
-    environment = {"COLUMNS": "160", "NO_COLOR": "1"}
+def run(*arguments: str | Path, columns: int = 160) -> Result:
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1"}
     return CliRunner().invoke(app, ["evaluate", *(str(argument) for argument in arguments)], env=environment)
 
 
@@ -68,7 +68,13 @@ def test_a_model_by_its_folder_and_a_calibration() -> None:
         (("--policies", "calibrated"), "needs a calibration"),
         (("--policies", "nothing.json"), "Can't read nothing.json"),
         (("--tasks", "riddle"), "no task 'riddle'"),
-        (("--lengths", "many"), "Expected lengths in tokens"),
+        (("--lengths", "many"), "Expected --lengths as whole numbers from 1 on"),
+        (("--seed", "0,x"), "Expected --seed as whole numbers from 0 on"),
+        (("--code", "nothing.py"), "Can't read nothing.py"),
+        (("--code", "empty.txt"), "The code is empty"),
+        (("--policies", "static-transfer"), "names no task to rank heads on"),
+        (("--policies", "static-transfer:riddle"), "names no task to rank heads on"),
+        (("--policies", "default,static-transfer:fact:0.3"), "which it would be judged on too"),
         (("--lengths", "8192"), "at most 4,096 tokens"),
         (("--lengths", "32", "--tasks", "fact"), "without any haystack"),
         (("--text", "nothing.txt"), "Can't read nothing.txt"),
@@ -94,10 +100,72 @@ def test_mistakes_are_explained(
 
 def test_lengths_are_refused_before_heads_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "heads_by_oracle", lambda *_: pytest.fail("a model was run"))
-    for lengths, message in (("300,8192", "at most 4,096 tokens"), ("300,0", "Expected lengths"), (",", "Expected")):
+    for lengths, message in (("300,8192", "at most 4,096 tokens"), ("300,0", "Expected --lengths"), (",", "Expected")):
         result = run("demo", "--lengths", lengths, "--tasks", "fact", "--policies", "static")
         assert result.exit_code == 2, result.output
         assert message in result.stderr
+
+
+def test_three_policies_fit_a_narrow_terminal_and_heads_come_from_another_task(tmp_path: Path) -> None:
+    policies = "default,closed,static-transfer:kv:0.2"
+    options = (
+        "--policies",
+        policies,
+        "--seed",
+        "0,1",
+        "--samples",
+        "1",
+        "--tasks",
+        "fact,code,text",
+        "--out",
+        tmp_path,
+    )
+    result = run(*SMALL, *options, columns=100)
+    assert result.exit_code == 0, result.output
+    table, _, _ = result.stdout.partition("Scores: ")
+    assert "…" not in table
+    names = "fact code mean drop worst answer text loss open, density,".split()
+    assert {line.split()[0] for line in table.split("\n")[4:] if line.strip()} >= {*names}
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["seeds"] == [0, 1]
+    heads = found["policies"]["static-transfer:kv:0.2"]["gate"]["open_heads"]
+    assert len(heads) == 6
+    closed, transferred = found["summary"][2:]
+    assert closed["answers"]["kl"][0] > transferred["answers"]["kl"][0] > 0
+    assert closed["text"]["top1"][0] < 1
+
+
+def test_source_code_is_the_haystack_of_code_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def mine():\n    pass\n\n" * 50)
+    seen = []
+    monkeypatch.setattr(command.evaluation, "evaluate", lambda *_, **given: seen.append(given))
+    run(*SMALL, "--code", tmp_path / "mine.py")
+    run(*SMALL, "--text", tmp_path / "mine.py")
+    assert [len(given["code"]) == 1200 for given in seen] == [True, False]
+    assert [len(given["text"]) == 1200 for given in seen] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "the folder has no config.json, so there is no model in it"),
+        (("tokenizer.json", "tokenizer_config.json"), "the folder has no config.json"),
+        (("config.json", "model.safetensors"), "the folder has no tokenizer"),
+        (("config.json", "tokenizer.json", "tokenizer_config.json"), "Can't load"),
+        (("config.json", "tokenizer.json", "tokenizer_config.json", "broken"), "deserializing header"),
+    ],
+)
+def test_folders_that_hold_no_model_are_explained(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+    for name in files:
+        if name == "broken":
+            (tmp_path / "model.safetensors").write_text("no weights")
+        else:
+            (tmp_path / name).symlink_to(demo.model_folder() / name)
+    result = run(tmp_path, *SMALL[1:])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Fix: " in result.stderr
+    assert "save_pretrained wrote model and tokenizer" in result.stderr
 
 
 def test_help_has_examples() -> None:

@@ -198,6 +198,11 @@ def test_cells_survive_a_run_that_was_broken_off(tmp_path: Path) -> None:
         store.rows()
 
 
+def test_a_tokenizer_without_a_chat_template_is_said(shipped: tuple[Any, Any]) -> None:
+    evaluation = evaluate(*shipped, {"closed": POLICIES["closed"]}, text=TEXT, lengths=[600], tasks=["chat"], samples=1)
+    assert any("no chat template" in note for note in evaluation.notes)
+
+
 def test_progress_ends_at_all_tokens(shipped: tuple[Any, Any]) -> None:
     told = []
     evaluate(

@@ -202,7 +202,10 @@ def turns(prompt: str, roles: tuple[str, str]) -> list[str]:
 def test_a_chat_is_written_by_the_template_or_in_plain_words(bos: bool) -> None:
     tokenizer = byte_level(bos=bos)
     plain = Material(SAMPLE, byte_level(bos=bos))
-    tokenizer.chat_template = "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}]{{ turn.content | trim }}[end]{% endfor %}[assistant]"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}]{{ turn.content | trim }}[end]{% endfor %}"
+        "[assistant]"
+    )
     for made, roles in ((Material(SAMPLE, tokenizer), ("[user]", "[assistant]")), (plain, ("User: ", "Assistant: "))):
         sample = make_sample("chat", made, length=4000, seed=5)
         prompt = tokenizer.decode(sample.prompt)
@@ -315,9 +318,9 @@ SAMPLES = {
     "kv": "e1baef64",
     "copy": "3edd600b",
     "few_shot": "7b059841",
-    "english": "",
-    "chat": "",
-    "code": "",
+    "english": "ddd165b3",
+    "chat": "20d1a497",
+    "code": "f06e6b61",
     "fact": "254ec156",
     "chain": "a8fe26e4",
     "list": "dee5eab1",

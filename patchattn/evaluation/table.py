@@ -56,7 +56,7 @@ def rows(
         yield row("answer KL", lambda it: _nats(it.answers))
     if TEXT_LOSS in tasks:
         yield row("text loss", lambda it: number(it.text_loss, ".4f", unknown=_NOTHING))
-        yield row("loss change", lambda it: _signed(it.loss_change, "+.1f", "%"))
+        yield row("loss change", lambda it: _signed(it.loss_change, "+", "%"))
         yield row("text agreement", lambda it: _share(it.text))
         yield row("text KL", lambda it: _nats(it.text))
     for phase in PHASES:
@@ -70,20 +70,21 @@ def _score(cell: Cell | None) -> str:
     return _NOTHING if cell is None else with_interval(Interval(cell.score, *cell.interval), ".2f")
 
 
-def _signed(found: Interval | None, how: str = ".1f", unit: str = "") -> str:
+def _signed(found: Interval | None, plus: str = "", unit: str = "") -> str:
     """Write in hundredths what can be below zero."""
-    return _NOTHING if found is None else _interval([100 * end for end in found], how, unit, between=", ")
+    return _NOTHING if found is None else _interval([100 * end for end in found], plus, ".1f", unit, between=", ")
 
 
 def _share(found: Closeness | None) -> str:
-    return _NOTHING if found is None else _interval([100 * end for end in found.top1], ".1f", "%", between="-")
+    return _NOTHING if found is None else _interval([100 * end for end in found.top1], "", ".1f", "%", between="-")
 
 
 def _nats(found: Closeness | None) -> str:
-    return _NOTHING if found is None else _interval(found.kl, ".3f", "", between="-")
+    return _NOTHING if found is None else _interval(found.kl, "", ".3f", "", between="-")
 
 
-def _interval(ends: Sequence[float], how: str, unit: str, *, between: str) -> str:
+def _interval(ends: Sequence[float], plus: str, how: str, unit: str, *, between: str) -> str:
     """Write an estimate; its interval too, unless all samples say the same."""
     value, low, high = (format(end, how) for end in ends)
-    return f"{value}{unit}" if low == high else f"{value}{unit} ({low}{between}{high})"
+    estimate = f"{ends[0]:{plus}{how}}{unit}"
+    return estimate if value == low == high else f"{estimate} ({low}{between}{high})"

@@ -6,6 +6,7 @@ A tiny model and a local task for each kind of request; batches of rows of unequ
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 import warnings
@@ -128,3 +129,23 @@ def test_the_recipe_checks_its_numbers(monkeypatch: pytest.MonkeyPatch, capsys: 
     lines = capsys.readouterr().out
     for row in ("dense", "open", "moment", "closed"):
         assert f"{row:7} exact match" in lines
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_the_harness_runs_its_own_needles_offline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The shipped model can't answer them: a real model is asked in tests/real."""
+    (tmp_path / "mine.txt").write_text("This is a sentence of mine. This is another one! " * 400)
+    recipe = str(ROOT / "recipes" / "09_lm_eval_needles.py")
+    asked = ["--tasks", "niah_single_1,niah_single_2", "--length", "1024", "--samples", "1", "--most", "2"]
+    monkeypatch.setattr(sys, "argv", [recipe, *asked, "--text", str(tmp_path / "mine.txt")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(recipe, run_name="__main__")
+    printed = capsys.readouterr().out
+    for task in ("niah_single_1", "niah_single_2"):
+        assert re.search(rf"^{task}: dense \d\.000, default \d\.000, closed \d\.000$", printed, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", [recipe, *asked])
+    with pytest.raises(SystemExit, match="niah_single_2: needs --text"):
+        runpy.run_path(recipe, run_name="__main__")

@@ -301,7 +301,7 @@ def test_markdown_holds_the_numbers_and_escapes_the_texts() -> None:
     assert "| answer agreement | - | 50.0% (25.0-75.0) |" in text
     assert "| answer KL | - | 0.200 |" in text
     assert "| text loss | 2.0000 | 2.2500 |" in text
-    assert "| loss change | - | +12.5% (+0.0, +25.0) |" in text
+    assert "| loss change | - | +12.5% (0.0, 25.0) |" in text
     assert "| text agreement | - | 75.0% |" in text
     assert "| text KL | - | 0.010 |" in text
     assert "by seed" not in text

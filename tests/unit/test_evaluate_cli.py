@@ -141,8 +141,8 @@ def test_source_code_is_the_haystack_of_code_only(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(command.evaluation, "evaluate", lambda *_, **given: seen.append(given))
     run(*SMALL, "--code", tmp_path / "mine.py")
     run(*SMALL, "--text", tmp_path / "mine.py")
-    assert [len(given["code"]) == 1200 for given in seen] == [True, False]
-    assert [len(given["text"]) == 1200 for given in seen] == [False, True]
+    assert [len(given["code"]) == 1100 for given in seen] == [True, False]
+    assert [len(given["text"]) == 1100 for given in seen] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_template_that_swallows_turns_is_refused() -> None:
         make_sample("chat", Material(SAMPLE, tokenizer), length=3000)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(9))
 def test_code_uses_at_the_end_what_was_defined_early(seed: int) -> None:
     tokenizer = material("shipped").tokenizer
     made = Material(SAMPLE, tokenizer, code=demo.sample_text())
@@ -239,11 +239,14 @@ def test_code_uses_at_the_end_what_was_defined_early(seed: int) -> None:
     definitions = "".join(tokenizer.decode(sample.prompt[start:end]) for start, end in sample.planted)
     use = tokenizer.decode(sample.prompt).rpartition("\n")[2]
     assert "about nothing" not in tokenizer.decode(sample.prompt)
-    scope: dict[str, object] = {}
-    exec("import inspect\n" + definitions + use + tokenizer.decode(sample.target).rstrip(), scope)
-    wrong = tokenizer.decode(sample.target).replace(sample.answers[-1], "1")
-    with pytest.raises((AssertionError, SyntaxError)):
-        exec(use + wrong, scope)
+    completed = use + tokenizer.decode(sample.target)
+    if use.startswith("def "):
+        assert f"\n{completed}" in f"\n{definitions}"
+    else:
+        scope: dict[str, object] = {}
+        exec(definitions + completed, scope)
+        with pytest.raises(AssertionError):
+            exec(completed[:-1], scope)
 
 
 def test_needles_are_spread_over_the_whole_haystack() -> None:
@@ -320,7 +323,7 @@ SAMPLES = {
     "few_shot": "7b059841",
     "english": "ddd165b3",
     "chat": "20d1a497",
-    "code": "f06e6b61",
+    "code": "e845c58c",
     "fact": "254ec156",
     "chain": "a8fe26e4",
     "list": "dee5eab1",

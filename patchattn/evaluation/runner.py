@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
-from patchattn.evaluation.agreement import Predictions
+from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.answers import answered
 from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.documents import DocumentError, check_longest
@@ -125,29 +125,23 @@ def evaluate(
     cells = []
     for part in plan:
         places = _places(part.length, local)
-        # Policies one after the other for each part, so that dense predictions of one part only are kept at a time.
         keys = {
-            policy_name: _sha(json.dumps([*about, *_about_policy(policy, places), part.task, part.length, part.seed]))
+            policy_name: _sha(json.dumps([*about, part.task, part.length, part.seed, *part.about(policy, places)]))
             for policy_name, policy in resolved.items()
         }
+        # Policies one after the other for each part, so that dense predictions of one part only are kept at a time.
         predicted: list[Predictions] = []
         for policy_name, policy in resolved.items():
             what = f"{policy_name}: {part.task}, {part.length:,} tokens"
             cell = known.get(keys[policy_name])
             # Known scores of dense come without its predictions, which policies that are not known need.
             again = policy is None and cell is not None and not known.keys() >= {*keys.values()}
-            tell = partial(progress or (lambda *_: None), f"{what}, again" if again else what)
-            tell(behind, total)
+            tell = partial(_tell, progress, f"{what}, again" if again else what, behind, part.length, total)
+            tell(0)
             if cell is None or again:
-                answers, agreements = [], []
                 with contextlib.nullcontext() if policy is None else patched(policy) as handle:
-                    for answer, logits in part.answers(model, tokenizer, material, places):
-                        if policy is None:
-                            predicted.append(Predictions.of(logits))
-                        else:
-                            agreements.append(predicted[len(answers)].agreement(logits))
-                        answers.append(answer)
-                        tell(behind + len(answers) * part.length, total)
+                    answers = part.answers(model, tokenizer, material, places)
+                    found, agreements = _judged(answers, predicted, policy, tell)
                     report = None if handle is None else handle.report()
                 counts = {phase: PhaseCounts.of(report, phase) for phase in PHASES} if report else {}
                 cell = cell or Cell(
@@ -155,8 +149,8 @@ def evaluate(
                     part.task,
                     part.length,
                     part.seed,
-                    **{"losses" if part.task == TEXT_LOSS else "scores": tuple(answers)},
-                    agreements=tuple(agreements),
+                    **{"losses" if part.task == TEXT_LOSS else "scores": found},
+                    agreements=agreements,
                     counts=counts,
                     key=keys[policy_name],
                 )
@@ -164,8 +158,8 @@ def evaluate(
                     store.add(cell)
             cells.append(dataclasses.replace(cell, policy=policy_name))
             behind += part.tokens
-            tell(behind, total)
-    found = Evaluation(
+            tell(part.samples)
+    evaluation = Evaluation(
         model=name or Path(name_of(model)).name,
         tasks=chosen,
         lengths=tuple(lengths),
@@ -174,9 +168,8 @@ def evaluate(
         samples=samples,
         seeds=seeds,
         cells=tuple(cells),
-        notes=tuple(notes),
     )
-    return dataclasses.replace(found, notes=(*found.notes, *never_asked(found)))
+    return dataclasses.replace(evaluation, notes=(*notes, *never_asked(evaluation)))
 
 
 @dataclass(frozen=True)
@@ -191,6 +184,12 @@ class _Part:
     @property
     def tokens(self) -> int:
         return self.samples * self.length
+
+    def about(self, policy: Policy | None, places: Sequence[int]) -> list[Any]:
+        """Tell policies apart, and for a text where they are compared with dense."""
+        if policy is None:
+            return [None]
+        return [policy.model_dump(mode="json"), places[0] if self.task == TEXT_LOSS else None]
 
     def answers(
         self, model: Any, tokenizer: Any, material: Material, places: Sequence[int]
@@ -265,9 +264,25 @@ def _plan(
     return plan, notes
 
 
-def _about_policy(policy: Policy | None, places: Sequence[int]) -> list[Any]:
-    """Tell policies apart, and at which places they were compared with dense."""
-    return [None] if policy is None else [policy.model_dump(mode="json"), places[0]]
+def _tell(progress: Progress | None, what: str, behind: int, length: int, total: int, samples: int) -> None:
+    """Tell how many tokens are behind when so many samples of a part are."""
+    if progress is not None:
+        progress(what, behind + samples * length, total)
+
+
+def _judged(
+    answers: Iterator[tuple[Any, Tensor]], dense: list[Predictions], policy: Policy | None, tell: Callable[[int], None]
+) -> tuple[tuple[Any, ...], tuple[Agreement, ...]]:
+    """Measure the samples of a part: what dense predicts is added to `dense`, what others do is compared with it."""
+    found, agreements = [], []
+    for answer, logits in answers:
+        if policy is None:
+            dense.append(Predictions.of(logits))
+        else:
+            agreements.append(dense[len(found)].agreement(logits))
+        found.append(answer)
+        tell(len(found))
+    return tuple(found), tuple(agreements)
 
 
 def _sha(text: str) -> str:

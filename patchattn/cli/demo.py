@@ -195,14 +195,14 @@ def _notes(found: Comparison, model: Any, source: str) -> list[str]:
         f"Answers: asked {found.manner}; right means every token, written greedily. "
         f"The facts lie {found.nearest:,} to {found.furthest:,} tokens before the first question.",
         f"Text loss: over the {found.text_tokens:,} tokens of the text between the facts.",
-        "Agreement: how often both predict the same token after the same tokens: "
-        f"{compared['text'].tokens:,} of the text beyond the first window, {compared['answers'].tokens:,} of the answers.",
+        "Agreement: how often both predict the same token after the same tokens, "
+        f"{compared['text'].tokens:,} of the text beyond the first window, {compared['answers'].tokens:,} of answers.",
         "KL: how far the predicted probabilities of these tokens are from dense ones; 0 is equal.",
         "Open fraction: how many pairs (query head, query) read the keys beyond sink and window.",
         "Realised density: keys really scored, of those that dense attention scores.",
         *found.report.notes(),
-        f"Time to first token: to read {found.prefill_tokens:,} tokens and write one. Tokens per second: after that, on "
-        f"the dynamic cache that generate uses. Best of {found.rounds} rounds, dense and patched in turn.",
+        f"Time to first token: to read {found.prefill_tokens:,} tokens and write one. Tokens per second: after that, "
+        f"on the dynamic cache that generate uses. Best of {found.rounds} rounds, dense and patched in turn.",
     ]
     if device == "cpu":
         notes.append("On a CPU a static cache writes faster, dense and patched: docs/how-to/choose-a-cache.md.")

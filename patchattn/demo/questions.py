@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,8 @@ from patchattn.evaluation.facts import MOST_FACTS, draw_facts
 from patchattn.evaluation.material import Material
 from patchattn.evaluation.sample import check_answers
 from patchattn.evaluation.units import cut, n_shared, take, weave
+from patchattn.hf.architecture import vocabulary_of
+from patchattn.hf.loading import first_line
 
 # Facts near the end would lie in the window, where every head sees them.
 _DEPTH = (0.0, 0.9)
@@ -103,7 +105,7 @@ def make_quiz(model: Any, tokenizer: Any, text: str, *, length: int, questions: 
 
     Raises:
         DocumentError: The text is shorter than the document, the questions do not fit into it, there are more than
-            `MOST_FACTS`, or the tokenizer can't write the answers.
+            `MOST_FACTS`, the tokenizer can't write the answers, or it is not the model's.
     """
     material = Material(text, tokenizer)
     if material.n_tokens < length:
@@ -112,7 +114,14 @@ def make_quiz(model: Any, tokenizer: Any, text: str, *, length: int, questions: 
             fix=f"Give a longer text, or choose a length of at most {material.n_tokens}.",
         )
     make = _keys if is_shipped(model) else _facts
-    return make(material, length=length, questions=questions, seed=seed)
+    quiz = make(material, length=length, questions=questions, seed=seed)
+    highest, known = max(quiz.tokens()), vocabulary_of(model)
+    if highest >= known:
+        raise DocumentError(
+            f"The tokenizer made token {highest:,} and the model knows {known:,} tokens.",
+            fix="Load the tokenizer that belongs to the model.",
+        )
+    return quiz
 
 
 def frame_of(tokenizer: Any) -> Frame:
@@ -127,8 +136,7 @@ def frame_of(tokenizer: Any) -> Frame:
         between, after = rest.split(_QUESTION)
     # A template is a program of somebody else and may raise anything.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Frame("", plain.between, plain.after, f"{plain.manner}, for that is broken: {reason}")
+        return replace(plain, manner=f"{plain.manner}, for that is broken ({first_line(error)})")
     return Frame(before, between, after, "each alone after the text, in the model's chat template")
 
 

@@ -50,7 +50,7 @@ def demo(
     length: Annotated[
         int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 24,
+    questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 16,
     backend: Backend = "auto",
     device: Device = "cpu",
     out: Annotated[

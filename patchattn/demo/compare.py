@@ -147,7 +147,7 @@ def compare(
     policy: Policy,
     *,
     length: int,
-    questions: int = 24,
+    questions: int = 16,
     backend: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -189,9 +189,9 @@ def compare(
     local = resolved.sink_size + resolved.window_size
     far = [at for at in quiz.text_positions() if at >= local]
     far = far[:: -(-len(far) // _MOST_POSITIONS) or 1]
-    dense = _look(model, quiz, far, partial(tell, "dense: reading and answering"))
+    dense = look(model, quiz, far, partial(tell, "dense: reading and answering"))
     with patched(record="timeline") as handle:
-        other = _look(model, quiz, far, partial(tell, "patched: reading and answering"))
+        other = look(model, quiz, far, partial(tell, "patched: reading and answering"))
     report = handle.report()
     dense_times, times, rounds = timing.in_turn(
         model, patched, quiz.document, longest=length, done=lambda name: tell(f"{name}: timing", _DOCUMENT_WEIGHT)
@@ -222,7 +222,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """Answers and text loss, and the logits [tokens, vocabulary] along the text and the right answers."""
 
     right: int
@@ -231,7 +231,7 @@ class _Look:
     answers: Tensor
 
 
-def _look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None]) -> _Look:
+def look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None]) -> Look:
     """Read the document, predicting its text, and ask all questions on its cache.
 
     Args:
@@ -257,7 +257,7 @@ def _look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None
         right += found.argmax(-1).tolist() == list(turn.answer)
         answers.append(found)
         done(1)
-    return _Look(right, torch.cat(losses).double().mean().item(), torch.cat(text), torch.cat(answers))
+    return Look(right, torch.cat(losses).double().mean().item(), torch.cat(text), torch.cat(answers))
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -169,13 +168,16 @@ def _facts(material: Material, *, length: int, questions: int, seed: int | str) 
         check_answers(whole[shared:], f" {fact.answer}", (fact.answer,), material.tokenizer)
         turns.append(Turn(whole[:shared], whole[shared:]))
     rng.shuffle(turns)
+    asked = [len(turn.given) + len(turn.answer) for turn in turns]
     if not frame.is_chat:
         # The last token of an answer is not read before the next question comes.
         turns[1:] = [Turn((earlier.answer[-1], *turn.given), turn.answer) for earlier, turn in pairwise(turns)]
-    tokens = list(_special(material.tokenizer, frame.before) if frame.is_chat else material.begin)
-    start, asked = len(tokens), [len(turn.given) + len(turn.answer) for turn in turns]
+    # A template has all special tokens in it already.
+    before = material.tokenizer([frame.before], add_special_tokens=False)["input_ids"][0]
+    tokens = list(before if frame.is_chat else material.begin)
+    start = len(tokens)
     fixed = start + sum(map(len, planted)) + (max(asked) if frame.is_chat else sum(asked))
-    if fixed > length:
+    if fixed >= length:
         raise DocumentError(
             f"{questions} tasks need {fixed} tokens and length is {length}.",
             fix="Ask fewer questions, or choose a greater length.",
@@ -185,8 +187,3 @@ def _facts(material: Material, *, length: int, questions: int, seed: int | str) 
     depths = sorted(rng.uniform(*_DEPTH) for _ in planted)
     spans = weave(tokens, filling, zip(depths, planted, strict=True), share=1)
     return Quiz(tuple(tokens), start, spans, tuple(turns), alone=frame.is_chat, manner=frame.manner)
-
-
-def _special(tokenizer: Any, text: str) -> Sequence[int]:
-    """Return the tokens of what a template made, which has all special tokens already."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -107,7 +107,11 @@ def demo(
     for line in _notes(found, loaded, source):
         console.print(line, style="dim")
     console.print(f"\nPicture of the heads that read far keys: [bold]{escape(str(out))}", soft_wrap=True)
-    content = "heads and decisions over the text" if has_text else "heads; not the text, as some calls were dense"
+    content = (
+        "heads, and decisions over text, questions and right answers"
+        if has_text
+        else "heads; not the text, as some calls were dense"
+    )
     console.print(f"Page to look into ({content}): [bold]{escape(str(page))}", soft_wrap=True)
 
 

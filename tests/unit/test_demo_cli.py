@@ -57,7 +57,7 @@ def test_a_chat_model_is_asked_in_its_template_about_prose(tmp_path: Path) -> No
     assert len(times) == 2
     assert all(line.rstrip().endswith("x)") for line in times)
     assert out.is_file()
-    assert "heads and decisions over the text" in result.stdout
+    assert "decisions over text, questions and right answers" in result.stdout
 
 
 def test_a_base_model_is_asked_in_plain_words_and_json_says_so(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def main() -> None:
     store = Store((options.out or RESULTS) / f"{options.name or name}.jsonl", Measured)
     with torch.no_grad():
         todo = cases(options, store)
+        if not todo and not kept_by(store):
+            parser.error(f"none of the lengths {options.lengths} is within the context of a model: give shorter ones")
         for case in progress(todo, lambda case: f"{Path(case[0]).name}, {case[1]}, {case[2]:,} tokens"):
             store.add(Measured(command_line(), *case, rows=timed_rows(options, *case)))
     rows = [row for kept in kept_by(store) for row in kept.rows]

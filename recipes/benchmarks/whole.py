@@ -23,12 +23,13 @@ Batch 1. `default` is `Policy()`, the others differ from it as they say. `speed-
 faster of its two caches in that phase, `of same cache` against stock with the same one, `of open` against the \
 patched model with every gate open: medians over repeats in turn, the first with lowest and highest. A prefill reads \
 real text into a new cache (random tokens where weights are random); decode reads on in it, {steps} tokens a repeat. \
-A prompt that fills the context is shorter than its length by the tokens that may follow: see `tokens`. `attention` \
-is the share of a stock call that is spent in its attention function, by a clock around it in every layer of the \
-first repeat. `limit` is Amdahl's, 1 / (1 - a + a * density) with a the share in the faster stock cache: what \
-scoring fewer keys can give at most; where nobody was asked the density is 1. A patched call passes it where stock \
-is slow for another reason. `MiB` is the largest resident set in the first repeat above that of the loaded model: \
-cache, activations and workspace. Open fraction and density are of both caches together.\
+A prompt that fills the context is shorter than its length by the tokens that may follow: see `tokens`; lengths \
+beyond the context are left out. `attention` is the share of a stock call that is spent in its attention function, \
+by a clock around it in every layer of the first repeat. `limit` is Amdahl's, 1 / (1 - a + a * density) with a the \
+share in the faster stock cache: what scoring fewer keys can give at most; where nobody was asked the density is 1. \
+A patched call passes it where stock is slow for another reason. `MiB` is the largest resident set in the first \
+repeat above that of the loaded model: cache, activations and workspace. Open fraction and density are of both \
+caches together.\
 """
 GOALS = (("prefill", 8192, 1.6), ("decode", 8192, 1.25), ("prefill", 4096, 1.15))
 NEVER_BELOW = 0.98

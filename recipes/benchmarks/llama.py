@@ -22,6 +22,8 @@ def main() -> None:
     threads = {"n_threads": asked["threads"], "n_threads_batch": asked["threads"]}
     # Keys and values are float16, as llama.cpp has them by default.
     model = Llama(asked["file"], n_ctx=len(asked["tokens"]), verbose=False, **threads)
+    # Weights are read from the file as they are needed.
+    model.eval(prompt[:64])
     found: dict = {"prefill": [], "decode": []}
 
     def read_on() -> None:

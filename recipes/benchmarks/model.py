@@ -27,7 +27,7 @@ from peak import resident_peak
 from problems import DTYPES, prose, shipped_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from whole import CACHES, LLAMA, NOTES, OPEN, STOCK, amdahl, compared, faster_stock, whole_model_figure
+from whole import CACHES, LLAMA, NOTES, OPEN, PHASES, STOCK, amdahl, compared, faster_stock, whole_model_figure
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the models with random weights")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=16, help="decode steps in one timed call")
-    parser.add_argument("--budget", type=float, default=40, help="seconds for a phase, which two repeats may exceed")
+    parser.add_argument("--budget", type=float, default=30, help="seconds for a phase, which two repeats may exceed")
     parser.add_argument("--window", type=int, help="window of all policies, in place of the default one")
     parser.add_argument("--llama", type=Path, metavar="GGUF", help="the same model for llama.cpp, to be timed beside")
     parser.add_argument("--llama-python", default=sys.executable, help="Python that has llama-cpp-python")
@@ -119,8 +119,8 @@ def cases(options: argparse.Namespace, store: Store[Measured]) -> list[tuple[str
 
 
 def decoded(options: argparse.Namespace) -> int:
-    """Return the most tokens that follow a prompt: every repeat goes on where the one before stopped."""
-    return 2 * options.repeats * options.steps
+    """Return the most tokens that follow a prompt: one to warm up, and every repeat goes on where it was left."""
+    return 1 + 2 * options.repeats * options.steps
 
 
 def context(options: argparse.Namespace, name: str) -> float:
@@ -148,60 +148,104 @@ def load(name: str, longest: int, layers: int, dtype: str, device: torch.device)
     return model.to(device, DTYPES[dtype]), tokens.to(device)
 
 
+class Readers:
+    """Stock and patched twins of one model that read the same text, each with both caches.
+
+    Args:
+        models: Stock and patched models by policy.
+        tokens: [1, prompt and all that may follow].
+        prompt: How many of the tokens are read at once.
+    """
+
+    def __init__(self, models: dict[str, Any], tokens: torch.Tensor, prompt: int) -> None:
+        self.models, self.tokens, self.prompt = models, tokens, prompt
+        self.cells = list(itertools.product(models, CACHES))
+        self.caches: dict[Cell, Any] = {}
+        self.at = dict.fromkeys(self.cells, prompt)
+
+    def prefill(self, cell: Cell) -> None:
+        """Read the prompt into a new cache; the first one is kept."""
+        model, cache = self.models[cell[0]], self.new_cache(cell)
+        model(self.tokens[:, : self.prompt], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
+        self.caches.setdefault(cell, cache)
+
+    def decode(self, cell: Cell, steps: int) -> None:
+        """Read on, token by token."""
+        model = self.models[cell[0]]
+        for place in range(self.at[cell], self.at[cell] + steps):
+            model(self.tokens[:, place : place + 1], **with_cache(model, self.caches[cell]), use_cache=True)
+        self.at[cell] += steps
+
+    def fill_other_caches(self) -> None:
+        """Copy what is in dynamic caches to static ones that no prompt was read into, and take a step with each cache.
+
+        Moments that should be beside a copy are taken from its keys in that step.
+        """
+        for cell in set(self.cells) - set(self.caches):
+            dynamic = self.caches[cell[0], "dynamic"]
+            if any(layer.is_sliding for layer in dynamic.layers):
+                self.prefill(cell)
+                continue
+            self.caches[cell] = self.new_cache(cell)
+            for new, filled in zip(self.caches[cell].layers, dynamic.layers, strict=True):
+                new.update(filled.keys, filled.values)
+        for cell in self.cells:
+            self.decode(cell, 1)
+
+    def new_cache(self, cell: Cell) -> Any:
+        """Make a cache; a static one has room for all tokens."""
+        config = self.models[cell[0]].config
+        return StaticCache(config, self.tokens.shape[1]) if cell[1] == "static" else DynamicCache(config=config)
+
+    def mib(self, cell: Cell) -> float:
+        """Return the size of a cache."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.caches[cell].layers) / MIB
+
+
 def timed_rows(options: argparse.Namespace, name: str, dtype: str, length: int) -> list[Row]:
-    """Time stock and all policies in turn, each with both caches: a prefill, and decode steps after it."""
+    """Time stock and all policies in turn: a prefill, and decode steps after it."""
     longest = int(min(context(options, name), max(options.lengths) + decoded(options)))
     model, tokens = load(name, longest, options.layers, dtype, options.device)
     prompt = min(length, longest - decoded(options))
     tokens = tokens[:, : prompt + decoded(options)]
-    window = {"window_size": options.window} if options.window else {}
     models = {STOCK: model} | {label: _twin(model) for label in POLICIES}
-    handles = {
-        label: patchattn.patch(models[label], policy.model_copy(update=window)) for label, policy in POLICIES.items()
-    }
+    window = {"window_size": options.window} if options.window else {}
+    policies = {label: policy.model_copy(update=window) for label, policy in POLICIES.items()}
+    handles = {label: patchattn.patch(models[label], policy) for label, policy in policies.items()}
     for twin in models.values():
         twin(tokens[:, :WARM_UP])
-    cells = list(itertools.product(models, CACHES))
-    caches: dict[Cell, Any] = {}
-    at = dict.fromkeys(cells, prompt)
-
-    def prefill(cell: Cell) -> None:
-        is_static = cell[1] == "static"
-        cache = StaticCache(model.config, tokens.shape[1]) if is_static else DynamicCache(config=model.config)
-        models[cell[0]](tokens[:, :prompt], **with_cache(model, cache), use_cache=True, logits_to_keep=1)
-        caches.setdefault(cell, cache)
-
-    def decode(cell: Cell) -> None:
-        for place in range(at[cell], at[cell] + options.steps):
-            models[cell[0]](tokens[:, place : place + 1], **with_cache(model, caches[cell]), use_cache=True)
-        at[cell] += options.steps
-
-    def label(phase: str, policy: str, cache: str) -> Row:
-        row = {"model": Path(name).name, "dtype": dtype, "length": length, "tokens": prompt}
-        return row | {"phase": phase, "policy": policy, "cache": cache}
-
-    rows = []
-    beside = llama_cpp(options, tokens, prompt) if options.llama else None
-    for phase, call, passes in (("prefill", prefill, 1), ("decode", decode, options.steps)):
+    beside = llama_cpp(options, tuple(tokens[0, : prompt + options.steps].tolist()), prompt)
+    readers = Readers(models, tokens, prompt)
+    rows: list[Row] = []
+    for phase in PHASES:
+        passes, cells, call = options.steps, readers.cells, lambda cell: readers.decode(cell, options.steps)
+        if phase == "prefill":
+            # Patched models read a prompt alike into either cache, as the default shows: the others are spared it.
+            cells = [cell for cell in cells if cell[1] == "dynamic" or cell[0] in (STOCK, "default")]
+            passes, call = 1, readers.prefill
+        else:
+            readers.fill_other_caches()
         for handle in handles.values():
             handle.reset_report()
         timed, watched = watching(options, cells, call)
-        best = faster_stock(timed)
+        best, shared = faster_stock(timed), {"model": Path(name).name, "dtype": dtype, "length": length}
+        shared |= {"tokens": prompt, "phase": phase}
         for cell in cells:
-            row = label(phase, *cell) | speed(phase, timed.ms(cell) / passes) | compared(timed, cell)
-            row |= {"attention": watched[cell].attention if cell[0] == STOCK else None}
-            row |= dict.fromkeys(("open", "density", "limit"))
-            if cell[0] != STOCK:
+            row = shared | {"policy": cell[0], "cache": cell[1]} | speed(phase, timed.ms(cell) / passes)
+            row |= compared(timed, cell) | dict.fromkeys(("attention", "open", "density", "limit"))
+            if cell[0] == STOCK:
+                row["attention"] = watched[cell].attention
+            else:
                 report = handles[cell[0]].report()
                 row |= {"open": report.open_fraction(phase), "density": report.realised_density(phase)}
                 row["limit"] = amdahl(watched[best].attention, row["density"])
             # A decode step begins with a cache that is there already.
-            kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[cell].layers) / MIB
-            rows.append(row | {"MiB": watched[cell].mib + (kept if phase == "decode" else 0), "quiet": timed.is_quiet})
+            row["MiB"] = watched[cell].mib + (readers.mib(cell) if phase == "decode" else 0)
+            rows.append(row | {"quiet": timed.is_quiet})
         if beside:
             ms = statistics.median(beside[phase])
-            rows.append(label(phase, LLAMA, "float16") | speed(phase, ms) | {"speed-up": timed.ms(best) / passes / ms})
-            rows[-1]["MiB"] = beside["MiB"]
+            row = shared | {"policy": LLAMA, "cache": "float16"} | speed(phase, ms)
+            rows.append(row | {"speed-up": timed.ms(best) / passes / ms, "MiB": beside["MiB"]})
     return rows
 
 
@@ -257,12 +301,19 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def llama_cpp(options: argparse.Namespace, tokens: torch.Tensor, prompt: int) -> dict[str, Any]:
-    """Let llama.cpp read the same tokens with as many threads, twice, in a process of its own."""
+def llama_cpp(options: argparse.Namespace, tokens: tuple[int, ...], prompt: int) -> dict[str, Any]:
+    """Let llama.cpp read the same tokens with as many threads, in a process of its own, if it is asked for."""
+    if not options.llama:
+        return {}
     asked = {"file": str(options.llama), "threads": torch.get_num_threads(), "repeats": 2}
-    asked |= {"prompt": prompt, "tokens": tokens[0, : prompt + options.steps].tolist()}
-    command = [options.llama_python, Path(__file__).with_name("llama.py")]
-    made = subprocess.run(command, check=True, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
+    return _llama_cpp(options.llama_python, json.dumps(asked | {"prompt": prompt, "tokens": tokens}))
+
+
+@functools.cache
+def _llama_cpp(python: str, asked: str) -> dict[str, Any]:
+    """Ask once, for the dtypes of all others are the same to it."""
+    command = [python, Path(__file__).with_name("llama.py")]
+    made = subprocess.run(command, check=True, input=asked, stdout=subprocess.PIPE, text=True)
     return json.loads(made.stdout.splitlines()[-1])
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from patchattn import demo
+from patchattn.testing import tiny_model
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "benchmarks"
@@ -156,7 +157,7 @@ FAKE_LLAMA = """
 class Llama:
     def __init__(self, file, *, n_ctx, n_threads, n_threads_batch, verbose):
         assert file.endswith("small.gguf") and n_threads == n_threads_batch >= 1
-        self.room, self.read = n_ctx, None
+        self.room, self.read = n_ctx, []
 
     def reset(self):
         self.read = []
@@ -189,13 +190,38 @@ def test_a_real_model_is_measured_and_a_broken_off_run_goes_on(tmp_path: Path, m
     assert {row["length"] for row in rows.values()} == {40}
     policies = {policy for _, policy, _ in rows}
     assert policies > {"stock", "every gate open", "default"}
-    assert len(rows) == 2 * (2 * len(policies - {"llama.cpp, 4-bit weights"}) + 1)
+    n_patched = len(policies - {"stock", "llama.cpp, 4-bit weights"})
+    assert len([phase for phase, _, _ in rows if phase == "decode"]) == 2 * (1 + n_patched) + 1
+    # Of the patched models only the default reads into a static cache.
+    assert len([phase for phase, _, _ in rows if phase == "prefill"]) == 2 + (n_patched + 1) + 1
     for (phase, policy, _), row in rows.items():
         assert row["model"] == folder.name
         assert (row["tokens/s" if phase == "decode" else "first token s"]) > 0
         if policy == "stock":
             assert 0 < row["attention"] < 1
     assert rows["prefill", "llama.cpp, 4-bit weights", "float16"]["speed-up"] > 0
+
+
+def test_a_static_cache_that_was_not_read_into_holds_what_the_dynamic_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    from model import Readers  # pyright: ignore[reportMissingImports]
+
+    model = tiny_model("llama")
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        readers = Readers({"one": model, "other": model}, tokens, 30)
+        for cell in (("one", "dynamic"), ("other", "dynamic"), ("other", "static")):
+            readers.prefill(cell)
+        readers.fill_other_caches()
+        for cell in readers.cells:
+            readers.decode(cell, 6)
+    assert set(readers.at.values()) == {37}
+    expected = readers.caches["one", "dynamic"].layers
+    for cell, cache in readers.caches.items():
+        for layer, dynamic in zip(cache.layers, expected, strict=True):
+            torch.testing.assert_close(layer.keys, dynamic.keys, msg=str(cell))
+            torch.testing.assert_close(layer.values, dynamic.values, msg=str(cell))
 
 
 POLICIES = ("stock", "every gate open", "default", "default, `min_bulk=0`", "all closed, `min_bulk=0`")
@@ -209,7 +235,15 @@ def made_up_rows(*lengths: int, default: float = 1.7) -> list[dict[str, Any]]:
     ):
         row = {"model": "small", "dtype": "bf16", "length": length, "tokens": length, "phase": phase}
         row |= {"policy": policy, "cache": cache, "first token s": 2.0, "tokens/s": 3.0, "attention": 0.5}
-        row |= {"speed-up": 1.0, "of same cache": 1.0, "open": None, "density": 0.4, "limit": 1.5, "MiB": 10.0}
+        row |= {
+            "speed-up": 1.0,
+            "of same cache": 1.0,
+            "of open": 1.2,
+            "open": None,
+            "density": 0.4,
+            "limit": 1.5,
+            "MiB": 10.0,
+        }
         rows.append(row | ({"speed-up": default, "of same cache": default / 2} if policy == "default" else {}))
     return rows
 
@@ -225,7 +259,7 @@ def test_the_page_shows_goals_of_a_real_model_or_how_to_measure_one(monkeypatch:
     assert "| lowest, of stock with the same cache | **0.85x / 0.98x** (first token, 4,096 tokens" in page
     assert "(benchmarks/real_model.png)" in page
     assert "| default, dynamic | 2 s, 1.70x | 2 s, 1.70x |" in page
-    assert "| decode, default | - / 40% / 1.50x | - / 40% / 1.50x |" in page
+    assert "| decode, default | - / 40% / 1.50x, 1.20x | - / 40% / 1.50x, 1.20x |" in page
     assert section([file], "whole_model").startswith("*Not measured*")
     # A run that was made at other lengths misses no goal: it says nothing about it.
     short = section([file | {"rows": made_up_rows(4096, default=1.1)}], "real_model")

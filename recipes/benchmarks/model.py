@@ -27,7 +27,7 @@ from peak import resident_peak
 from problems import DTYPES, prose, shipped_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from whole import CACHES, LLAMA, NOTES, OPEN, PHASES, STOCK, amdahl, compared, faster_stock, whole_model_figure
+from whole import CACHES, NOTES, OPEN, PHASES, STOCK, amdahl, compared, faster_stock, whole_model_figure
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
@@ -244,7 +244,7 @@ def timed_rows(options: argparse.Namespace, name: str, dtype: str, length: int) 
             rows.append(row | {"quiet": timed.is_quiet})
         if beside:
             ms = statistics.median(beside[phase])
-            row = shared | {"policy": LLAMA, "cache": "float16"} | speed(phase, ms)
+            row = shared | {"policy": f"llama.cpp, {options.llama.stem}", "cache": "float16"} | speed(phase, ms)
             rows.append(row | {"speed-up": timed.ms(best) / passes / ms, "MiB": beside["MiB"]})
     return rows
 

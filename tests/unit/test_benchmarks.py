@@ -190,7 +190,7 @@ def test_a_real_model_is_measured_and_a_broken_off_run_goes_on(tmp_path: Path, m
     assert {row["length"] for row in rows.values()} == {40}
     policies = {policy for _, policy, _ in rows}
     assert policies > {"stock", "every gate open", "default"}
-    n_patched = len(policies - {"stock", "llama.cpp, 4-bit weights"})
+    n_patched = len(policies - {"stock", "llama.cpp, small"})
     assert len([phase for phase, _, _ in rows if phase == "decode"]) == 2 * (1 + n_patched) + 1
     # Of the patched models only the default reads into a static cache.
     assert len([phase for phase, _, _ in rows if phase == "prefill"]) == 2 + (n_patched + 1) + 1
@@ -199,7 +199,7 @@ def test_a_real_model_is_measured_and_a_broken_off_run_goes_on(tmp_path: Path, m
         assert (row["tokens/s" if phase == "decode" else "first token s"]) > 0
         if policy == "stock":
             assert 0 < row["attention"] < 1
-    assert rows["prefill", "llama.cpp, 4-bit weights", "float16"]["speed-up"] > 0
+    assert rows["prefill", "llama.cpp, small", "float16"]["speed-up"] > 0
 
 
 def test_a_static_cache_that_was_not_read_into_holds_what_the_dynamic_one_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # Nothing heavy is imported up here: where the model is there already, the answer comes at once.
 
@@ -152,10 +152,25 @@ def convert(weights: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    _plain_tokenizer(AutoTokenizer.from_pretrained(**source), model.config).save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def _plain_tokenizer(read: Any, config: Any) -> Any:
+    """Make the tokenizer that the file describes: transformers does not read all of it."""
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The file asks for `smollm`: each digit is a token, and no part of the space before it. transformers 5.24 reads it
+    # as GPT-2, where numbers after blank lines and indents come out in tokens that the model never saw there.
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    read.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    # transformers 5.17 takes the first token for the last.
+    names = {f"{name}_token": f"{name}_token_id" for name in ("bos", "eos", "pad", "unk")}
+    special = {name: read.convert_ids_to_tokens(getattr(config, number)) for name, number in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, chat_template=read.chat_template, **special)
 
 
 def _move(new: Path, folder: Path) -> None:

@@ -54,6 +54,11 @@ def test_a_chat_is_written_as_the_model_was_taught(real_model: tuple[Any, Any]) 
     assert tokens.count(tokenizer.eos_token_id) == 2
 
 
+def test_a_digit_is_a_token(real_model: tuple[Any, Any]) -> None:
+    _, tokenizer = real_model
+    assert tokenizer.tokenize(" 42,\n\n    12") == ["Ġ", "4", "2", ",", "ĊĊĠĠĠĠ", "1", "2"]
+
+
 @pytest.mark.parametrize(
     ("question", "answer"), [("What is the capital of France?", "Paris"), ("What is the opposite of hot?", "cold")]
 )

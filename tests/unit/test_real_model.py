@@ -32,7 +32,7 @@ DIM, HEADS, LAYERS = 32, 2, 1
 
 def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     """Write a model of one layer, its matrices in 8 bits; return what the weights must become, in bfloat16."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "ab"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ċ", "ab", "ĊĊ"]
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
@@ -46,9 +46,11 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "Ċ Ċ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
     shapes = {"token_embd": (len(tokens), DIM), "output_norm": (DIM,), "blk.0.attn_norm": (DIM,)}
     shapes |= {"blk.0.ffn_norm": (DIM,), "blk.0.attn_k": (DIM // HEADS, DIM), "blk.0.attn_v": (DIM // HEADS, DIM)}
@@ -129,7 +131,9 @@ def test_a_plain_folder_comes_out(published: tuple[Path, dict[str, torch.Tensor]
     assert model.lm_head.weight.equal(weights["token_embd"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False) == "Hi!"
-    assert tokenizer("<|im_start|>a!").input_ids == [1, 3 + ord("a") - 33, 3]
+    assert tokenizer.tokenize("<|im_start|>ab!\n\n12") == ["<|im_start|>", "ab", "!", "ĊĊ", "1", "2"]
+    special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
 
 
 @pytest.mark.usefixtures("index")

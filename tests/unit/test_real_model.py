@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -249,3 +250,24 @@ def test_a_signal_stops_it_and_leaves_nothing(number: int, folder: Path) -> None
             assert process.wait(60) == 128 + number
             connection.close()
     assert nothing_is_left(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), r"SKIPPED .*only with -m real: .*`python recipes/real_model\.py` fetches"),
+        (("-m", "real"), r"ERROR .*-m real asks for the real model, and \S+ has none: python recipes/real_model\.py"),
+    ],
+)
+def test_tests_on_it_are_left_out_and_asked_for_without_it_fail(
+    options: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    command = (sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-rsE", "--tb", "no", *options)
+    env = os.environ | {"PATCHATTN_REAL_MODEL": str(tmp_path), "COLUMNS": "400", "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(
+        (*command, "tests/real"), cwd=SCRIPT.parents[1], env=env, capture_output=True, text=True, check=False
+    )
+    assert re.search(said, done.stdout), done.stdout
+    assert "passed" not in done.stdout
+    assert (done.returncode == 0) == (not options)

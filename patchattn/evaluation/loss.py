@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,34 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([functional.cross_entropy(rows.float(), right, reduction="none") for rows, right in pairs])
 
 
-@torch.no_grad()
+def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Read a document in calls on one cache, so that the logits of a long one fit into memory.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokens: Token ids.
+
+    Yields:
+        For each call the position of its first token, and what is predicted after each of its tokens,
+        [tokens, vocabulary].
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
+    """
+    check_longest(model, len(tokens))
+    ids = torch.tensor([list(tokens)], device=input_device(model))
+    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
+    cache = None
+    for begin in range(0, ids.shape[1], size):
+        # Not around the loop: between two calls the caller's code runs.
+        with torch.no_grad():
+            result = model(input_ids=ids[:, begin : begin + size], use_cache=True, **with_cache(model, cache))
+        cache = cache_of(result)
+        yield begin, result.logits[0]
+
+
 def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     """Read a document and return the loss of each token but the first, [tokens - 1] float32 nats.
-
-    Long documents are read in several calls on one cache, so that the logits fit into memory.
 
     Args:
         model: A causal language model, patched or not.
@@ -46,17 +69,9 @@ def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    check_longest(model, len(tokens))
-    ids = torch.tensor([list(tokens)], device=input_device(model))
-    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
-    found, cache = [], None
-    for begin in range(0, ids.shape[1], size):
-        part = ids[:, begin : begin + size]
-        result = model(input_ids=part, use_cache=True, **with_cache(model, cache))
-        cache = cache_of(result)
-        targets = ids[0, begin + 1 : begin + 1 + part.shape[1]]
-        found.append(losses_of(result.logits[0, : len(targets)], targets))
-    return torch.cat(found)
+    targets = torch.tensor(list(tokens[1:]))
+    calls = ((logits, targets[begin : begin + len(logits)]) for begin, logits in read(model, tokens))
+    return torch.cat([losses_of(logits[: len(after)], after) for logits, after in calls])
 
 
 def loss_by_position(model: Any, tokens: Sequence[int]) -> list[float]:

@@ -1,0 +1,115 @@
+"""How close a patched model's predictions stay to those of the dense one, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.evaluation.loss import read
+
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How much of what dense attention predicts is predicted under a policy too. They can be added.
+
+    Args:
+        tokens: Tokens that were predicted by both, with the same tokens before them.
+        agreed: Those of them for which both hold the same token the most likely.
+        kl_sum: Sum of KL(dense || policy) over the tokens, nats.
+    """
+
+    tokens: int = 0
+    agreed: int = 0
+    kl_sum: float = 0.0
+
+    def __add__(self, other: Agreement) -> Agreement:
+        """Put two sets of tokens together."""
+        return Agreement(self.tokens + other.tokens, self.agreed + other.agreed, self.kl_sum + other.kl_sum)
+
+    @property
+    def top1(self) -> float:
+        """Share of the tokens in which both agree; NaN without any."""
+        return self.agreed / self.tokens if self.tokens else math.nan
+
+    @property
+    def kl(self) -> float:
+        """Mean KL to dense, nats per token; NaN without any token."""
+        return self.kl_sum / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts after some tokens.
+
+    Log-probabilities are kept in half precision, [tokens, vocabulary] float16, for they are many. They are scaled to
+    sum to one again before they are compared, so that this adds less than 1e-6 nats to a KL.
+    """
+
+    log_probs: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Predictions:
+        """Keep logits, [tokens, vocabulary] of any dtype."""
+        rows = logits.split(_ROWS_AT_A_TIME)
+        return cls(torch.cat([part.float().log_softmax(-1).half() for part in rows]))
+
+    def agreement(self, logits: Tensor) -> Agreement:
+        """Compare with the logits of a policy after the same tokens, [tokens, vocabulary] of any dtype.
+
+        Logits that are not finite give a KL that is not finite.
+        """
+        agreed, kl = 0, 0.0
+        for kept, part in zip(self.log_probs.split(_ROWS_AT_A_TIME), logits.split(_ROWS_AT_A_TIME), strict=True):
+            dense, other = kept.float().log_softmax(-1), part.float().log_softmax(-1)
+            agreed += int((dense.argmax(-1) == other.argmax(-1)).sum())
+            # Half precision holds -inf for what is as good as impossible: nothing times anything is nothing.
+            terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - other))
+            kl += terms.sum(dtype=torch.float64).item()
+        return Agreement(len(logits), agreed, kl)
+
+
+def predictions(model: Any, tokens: Sequence[int], after: Collection[int]) -> Predictions:
+    """Read a document and keep what is predicted after some of its tokens.
+
+    Args:
+        model: A causal language model, as it came.
+        tokens: Token ids.
+        after: Positions in the document, ascending and at least one: predicted is the token after each of them.
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
+    """
+    return Predictions(torch.cat([Predictions.of(logits).log_probs for logits in _after(model, tokens, after)]))
+
+
+def agreement(model: Any, tokens: Sequence[int], after: Collection[int], dense: Predictions) -> Agreement:
+    """Read a document under a policy and compare what it predicts with what dense attention did.
+
+    Args:
+        model: The same model, patched.
+        tokens: The same token ids.
+        after: The same positions.
+        dense: What `predictions` kept.
+
+    Raises:
+        DocumentError: The document is longer than the model's context.
+    """
+    found, behind = Agreement(), 0
+    for logits in _after(model, tokens, after):
+        found += Predictions(dense.log_probs[behind : behind + len(logits)]).agreement(logits)
+        behind += len(logits)
+    return found
+
+
+def _after(model: Any, tokens: Sequence[int], after: Collection[int]) -> Iterator[Tensor]:
+    for begin, logits in read(model, tokens):
+        at = [position - begin for position in after if begin <= position < begin + len(logits)]
+        if at:
+            yield logits[at]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import patchattn
 from patchattn import demo
+from patchattn.demo.compare import look
+from patchattn.demo.questions import make_quiz
 from patchattn.testing import assert_within_budget
 
 pytestmark = pytest.mark.real
@@ -95,3 +97,14 @@ def test_the_default_gate_opens_some_and_closes_some(real_model: tuple[Any, Any]
     plain = logits(model, ids)
     assert not torch.equal(got, plain)
     assert (got.argmax(-1) == plain.argmax(-1)).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_the_demo_asks_what_the_model_can_answer(has_template: bool, real_model: tuple[Any, Any]) -> None:
+    model, tokenizer = real_model
+    tokenizer = copy.copy(tokenizer)
+    if not has_template:
+        tokenizer.chat_template = None
+    quiz = make_quiz(model, tokenizer, demo.default_text(model)[0], length=LENGTH, questions=8, seed=0)
+    assert quiz.alone == has_template
+    assert look(model, quiz, [], lambda weight: None).right >= 6

@@ -10,7 +10,7 @@ from typing import Any
 from context import Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
-from studies.quality.documents import APPENDED, FOLLOWING, QUESTIONS, TURNS
+from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
 from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, Place
 from studies.quality.summary import Summary, summaries
 
@@ -46,11 +46,14 @@ def page(context: Context) -> Page:
     places = [place for place in PLACES if any(one.place == place for one in listed)]
     markdown = filled(
         globals(),
+        questions=QUESTIONS,
+        turns=TURNS,
+        following=FOLLOWING,
         real=DOCUMENTS["SmolLM2-135M"],
         shipped=DOCUMENTS["shipped"],
         tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
     )
-    rows = [one.columns() for one in listed]
+    rows = [one.columns() for one in listed if one.family != "dense"]
     return Page(markdown, draw(listed), {"quality": rows}, formats={"number": ".4f"})
 
 

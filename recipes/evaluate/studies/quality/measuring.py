@@ -148,13 +148,23 @@ def counts(report: GateReport) -> PhaseCounts:
     return PhaseCounts.of(report, "prefill") + PhaseCounts.of(report, "decode")
 
 
+def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
+    """Return the fields of the row of dense attention, from what it predicted."""
+    hits = [
+        int((kept.log_probs.argmax(-1) == torch.tensor(ids[at:])).all())
+        for kept, (ids, at) in zip(dense.answers, one.questions, strict=True)
+    ]
+    losses = losses_of(dense.text.log_probs, torch.tensor(one.following[one.unpredicted :])).tolist()
+    nothing, none = Agreement(), PhaseCounts()
+    return {"hits": hits, "losses": losses, "answers": nothing, "text": nothing, "context": none, "appended": none}
+
+
 def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, Any]:
     """Read a context, then append questions and text; returns fields of a row."""
     cache, hits, answers = DynamicCache(), [], Agreement()
     predicted(model, one.context, cache)
-    read = PhaseCounts() if handle is None else counts(handle.report())
-    if handle is not None:
-        handle.reset_report()
+    read = counts(handle.report())
+    handle.reset_report()
     *asked, (logits, tokens) = appended(model, one, cache)
     for kept, (of_answer, right) in zip(dense.answers, asked, strict=True):
         hits.append(int((of_answer.argmax(-1) == right).all()))
@@ -165,7 +175,7 @@ def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, 
         "answers": answers,
         "text": dense.text.agreement(logits),
         "context": read,
-        "appended": PhaseCounts() if handle is None else counts(handle.report()),
+        "appended": counts(handle.report()),
     }
 
 
@@ -263,7 +273,7 @@ def measure(
     dense = dense_predictions(context, name, length, task, index)
     row = name, length, window, task, index, family, setting
     if family == "dense":
-        return Row(*row, **put_through(model, one, dense, None))
+        return Row(*row, **of_dense(one, dense))
     place = Place(name, length, window)
     rankings = RANKED.done(context)[place].rankings()
     gate = next(case.gate for case in listed(place, rankings, task) if case[:2] == (family, setting))

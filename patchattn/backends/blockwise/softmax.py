@@ -100,9 +100,9 @@ def attend_to(
             blind = ~seen.any(3)
             lost = ((part.log_mass == 0) & ~blind).any()
             if not (lost or part.output.isnan().any() or part.log_mass.isnan().any()):
-                return _without_rows(part, blind)
+                return without_rows(part, blind)
     part = _by_products(inputs, query, key, value, seen)
-    return _without_rows(part, part.log_mass == -torch.inf)
+    return without_rows(part, part.log_mass == -torch.inf)
 
 
 def with_sink_logits(part: Softmax, sink_logits: Tensor) -> Softmax:
@@ -153,7 +153,7 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     return Softmax(output.to(query.dtype), scores.logsumexp(-1))
 
 
-def _without_rows(part: Softmax, blind: Tensor) -> Softmax:
+def without_rows(part: Softmax, blind: Tensor) -> Softmax:
     """Zero the rows that see no key, in place: the kernels give them NaN, or the log mass 0."""
     if blind.any():
         part.output.masked_fill_(blind[..., None], 0)

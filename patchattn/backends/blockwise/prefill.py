@@ -17,7 +17,7 @@ SLAB = 4096
 # Queries per chunk of the local pass: more score more keys beyond their windows, fewer make smaller tiles.
 _LOCAL_ROWS = 64
 # Chunks per call, so that what is made of them stays in the caches.
-_LOCAL_CHUNKS = 32
+_LOCAL_CHUNKS = 16
 # Scores of a masked call of the bulk pass, times the head dimension: more waste half of them, fewer cost more calls.
 _MOST_MASKED = 6 << 20
 

@@ -24,7 +24,7 @@ from patchattn.moments.gaussian import (
 )
 
 # Chunks at a time: on a CPU what is made of them stays in the caches, elsewhere few calls count for more.
-_CHUNKS_PER_SLAB_ON_HOST, _CHUNKS_PER_SLAB = 8, 32
+_CHUNKS_PER_SLAB_ON_HOST, _CHUNKS_PER_SLAB = 4, 32
 _CHUNK_AXES = (1, 1, 2, 2, 2)  # of the parts of `PromptMoments.prefixes`
 
 
@@ -275,7 +275,7 @@ def _evaluate(
     covariance = moments.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
     both = torch.cat([covariance * (scale * scale), (moments.reference + shift).unsqueeze(-1) * scale], dim=-1)
     along = q @ both
-    mean, variance = along[..., dim], (along[..., :dim] * q).sum(-1)
+    mean, variance = along[..., dim], along[..., :dim].mul_(q).sum(-1)
     mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (mean, variance))
     mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=inputs.softcap, estimate=estimate)
     return mass.transpose(2, 3).flatten(1, 2)

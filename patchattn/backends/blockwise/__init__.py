@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from patchattn.backends.backend import Backend
+from patchattn.backends.blockwise.break_even import break_even
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
@@ -24,7 +25,6 @@ from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
 from patchattn.gates.decision import all_open, decide
-from patchattn.policy import MinBulk
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
@@ -183,4 +183,4 @@ def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:
     return AttentionInputs(query, key, value, inputs.regions, inputs.scale, inputs.softcap, inputs.sink_logits)
 
 
-BACKEND = Backend(attend, break_even=MinBulk(prefill=4096, decode=8192), own_dense=dense)
+BACKEND = Backend(attend, break_even=break_even, own_dense=dense)

@@ -55,7 +55,7 @@ class Backend:
             `patchattn.backends.reference.attend`.
         break_even: What `min_bulk="auto"` means, from the shape of a call and its phase alone: the number of bulk keys
             below which asking a query is not expected to be faster than dense attention, or `NOT_ASKED` where asking
-            any query of the call is not; see docs/decisions/0014-a-cost-model-of-the-call.md.
+            any query of the call is not; see docs/decisions/0003-break-even.md.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchattn.backends.backend import Backend
-from patchattn.backends.blockwise.break_even import break_even
+from patchattn.backends.blockwise.cost import break_even
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local

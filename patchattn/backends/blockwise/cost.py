@@ -1,7 +1,7 @@
 """From how many bulk keys on a query is asked, and whether a prefill pays at all: a model of the call's time.
 
 Time is counted in scores: what the fused kernel takes for one score of one head at head dimension 64. The constants are
-measured; see docs/decisions/0014-a-cost-model-of-the-call.md.
+measured; see docs/decisions/0003-break-even.md.
 """
 
 from __future__ import annotations

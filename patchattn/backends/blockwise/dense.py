@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchattn.backends.blockwise.softmax import attend_to, is_fused
+from patchattn.backends.blockwise.softmax import attend_to, has_nan, is_fused
 from patchattn.call.inputs import Attended, AttentionInputs
 
 # Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
@@ -61,7 +61,7 @@ def dense_rows(inputs: AttentionInputs, n_rows: int) -> Attended | None:
     query, key, value = inputs.query[:, :, :n_rows], inputs.key[:, :, :last], inputs.value[:, :, :last]
     seen = inputs.regions.cut(0, n_rows, last)
     output = attend_densely(replace(inputs, query=query, key=key, value=value, regions=seen))
-    if output.isnan().any():
+    if has_nan(output):
         return None
     opened = seen.asked[:, None].expand(query.shape[:3])
     return Attended(output, opened, query.shape[0] * query.shape[1] * causal_pairs(n_rows, last - n_rows))

@@ -81,8 +81,8 @@ class PromptMoments:
     def of_scores(self, scale: float) -> Tensor:
         """Covariance and mean of keys, times `scale**2` and `scale`, [batch * kv_heads, dim, dim + 1].
 
-        One product with a query gives the mean of its scores, and with the query again their variance. Kept for the next
-        call with the same scale; not for compiled code.
+        One product with a query gives the mean of its scores, and with the query again their variance. Kept for the
+        next call with the same scale; not for compiled code.
         """
         if self.__dict__.get("_scale") != scale:
             moments = self.key_moments

@@ -98,7 +98,7 @@ def decode_call(batch: int = 2, group: int = 3, keys: int = 4100, window: int = 
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one sequence": {"batch": 1},
+    "one sequence": {"batch": 1, "keys": 6000},
     "one head for each KV head": {"group": 1},
     "left padding": {"left": 300},
     "static cache": {"query_slot": 3990},

@@ -15,6 +15,8 @@ from patchattn.call.inputs import Attended, AttentionInputs
 # Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
 # one row of a narrower dtype is several times slower at any length.
 _FEWEST_TO_GROUP = 1 << 18
+# Numbers in the keys from which products outweigh the small operations around them, where the kernel has several rows.
+_FEWEST_FOR_PRODUCTS = 1 << 20
 # Keys at both ends of a sequence that tell about the largest score of all.
 _TELLING = 64
 
@@ -59,7 +61,8 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     if not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
         return None
     queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
-    if not may_use_products(queries, keys, 0, end):
+    is_long = queries.shape[1] == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS
+    if not is_long or not may_use_products(queries, keys, 0, end):
         return None
     last = attend_to(inputs, query, key[:, :, end:], value[:, :, end:])
     first = (queries @ keys[:, :_TELLING].mT).amax(-1) * inputs.scale

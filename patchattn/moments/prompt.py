@@ -79,10 +79,17 @@ class PromptMoments:
         covariance = self.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
         return KeyMoments(self.count[:, None].expand(self.total.shape[:2]), self.reference + shift, covariance)
 
-    @cached_property
-    def _second_and_first(self) -> Tensor:
-        """Covariance and mean side by side, [batch, kv_heads, dim, dim + 1]: one product with a query gives both."""
-        return torch.cat([self.key_moments.covariance, self.key_moments.mean[..., None]], dim=-1)
+    def of_scores(self, scale: float) -> Tensor:
+        """Covariance and mean of keys, times `scale**2` and `scale`, [batch * kv_heads, dim, dim + 1].
+
+        One product with a query gives the mean of its scores, and with the query again their variance. Kept for the
+        next call with the same scale; not for compiled code.
+        """
+        if self.__dict__.get("_scale") != scale:
+            moments = self.key_moments
+            both = torch.cat([moments.covariance * scale**2, moments.mean[..., None] * scale], dim=-1)
+            self.__dict__.update(_scale=scale, _of_scores=both.flatten(0, 1))
+        return self.__dict__["_of_scores"]
 
     @cached_property
     def _chunks_on_host(self) -> list[int]:
@@ -214,14 +221,15 @@ def bulk_log_mass_from_prompt(
 
 def _decode_step(inputs: AttentionInputs, state: PromptMoments, estimate: Estimate) -> Tensor:
     """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
-    both = state._second_and_first
-    batch, kv_heads, dim = both.shape[:3]
-    q = inputs.query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * inputs.scale
-    along = q @ both
+    dim, log_n = inputs.query.shape[3], inputs.regions.last_log_n_bulk
+    of_scores = state.of_scores(inputs.scale)
+    q = inputs.query.reshape(len(of_scores), -1, dim).to(of_scores.dtype)
+    if isinstance(log_n, Tensor):
+        log_n = log_n.to(q.dtype).expand(-1, inputs.key.shape[1], 1).flatten(0, 1)
+    along = torch.bmm(q, of_scores)
     variance = (along[..., :dim] * q).sum(-1)
-    log_n = inputs.regions.last_log_n_bulk.to(both.dtype)
     mass = log_mass_of_log_count(log_n, along[..., dim], variance, inputs.softcap, estimate)
-    return mass.flatten(1).unsqueeze(-1)
+    return mass.view(inputs.query.shape[:3])
 
 
 def _prefill(

@@ -33,13 +33,15 @@ class Softmax:
         return Softmax(output, torch.logaddexp(self.log_mass, other.log_mass))
 
     def take_in(self, other: Softmax, kept: Tensor | None = None) -> None:
-        """Change the output to that over the keys of both, in the rows that are `kept`; None means all."""
-        share = self._share_of(other)
-        if kept is None and self.output.dtype == share.dtype:
-            self.output.lerp_(other.output, share)
-            return
-        mixed = _mix(self.output, other.output, share)
-        self.output.copy_(mixed if kept is None else torch.where(kept.unsqueeze(-1), mixed, self.output))
+        """Change the output, which has the dtype of the log mass, to that over the keys of both where `kept`.
+
+        `kept` is [..., rows] bool; None means all.
+        """
+        share, output = self._share_of(other), other.output.to(self.output.dtype)
+        if kept is None:
+            self.output.lerp_(output, share)
+        else:
+            self.output.copy_(torch.where(kept.unsqueeze(-1), torch.lerp(self.output, output, share), self.output))
 
     def take_in_rows(self, rows: slice, other: Softmax) -> None:
         """Change some rows, of [rows, ...], output and log mass, to those over the keys of both; a row may see none."""

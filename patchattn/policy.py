@@ -12,7 +12,8 @@ from patchattn.gates.thresholds import Frozen
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
-_MOST_TOKENS = 2**31 - 1  # slots are 32-bit numbers
+MOST_TOKENS = 2**31 - 1
+"""The most tokens of a sequence: slots are 32-bit numbers."""
 
 
 def phase_of(query_length: int) -> Phase:
@@ -20,7 +21,7 @@ def phase_of(query_length: int) -> Phase:
     return "decode" if query_length == 1 else "prefill"
 
 
-NumberOfKeys = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
+NumberOfKeys = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 
 
 class MinBulk(Frozen):
@@ -46,8 +47,8 @@ class Policy(Frozen):
         phases: Phases in which the gate decides; in the others attention is dense. A call with one query per
             sequence is decode, any other is prefill.
         min_bulk: Queries with fewer bulk keys than this are opened without asking, because there the gated path
-            can't win: one number, or `MinBulk` with one for each phase. `"auto"` is resolved by `patch` for the
-            backend at hand.
+            can't win: one number, or `MinBulk` with one for each phase. `"auto"` leaves it to the backend at hand,
+            whose numbers `patch` puts in place; calls that are too short to pay are then dense, too.
         schema_version: Version of this schema.
 
     Example:
@@ -57,8 +58,8 @@ class Policy(Frozen):
     """
 
     schema_version: Literal[1] = 1
-    sink_size: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] = 16
-    window_size: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] = 1024
+    sink_size: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 16
+    window_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1024
     gate: Gate = MomentGate()
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})

@@ -161,8 +161,8 @@ MUTANTS = (
         "reference_key_dropped",
         "sums are not taken from the first bulk key",
         "moments/prompt.py",
-        "to(self.total.dtype) - reference[:, :, None]",
-        "to(self.total.dtype)",
+        "n_chunks * CHUNK) - reference[:, :, None]",
+        "n_chunks * CHUNK)",
         MOMENTS,
     ),
     Mutant(

@@ -59,6 +59,7 @@ NAVIGATION = {
     "Tutorial": ["tutorial/*"],
     "How-to guides": [
         "how-to/choose-a-policy",
+        "how-to/choose-a-cache",
         "how-to/calibrate-and-share",
         "how-to/evaluate-your-model",
         "how-to/read-a-report",

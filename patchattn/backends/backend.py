@@ -5,13 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.gates.decision import all_open
-from patchattn.policy import MinBulk
+from patchattn.policy import MOST_TOKENS, MinBulk, Phase
 
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
+
+NOT_ASKED = MOST_TOKENS
+"""The break-even of a call in which no query is asked: more bulk keys than any query has."""
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What is known of an attention call before anything is computed.
+
+    Args:
+        batch: Number of sequences.
+        queries: Query rows of each.
+        keys: Key slots up to the last query's own.
+        heads: Number of query heads.
+        kv_heads: Number of KV heads.
+        dim: Head dimension.
+        sink_size: Number of first tokens that are always attended.
+        window_size: Number of last tokens that are always attended.
+        dtype: Of query, key and value.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    dim: int
+    sink_size: int
+    window_size: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -22,15 +53,26 @@ class Backend:
         attend: Takes the call, the bulk log mass [batch, heads, query] in nats (+inf opens and -inf closes a pair for
             certain, NaN opens) and the margin in nats from which a gate closes; see
             `patchattn.backends.reference.attend`.
-        break_even: What `min_bulk="auto"` means: below this many bulk keys gated attention is not expected to be faster
-            than dense; see docs/decisions/0003-break-even.md.
+        break_even: What `min_bulk="auto"` means, from the shape of a call and its phase alone: the number of bulk keys
+            below which asking a query is not expected to be faster than dense attention, or `NOT_ASKED` where asking
+            any query of the call is not; see docs/decisions/0003-break-even.md.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
     """
 
     attend: Attend
-    break_even: MinBulk
+    break_even: Callable[[CallShape, Phase], int]
     own_dense: Callable[[AttentionInputs], Tensor] | None = None
+
+    def least_asked(self, sink_size: int, window_size: int) -> MinBulk:
+        """Return the numbers of bulk keys below which no query is asked, however long its call."""
+
+        def endless(phase: Phase) -> int:
+            queries = 1 if phase == "decode" else MOST_TOKENS
+            shape = CallShape(1, queries, MOST_TOKENS, 1, 1, 64, sink_size, window_size, torch.float32)
+            return self.break_even(shape, phase)
+
+        return MinBulk(prefill=endless("prefill"), decode=endless("decode"))
 
     def dense(self, inputs: AttentionInputs) -> Tensor:
         """Attend to every causal key; [batch, heads, query, value_dim], zeros for rows that see no key."""

@@ -11,6 +11,7 @@ Words used here and everywhere else:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -204,10 +205,14 @@ class Regions:
         return [max(beyond - first, 0) for first in self.host.first]
 
     @cached_property
-    def last_log_n_bulk(self) -> Tensor:
-        """Natural log of `last_n_bulk`, [batch, 1, 1] float64; not for compiled code."""
-        n_bulk = torch.tensor(self.last_n_bulk, dtype=torch.float64, device=self.valid.device)
-        return n_bulk.log()[:, None, None]
+    def last_log_n_bulk(self) -> Tensor | float:
+        """Natural log of `last_n_bulk`, where no sequence has 0: a number where all agree, else [batch, 1, 1] float64.
+
+        Not for compiled code.
+        """
+        if len(set(self.last_n_bulk)) == 1:
+            return math.log(self.last_n_bulk[0])
+        return torch.tensor(self.last_n_bulk, dtype=torch.float64, device=self.valid.device).log()[:, None, None]
 
     @_once
     def real(self) -> Tensor:

@@ -18,7 +18,7 @@ from patchattn.cli.models import load
 from patchattn.cli.options import Backend, Device, Json
 from patchattn.cli.problems import read_text, stop
 from patchattn.cli.progress import progress
-from patchattn.demo import sample_text
+from patchattn.demo import default_text
 from patchattn.demo.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
@@ -32,7 +32,8 @@ _PAGE = "report.html"
 def demo(
     *,
     text: Annotated[
-        Path | None, typer.Option(help="Text to hide facts in, UTF-8. Default: Python source that ships along.")
+        Path | None,
+        typer.Option(help="Text to hide facts in, UTF-8. Default: Python's own prose; for the shipped model, Python."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of any causal language model. Default: the shipped model.")
@@ -49,7 +50,7 @@ def demo(
     length: Annotated[
         int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 24,
+    questions: Annotated[int, typer.Option(min=1, help="Facts to hide and to ask for.")] = 16,
     backend: Backend = "auto",
     device: Device = "cpu",
     out: Annotated[
@@ -59,9 +60,9 @@ def demo(
 ) -> None:
     """Ask a model for facts hidden far back in a text: dense, then patched.
 
-    Prints one table (right answers, text loss, open fraction, realised density, prefill seconds, decode tokens per
-    second) and saves a picture of the heads that read far keys, and a page to look into: which heads opened for which
-    tokens of the text.
+    Prints one table (right answers, text loss, agreement with dense, open fraction, realised density, time to first
+    token, tokens per second) and saves a picture of the heads that read far keys, and a page to look into: which heads
+    opened for which tokens of the text. Instruct models are asked in their chat template, base models without one.
 
     **Examples**
 
@@ -70,11 +71,12 @@ def demo(
     - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
     chosen = _policy(policy, threshold=threshold, window=window)
-    haystack = sample_text() if text is None else read_text(text)
+    given = None if text is None else (read_text(text), str(text))
     _check_out(out)
     with progress() as tell:
         tell("loading the model", 0, 1)
         loaded, tokenizer = load(model, device)
+        haystack, source = given or default_text(loaded)
         found = compare(
             loaded,
             tokenizer,
@@ -91,15 +93,25 @@ def demo(
     has_text = _save_page(found, page, tokenizer, name)
     if json:
         saved = {"picture": str(out), "page": str(page)}
-        Console().print_json(dumps({"model": model or "shipped", **found.to_dict(), **saved}))
+        Console().print_json(dumps({"model": model or "shipped", "text": source, **found.to_dict(), **saved}))
         return
     console = Console(highlight=False)
     console.print(f"[bold]{escape(name)}, {found.length:,} tokens, {questions} questions")
     console.print(_table(found))
-    for line in _notes(found, loaded):
+    if not found.measures_answers:
+        console.print(
+            f"Dense attention itself answers only {found.dense.right} of {found.questions}: these questions do not "
+            "measure this model. Agreement and KL do.\n",
+            style="bold",
+        )
+    for line in _notes(found, loaded, source):
         console.print(line, style="dim")
     console.print(f"\nPicture of the heads that read far keys: [bold]{escape(str(out))}", soft_wrap=True)
-    content = "heads and decisions over the text" if has_text else "heads; not the text, as some calls were dense"
+    content = (
+        "heads, and decisions over text, questions and right answers"
+        if has_text
+        else "heads; not the text, as some calls were dense"
+    )
     console.print(f"Page to look into ({content}): [bold]{escape(str(page))}", soft_wrap=True)
 
 
@@ -144,19 +156,27 @@ def _table(found: Comparison) -> Table:
     table.add_column("patched", justify="right")
     table.add_row("answers right", f"{dense.right}/{found.questions}", f"{patched.right}/{found.questions}")
     table.add_row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})")
+    names = " / ".join(found.agreement)
+    agreed = {name: agreement.top1 for name, agreement in found.agreement.items()}
+    kl = {name: agreement.kl for name, agreement in found.agreement.items()}
+    table.add_row(f"agreement with dense, {names}", "100%", _joined(agreed, "{:.1%}"))
+    table.add_row(f"KL to dense (nats), {names}", "0", _joined(kl, "{:.4f}"))
     table.add_row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"))
     table.add_row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"))
     limits = {phase: 1 / density for phase, density in patched.realised_density.items()}
     table.add_row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"))
-    table.add_row("prefill (seconds)", f"{dense.prefill_seconds:.2f}", f"{patched.prefill_seconds:.2f}")
+    faster = dense.first_token_seconds / patched.first_token_seconds
+    times = f"{dense.first_token_seconds:.2f}", f"{patched.first_token_seconds:.2f} ({faster:.2f}x)"
+    table.add_row("time to first token (seconds)", *times)
+    faster = patched.tokens_per_second / dense.tokens_per_second
     table.add_row(
-        "decode (tokens per second)", f"{dense.decode_tokens_per_second:.1f}", f"{patched.decode_tokens_per_second:.1f}"
+        "tokens per second", f"{dense.tokens_per_second:.1f}", f"{patched.tokens_per_second:.1f} ({faster:.2f}x)"
     )
     return table
 
 
-def _joined(by_phase: dict[str, float], pattern: str) -> str:
-    return " / ".join("-" if math.isnan(number) else pattern.format(number) for number in by_phase.values())
+def _joined(parts: dict[str, float], pattern: str) -> str:
+    return " / ".join("-" if math.isnan(number) else pattern.format(number) for number in parts.values())
 
 
 def _title(found: Comparison) -> str:
@@ -165,21 +185,29 @@ def _title(found: Comparison) -> str:
     return f"Queries that read far keys, percent per head ({overall})"
 
 
-def _notes(found: Comparison, model: Any) -> list[str]:
+def _notes(found: Comparison, model: Any, source: str) -> list[str]:
     """Say what the rows of the table mean and how they were measured."""
-    policy = found.policy
+    policy, compared = found.policy, found.agreement
     device = input_device(model).type
     threads = torch.get_num_threads()
     hardware = f"{device}, {threads} {'thread' if threads == 1 else 'threads'}" if device == "cpu" else device
     gate = ", ".join(f"{key} {value}" for key, value in policy.gate.model_dump().items() if key != "open_heads")
-    return [
+    notes = [
         f"Policy: sink {policy.sink_size}, window {policy.window_size}, gate {gate.removeprefix('kind ')}.",
         f"Run: {hardware}, {str(input_dtype(model)).removeprefix('torch.')}, backend {found.backend}.",
-        "Answers: written greedily, one question after the other on one cache; right means every token. "
+        f"Text: {source}.",
+        f"Answers: asked {found.manner}; right means every token, written greedily. "
         f"The facts lie {found.nearest:,} to {found.furthest:,} tokens before the first question.",
-        f"Text loss: over {found.text_tokens:,} tokens of plain text.",
+        f"Text loss: over the {found.text_tokens:,} tokens of the text between the facts.",
+        "Agreement: how often both predict the same token after the same tokens, "
+        f"{compared['text'].tokens:,} of the text beyond the first window, {compared['answers'].tokens:,} of answers.",
+        "KL: how far the predicted probabilities of these tokens are from dense ones; 0 is equal.",
         "Open fraction: how many pairs (query head, query) read the keys beyond sink and window.",
         "Realised density: keys really scored, of those that dense attention scores.",
         *found.report.notes(),
-        f"Prefill: {found.prefill_tokens:,} tokens, median of three. Decode: one token at a time after that.",
+        f"Time to first token: to read {found.prefill_tokens:,} tokens and write one. Tokens per second: after that, "
+        f"on the dynamic cache that generate uses. Best of {found.rounds} rounds, dense and patched in turn.",
     ]
+    if device == "cpu":
+        notes.append("On a CPU a static cache writes faster, dense and patched: docs/how-to/choose-a-cache.md.")
+    return notes

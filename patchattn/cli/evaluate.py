@@ -66,7 +66,10 @@ def evaluate(
     ] = "0",
     text: Annotated[
         Path | None,
-        typer.Option(help="Real text for haystacks and text loss, UTF-8. Default: Python source that ships along."),
+        typer.Option(
+            help="Real text for haystacks and text loss, UTF-8. Default: the prose that comes with Python; for demo, "
+            "Python source that ships along."
+        ),
     ] = None,
     code: Annotated[
         Path | None,
@@ -109,7 +112,8 @@ def evaluate(
     """
     at, seeds = _numbers(lengths, "lengths", "1024,4096", least=1), _numbers(seed, "seed", "0,1,2", least=0)
     chosen = chosen_tasks(_split(tasks or ("shipped" if model == SHIPPED else "all")))
-    haystack, source = (demo.sample_text() if path is None else read_text(path) for path in (text, code))
+    given = None if text is None else read_text(text)
+    source = demo.sample_text() if code is None else read_text(code)
     base = _base(min(at), sink=sink, window=window, min_bulk=min_bulk)
     files = _policy_files(policies, chosen)
     if dtype is not None and dtype not in _DTYPES:
@@ -122,6 +126,7 @@ def evaluate(
     check_longest(loaded, *at)
     if dtype is not None:
         loaded = loaded.to(_DTYPES[dtype])
+    haystack = demo.default_text(loaded)[0] if given is None else given
     material = Material(haystack, tokenizer, code=source)
 
     def ranked_heads(task: str | None) -> list[tuple[int, int]]:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import typer
 
 from patchattn import demo
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
 from patchattn.cli.problems import stop
-from patchattn.hf.loading import load_pretrained
+from patchattn.hf.loading import MissingTokenizerError, first_line, load_pretrained
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
+# Of a model, and of an adapter for one.
+_CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 def load(name: str | None, device: str) -> tuple[Any, Any]:
@@ -42,29 +43,27 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
 
 
 def _load_by_name(name: str) -> tuple[Any, Any]:
-    if not Path(name).is_dir() and looks_like_path(name):
-        raise stop(f"Can't load {name!r} as a causal language model: {no_folder(name)}", fix=_fix(name))
+    folder = Path(name)
+    if not folder.is_dir() and looks_like_path(name):
+        raise _not_loaded(name, no_folder(name))
+    if folder.is_dir() and not any((folder / file).is_file() for file in _CONFIGURATIONS):
+        raise _not_loaded(name, f"the folder has no {_CONFIGURATIONS[0]}, so there is no model in it.")
+    where = "" if folder.is_dir() else f"{no_folder(name)} From the Hub: "
     try:
         return load_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise stop(f"Can't load {name!r} as a causal language model: {_why(name, error)}", fix=_fix(name)) from None
+    except MissingTokenizerError as error:
+        if not folder.is_dir():
+            raise _not_loaded(name, f"{where}{error}") from None
+        raise stop(
+            f"The model in {name!r} has no tokenizer that can be read: {error}",
+            fix="put the model's tokenizer beside it: AutoTokenizer.from_pretrained(ID).save_pretrained(FOLDER)",
+        ) from None
+    # Files of others raise what comes: SafetensorError, KeyError, RuntimeError of sizes that do not fit.
+    except Exception as error:
+        raise _not_loaded(name, f"{where}{first_line(error)}") from None
 
 
-def _why(name: str, error: Exception) -> str:
-    """Say what a folder lacks, and otherwise what transformers says in its first line."""
-    folder = Path(name)
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if not folder.is_dir():
-        return f"{no_folder(name)} From the Hub: {line}"
-    if not (folder / "config.json").is_file():
-        return "the folder has no config.json, so there is no model in it."
-    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
-        return "the folder has no tokenizer."
-    return line
-
-
-def _fix(name: str) -> str:
-    otherwise = (
-        "give a folder into which save_pretrained wrote model and tokenizer, or the Hub id of a causal language model"
-    )
-    return otherwise if Path(name).is_dir() else fix_for(name, otherwise)
+def _not_loaded(name: str, reason: str) -> typer.Exit:
+    otherwise = "give a folder made by save_pretrained, or the Hub id of a causal language model"
+    fix = otherwise if Path(name).is_dir() else fix_for(name, otherwise)
+    return stop(f"Can't load {name!r} as a causal language model: {reason}", fix=fix)

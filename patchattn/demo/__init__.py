@@ -10,6 +10,7 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+from patchattn.hf.architecture import name_of
 from patchattn.hf.loading import load_pretrained
 
 
@@ -36,3 +37,23 @@ def sample_text() -> str:
     """Return about 400 kB of Python source text that the model was not trained on."""
     path = Path(__file__).parent / "text" / "stdlib.txt.gz"
     return gzip.decompress(path.read_bytes()).decode("ascii")
+
+
+def is_shipped(model: Any) -> bool:
+    """Say whether a model is the one that ships with the library, which has read Python and no English."""
+    return Path(name_of(model)).absolute() == model_folder().absolute()
+
+
+def default_text(model: Any) -> tuple[str, str]:
+    """Return the text that a model is shown by default, and what it is, in words.
+
+    The shipped model gets `sample_text`, any other the English reference prose that comes with CPython.
+    """
+    if not is_shipped(model):
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            pass  # Some ways of installing Python leave it out.
+        else:
+            return "\n".join(topics.values()), "the reference prose that comes with Python, pydoc_data.topics"
+    return sample_text(), "Python source that ships along"

@@ -1,26 +1,29 @@
-"""Dense against patched on one model and one text: answers, text loss, open pairs and seconds.
+"""Dense against patched on one model and one text: answers, text loss, agreement, open pairs and seconds.
 
-The text becomes a document of an exact number of tokens with planted facts. The model reads it once and is then asked
-for every fact in turn, in one conversation on one cache; it writes the answers itself, greedily. Text loss is measured
-on another stretch of the text, without planted lines. Times are taken apart from both.
+The text becomes a document of an exact number of tokens with planted facts. The model reads it once, which gives text
+loss and what is predicted along the text, and is then asked for every fact on the cache of the document. The right
+answer is read token by token: what would have been written greedily is known from the predictions, and dense and
+patched are compared after the same tokens. Times are taken apart from all this.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from patchattn.evaluation.answers import write
-from patchattn.evaluation.documents import Document, DocumentError, check_longest, make_document, tokenize_text
-from patchattn.evaluation.loss import losses
+from patchattn.demo import timing
+from patchattn.demo.questions import Quiz, Turn, make_quiz
+from patchattn.evaluation.agreement import Agreement, Predictions
+from patchattn.evaluation.documents import check_longest
+from patchattn.evaluation.loss import losses_of, read_into_cache
+from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.policy import PHASES, Phase, Policy
@@ -28,12 +31,10 @@ from patchattn.policy import PHASES, Phase, Policy
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of all work that is behind, in [0, 1]."""
 
-# Facts near the end would lie in the window, where every head sees them.
-_DEPTH = (0.0, 0.9)
-_MOST_LOSS_TOKENS = 8192
-_PREFILLS = 3
-_WARM_STEPS = 4
-_STEPS = 32
+# Positions along the text whose predictions are compared: each holds the logits of a whole vocabulary.
+_MOST_POSITIONS = 512
+# How long it takes to read a document, in questions.
+_DOCUMENT_WEIGHT = 12
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Measured:
     """What one way of computing attention gives.
 
     Args:
-        right: Questions answered right: every token of the answer was written.
-        text_loss: Mean cross-entropy over `Comparison.text_tokens` tokens of plain text, nats per token.
-        prefill_seconds: Seconds to read the document, median of three.
-        decode_tokens_per_second: Tokens per second when writing after the document, one sequence at a time.
+        right: Questions answered right: every token of the answer is what is written greedily.
+        text_loss: Mean cross-entropy over `Comparison.text_tokens` tokens of the text, nats per token.
+        first_token_seconds: Seconds to read the document and write one token, the best of `Comparison.rounds`.
+        tokens_per_second: Tokens per second when writing after the document, one sequence at a time; the best too.
         open_fraction: Open pairs of the pairs asked; by phase, `"prefill"` and `"decode"`. NaN where no pair was
             asked. Empty for dense.
         realised_density: Keys scored of the causal keys, by phase. NaN where no call was gated. Empty for dense.
@@ -52,8 +53,8 @@ class Measured:
 
     right: int
     text_loss: float
-    prefill_seconds: float
-    decode_tokens_per_second: float
+    first_token_seconds: float
+    tokens_per_second: float
     open_fraction: dict[str, float]
     realised_density: dict[str, float]
 
@@ -65,6 +66,8 @@ class Comparison:
     Args:
         dense: The model as it came, with its own attention.
         patched: The same model under the policy.
+        agreement: How close patched predictions stay to dense ones; of the `"text"` beyond sink and window, and of the
+            right `"answers"`.
         policy: The policy, every `"auto"` resolved.
         backend: The backend that computed the patched column.
         length: Tokens in the document, questions and answers included.
@@ -72,14 +75,17 @@ class Comparison:
         nearest: Tokens between the end of the latest planted fact and the first question.
         furthest: Tokens between the start of the earliest planted fact and the first question.
         questions: Number of questions.
+        manner: How they are asked, in words.
         text_tokens: Tokens that text loss was averaged over.
-        report: The report of the patched run with its timeline: document, answers and plain text, without the timing
+        rounds: How often each time was taken.
+        report: The report of the patched run with its timeline: document, questions and answers, without the timing
             runs.
-        tokens: Ids of the tokens that the patched run read, in order: document, answers as written, plain text.
+        tokens: Ids of the tokens that the patched run read, in order: document, questions, answers.
     """
 
     dense: Measured
     patched: Measured
+    agreement: dict[str, Agreement]
     policy: Policy
     backend: str
     length: int
@@ -87,9 +93,16 @@ class Comparison:
     nearest: int
     furthest: int
     questions: int
+    manner: str
     text_tokens: int
+    rounds: int
     report: Any
     tokens: tuple[int, ...]
+
+    @property
+    def measures_answers(self) -> bool:
+        """Whether dense attention answers at least half of the questions, so that they say something of the model."""
+        return 2 * self.dense.right >= self.questions
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, ready for JSON; None for what is not known."""
@@ -97,23 +110,34 @@ class Comparison:
             "length": self.length,
             "prefill_tokens": self.prefill_tokens,
             "questions": self.questions,
+            "asked": self.manner,
+            "questions_measure_the_model": self.measures_answers,
             "nearest_fact_tokens": self.nearest,
             "furthest_fact_tokens": self.furthest,
             "text_tokens": self.text_tokens,
+            "timing_rounds": self.rounds,
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
             "dense": _plain(self.dense),
             "patched": _plain(self.patched),
+            "agreement": {
+                name: {"tokens": found.tokens, "top1": _known(found.top1), "kl": _known(found.kl)}
+                for name, found in self.agreement.items()
+            },
             "report": self.report.to_dict(),
         }
 
 
 def _plain(measured: Measured) -> dict[str, Any]:
     by_phase = {
-        name: {phase: None if math.isnan(number) else number for phase, number in getattr(measured, name).items()}
+        name: {phase: _known(number) for phase, number in getattr(measured, name).items()}
         for name in ("open_fraction", "realised_density")
     }
     return vars(measured) | by_phase
+
+
+def _known(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def compare(
@@ -123,16 +147,16 @@ def compare(
     policy: Policy,
     *,
     length: int,
-    questions: int = 24,
+    questions: int = 16,
     backend: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure a model on a text, first with its own attention, then patched.
+    """Measure a model on a text, with its own attention and patched.
 
     Args:
         model: A causal language model of transformers, not patched.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; a chat template that it has is used.
         text: Real text to hide the facts in; at least `length` tokens.
         policy: The policy of the patched run.
         length: Tokens in the document, questions and answers included.
@@ -145,123 +169,108 @@ def compare(
         The measurements. The model is as it was before.
 
     Raises:
-        DocumentError: The text is shorter than the document, the document is longer than the model's context, or the
-            questions do not fit into it.
+        DocumentError: The document is longer than the model's context, or as `make_quiz` raises it.
         PatchAttnError: As `patchattn.patch` raises it.
     """
     check_longest(model, length)
-    lines = tokenize_text(text, tokenizer)
-    available = sum(map(len, lines.tokens))
-    if available < length:
-        raise DocumentError(
-            f"The text has {available:,} tokens and the document was to have {length:,}.",
-            fix=f"Give a longer text, or choose a length of at most {available}.",
-        )
-    made = partial(make_document, lines, tokenizer, length=length, depth=_DEPTH)
-    document = made(kinds=("fact",) * questions, seed=seed)
-    plain = made(kinds=(), seed=seed + 1).token_ids
-    context = document.token_ids[: document.questions[0].start]
-    # Of each column: the questions, the plain text, a prefill to warm up, those that are timed, and decode.
-    steps, n_steps = count(1), 2 * (questions + 1 + 1 + _PREFILLS + 1)
+    quiz = make_quiz(model, tokenizer, text, length=length, questions=questions, seed=seed)
     patched = partial(patch, model, policy, backend=backend)
+    # Of each column: the document, the questions, and the rounds of timing.
+    behind, work = 0, 2 * (questions + _DOCUMENT_WEIGHT * (1 + timing.FEWEST_ROUNDS))
 
-    def tell(what: str) -> None:
+    def tell(what: str, weight: int) -> None:
+        nonlocal behind
+        behind = min(behind + weight, work)
         if progress is not None:
-            progress(what, next(steps) / n_steps)
+            progress(what, behind / work)
 
-    def quality(column: str) -> tuple[int, float, list[int]]:
-        right, read = conversation(model, document, partial(tell, f"{column}: answering"))
-        loss = losses(model, plain)[-_MOST_LOSS_TOKENS:].double().mean().item()
-        tell(f"{column}: reading plain text")
-        return right, loss, [*read, *plain]
-
-    def speed(column: str) -> tuple[float, float]:
-        return _times(model, context, longest=length, done=partial(tell, f"{column}: timing"))
-
-    with patched():
-        pass  # What can't be patched is refused before the dense run, not after it.
-    right, loss, _ = quality("dense")
-    dense = Measured(right, loss, *speed("dense"), {}, {})
+    with patched() as handle:
+        resolved = handle.policy  # What can't be patched is refused before the dense run, not after it.
+    local = resolved.sink_size + resolved.window_size
+    far = [at for at in quiz.text_positions() if at >= local]
+    far = far[:: -(-len(far) // _MOST_POSITIONS) or 1]
+    dense = look(model, quiz, far, partial(tell, "dense: reading and answering"))
     with patched(record="timeline") as handle:
-        right, loss, tokens = quality("patched")
+        other = look(model, quiz, far, partial(tell, "patched: reading and answering"))
     report = handle.report()
-    phases: list[Phase] = [phase for phase in PHASES if phase in handle.policy.phases]
+    dense_times, times, rounds = timing.in_turn(
+        model, patched, quiz.document, longest=length, done=lambda name: tell(f"{name}: timing", _DOCUMENT_WEIGHT)
+    )
+    phases: list[Phase] = [phase for phase in PHASES if phase in resolved.phases]
     opened = {phase: report.open_fraction(phase) for phase in phases}
     density = {phase: report.realised_density(phase) for phase in phases}
-    with patched():
-        seconds = speed("patched")
     return Comparison(
-        dense=dense,
-        patched=Measured(right, loss, *seconds, opened, density),
-        policy=handle.policy,
+        dense=Measured(dense.right, dense.text_loss, *dense_times, {}, {}),
+        patched=Measured(other.right, other.text_loss, *times, opened, density),
+        agreement={
+            "text": Predictions.of(dense.text).agreement(other.text),
+            "answers": Predictions.of(dense.answers).agreement(other.answers),
+        },
+        policy=resolved,
         backend=handle.backend,
         length=length,
-        prefill_tokens=len(context),
-        nearest=len(context) - max(end for _, end in document.planted),
-        furthest=len(context) - min(start for start, _ in document.planted),
+        prefill_tokens=len(quiz.document),
+        nearest=len(quiz.document) - max(end for _, end in quiz.planted),
+        furthest=len(quiz.document) - min(start for start, _ in quiz.planted),
         questions=questions,
-        text_tokens=min(len(plain) - 1, _MOST_LOSS_TOKENS),
+        manner=quiz.manner,
+        text_tokens=len(quiz.text_positions()),
+        rounds=rounds,
         report=report,
-        tokens=tuple(tokens),
+        tokens=quiz.tokens(),
     )
 
 
-def conversation(model: Any, document: Document, done: Callable[[], None]) -> tuple[int, list[int]]:
-    """Ask a model for every fact of a document in turn, in one conversation on one cache.
+@dataclass(frozen=True)
+class Look:
+    """Answers and text loss, and the logits [tokens, vocabulary] along the text and the right answers."""
+
+    right: int
+    text_loss: float
+    text: Tensor
+    answers: Tensor
+
+
+def look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None]) -> Look:
+    """Read the document, predicting its text, and ask all questions on its cache.
 
     Args:
         model: A causal language model, patched or not.
-        document: A document with all questions at its end.
-        done: Called after each question.
+        quiz: Document and questions.
+        far: Positions along the text whose logits are kept.
+        done: Called after the document and after each question, with how much work it was.
+    """
+    document, at = torch.tensor(quiz.document), torch.tensor(quiz.text_positions())
+    losses, text, cache = [], [], None
+    for begin, logits, filled in read_into_cache(model, quiz.document):
+        cache = filled
+        here = at[(begin <= at) & (at < begin + len(logits))]
+        losses.append(losses_of(logits[here - begin], document[here + 1]))
+        kept = [position - begin for position in far if begin <= position < begin + len(logits)]
+        text.append(logits[kept])
+    done(_DOCUMENT_WEIGHT)
+    right, answers = 0, []
+    for turn in quiz.turns:
+        # A copy, for not every cache can forget its last tokens.
+        found, cache_after = _answer(model, turn, copy.deepcopy(cache) if quiz.alone else cache)
+        cache = cache if quiz.alone else cache_after
+        right += found.argmax(-1).tolist() == list(turn.answer)
+        answers.append(found)
+        done(1)
+    return Look(right, torch.cat(losses).double().mean().item(), torch.cat(text), torch.cat(answers))
+
+
+@torch.no_grad()
+def _answer(model: Any, turn: Turn, cache: Any) -> tuple[Tensor, Any]:
+    """Read a question, then the right answer token by token.
 
     Returns:
-        Answers of which every token was written; the tokens that the model read, in order.
+        What is predicted for each token of the answer, [tokens, vocabulary], and the cache, which lacks the last one.
     """
-    right, read, cache = 0, [], None
-    ids, questions = list(document.token_ids), document.questions
-    given = ids[: questions[0].start]
-    for question, after in zip(questions, (*(later.start for later in questions[1:]), len(ids)), strict=True):
-        given += ids[question.start : question.answer_start]
-        answer = ids[question.answer_start : question.answer_end]
-        found, cache = write(model, given, cache, len(answer))
-        right += found == answer
-        read += given + found[:-1]
-        # What comes next in the conversation: the token that is not in the cache yet, and the line break.
-        given = found[-1:] + ids[question.answer_end : after]
-        done()
-    return right, read
-
-
-def _times(model: Any, tokens: Sequence[int], *, longest: int, done: Callable[[], None]) -> tuple[float, float]:
-    """Time prefill and decode after one warm-up of each, one sequence at a time.
-
-    Args:
-        model: A causal language model, patched or not.
-        tokens: Token ids to read.
-        longest: Most tokens to read and write together, which is kept to by reading fewer.
-        done: Called after each prefill and after decode.
-
-    Returns:
-        Seconds to read, the median of three; tokens per second when writing after that.
-    """
-    given = list(tokens[: longest - _WARM_STEPS - _STEPS])
-    seconds = []
-    cache, found = None, []
-    for _ in range(1 + _PREFILLS):
-        begin = _now(model)
-        found, cache = write(model, given, None, 1)
-        seconds.append(_now(model) - begin)
-        done()
-    found, cache = write(model, found, cache, _WARM_STEPS)
-    begin = _now(model)
-    write(model, found[-1:], cache, _STEPS)
-    speed = _STEPS / (_now(model) - begin)
-    done()
-    return statistics.median(seconds[1:]), speed
-
-
-def _now(model: Any) -> float:
-    device = input_device(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    rows = []
+    for tokens in (turn.given[:-1], *((token,) for token in (turn.given[-1], *turn.answer[:-1]))):
+        ids = torch.tensor([tokens], device=input_device(model))
+        result = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
+        cache = cache_of(result)
+        rows.append(result.logits[0, -1:])
+    return torch.cat(rows[1:]), cache

@@ -33,7 +33,7 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([functional.cross_entropy(rows.float(), right, reduction="none") for rows, right in pairs])
 
 
-def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+def read_into_cache(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Any]]:
     """Read a document in calls on one cache, so that the logits of a long one fit into memory.
 
     Args:
@@ -41,8 +41,8 @@ def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         tokens: Token ids.
 
     Yields:
-        For each call the position of its first token, and what is predicted after each of its tokens,
-        [tokens, vocabulary].
+        For each call the position of its first token, what is predicted after each of its tokens,
+        [tokens, vocabulary], and the cache with all tokens so far.
 
     Raises:
         DocumentError: The document is longer than the model's context.
@@ -56,7 +56,12 @@ def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         with torch.no_grad():
             result = model(input_ids=ids[:, begin : begin + size], use_cache=True, **with_cache(model, cache))
         cache = cache_of(result)
-        yield begin, result.logits[0]
+        yield begin, result.logits[0], cache
+
+
+def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Read a document as `read_into_cache` does, and yield no cache."""
+    return ((begin, logits) for begin, logits, _ in read_into_cache(model, tokens))
 
 
 def losses(model: Any, tokens: Sequence[int]) -> Tensor:

@@ -114,7 +114,7 @@ def finish(task: str, draft: Draft, material: Material, *, length: int, rng: ran
     before, after, whole = material.encode([draft.before, draft.after, draft.after + draft.continuation])
     shared = n_shared(after, whole)
     after, target = whole[:shared], whole[shared:]
-    _check_answers(draft, target, material.tokenizer)
+    check_answers(target, draft.continuation, draft.answers, material.tokenizer)
     # Models put words around an answer, and separate several in their own way.
     budget = len(target) if draft.exact else 2 * len(target) + 8
     planted = material.encode(draft.planted)
@@ -135,11 +135,21 @@ def finish(task: str, draft: Draft, material: Material, *, length: int, rng: ran
     return Sample(task, (*prompt, *after), draft.answers, target, budget, draft.exact, spans)
 
 
-def _check_answers(draft: Draft, target: Sequence[int], tokenizer: Any) -> None:
-    """Refuse a tokenizer that has no tokens for an answer: every model would be wrong."""
+def check_answers(target: Sequence[int], continuation: str, answers: Sequence[str], tokenizer: Any) -> None:
+    """Refuse a tokenizer that has no tokens for an answer: every model would be wrong.
+
+    Args:
+        target: What the tokenizer makes of the continuation.
+        continuation: The right continuation.
+        answers: What it holds.
+        tokenizer: The tokenizer.
+
+    Raises:
+        DocumentError: See above.
+    """
     back = tokenizer.decode(list(target), skip_special_tokens=True)
-    if recall(back, draft.answers) < 1:
+    if recall(back, answers) < 1:
         raise DocumentError(
-            f"The tokenizer can't write the answer: it makes {back!r} of {draft.continuation!r}.",
+            f"The tokenizer can't write the answer: it makes {back!r} of {continuation!r}.",
             fix="Choose tasks whose answers are made of what the tokenizer knows.",
         )

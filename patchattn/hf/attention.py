@@ -77,7 +77,7 @@ def attention(
     regions = attention_mask.regions(policy.sink_size, policy.window_size, query, key, policy.break_even(phase))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
-    reason = state.dense_reason(key.shape[2], phase)
+    reason = state.dense_reason(inputs, phase)
     if reason is None:
         output = _attend(state, inputs, phase, cache, kwargs.get("position_ids"))
     else:

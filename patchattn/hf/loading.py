@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from os import PathLike
+from textwrap import shorten
 from typing import Any
 
 import torch
+
+
+class MissingTokenizerError(ValueError):
+    """A model without a tokenizer that can be read; says why."""
 
 
 def load_pretrained(name: str | PathLike[str], *, dtype: str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -15,12 +20,31 @@ def load_pretrained(name: str | PathLike[str], *, dtype: str = "auto", **options
         name: Folder or Hub id.
         dtype: Dtype of the weights; `"auto"` takes the one that they were saved in.
         **options: More arguments of `from_pretrained`, for both.
+
+    Raises:
+        MissingTokenizerError: There is no tokenizer, or it can't be read.
+        ValueError: Some weights are not there; they would be random.
+        Exception: Whatever else transformers and the readers of files raise.
     """
     # Not at import: transformers takes seconds, and most of the library works without it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval(), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    # The readers of files raise what comes: KeyError, TypeError, ImportError.
+    except Exception as error:
+        raise MissingTokenizerError(shorten(str(error), 300) or type(error).__name__) from error
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} among them.")
+    return model.eval(), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or what it is called if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def random_model(family: str, fields: dict[str, Any], *, has_images: bool, seed: int, dtype: torch.dtype) -> Any:

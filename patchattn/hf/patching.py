@@ -160,11 +160,12 @@ def patch(
     _check_heads(policy, {layer: heads[layer] for layer in layers})
     measured = _measured(policy.model_copy(update={"layers": layers}), calibration, model)
     chosen = _check_backend(model, backend, modules, heads, layers)
-    min_bulk = load(chosen).break_even if policy.min_bulk == "auto" else policy.min_bulk
-    policy = policy.model_copy(update={"layers": layers, "min_bulk": min_bulk})
+    is_auto = policy.min_bulk == "auto"
+    least = load(chosen).least_asked(policy.sink_size, policy.window_size) if is_auto else policy.min_bulk
+    policy = policy.model_copy(update={"layers": layers, "min_bulk": least})
     register()
     try:
-        _apply(model, modules, heads, policy, chosen, record, measured)
+        _apply(model, modules, heads, policy, chosen, record, measured, judges_calls=is_auto)
     except BaseException:
         _undo(modules.values(), decoder_of(model))
         raise
@@ -281,6 +282,8 @@ def _apply(
     backend: BackendName,
     record: Record,
     measured: dict[int, MeasuredHeads],
+    *,
+    judges_calls: bool,
 ) -> None:
     # A configuration that is shared with a patched model names that model's implementation.
     named = {index: implementation_of(module.config) for index, module in modules.items()}
@@ -307,6 +310,7 @@ def _apply(
             gated=index in gated,
             register=register,
             record=record,
+            judges_calls=judges_calls,
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
         ).to(compute_device(module, underlying(model)))
         state.train(module.training)

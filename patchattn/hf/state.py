@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from patchattn.backends import BackendName, load
+from patchattn.backends.backend import CallShape
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import host_may_read
 from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.counting import Counters
 from patchattn.hf.hooks import BatchingRefusal
-from patchattn.policy import PHASES, Policy
+from patchattn.policy import PHASES, Phase, Policy
 
 _TIMELINE_ROOM = 2**18
 _LEAST_ROOM = 16
@@ -39,6 +42,7 @@ class LayerState(nn.Module):
         register: Makes a process know the functions that a patched model calls.
         gated: Whether the policy names this layer; others attend densely.
         record: `None`, `"summary"` or `"timeline"`.
+        judges_calls: Whether the backend says which prefills are long enough to be asked; else only `policy` does.
         measured: What a calibration says about the layer's heads on this device; None without one.
     """
 
@@ -63,6 +67,7 @@ class LayerState(nn.Module):
         gated: bool,
         register: Callable[[], None],
         record: str | None,
+        judges_calls: bool,
         measured: MeasuredHeads | None = None,
     ) -> None:
         super().__init__()
@@ -72,6 +77,7 @@ class LayerState(nn.Module):
         self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record, self.register = cache_layer, gated, record, register
         self.attend, self.dense = load(backend).attend, load(backend).dense
+        self.break_even = load(backend).break_even if judges_calls else None
         local = policy.sink_size + policy.window_size
         self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
         self.timeline: list[tuple[str, Tensor]] = []
@@ -101,13 +107,22 @@ class LayerState(nn.Module):
         self.number = torch.full_like(self.number, number)
         _STATES[number] = self
 
-    def dense_reason(self, keys: int, phase: str) -> str | None:
-        """Say why a call over so many keys does not go through the gate; None if it does."""
+    def dense_reason(self, inputs: AttentionInputs, phase: Phase) -> str | None:
+        """Say why a call does not go through the gate; None if it does."""
         if not self.gated:
             return "layer"
         if phase not in self.policy.phases:
             return "phase"
-        return "short" if keys < self.least_keys[phase] else None
+        if inputs.key.shape[2] < self.least_keys[phase]:
+            return "short"
+        if self.break_even is None or phase == "decode":
+            return None
+        # What a static cache has room for says nothing; only the host knows more.
+        keys = inputs.regions.host.filled if host_may_read(inputs.query) else inputs.key.shape[2]
+        (batch, heads, queries, dim), kv_heads = inputs.query.shape, inputs.key.shape[1]
+        local = (self.policy.sink_size, self.policy.window_size)
+        shape = CallShape(batch, queries, keys, heads, kv_heads, dim, *local, inputs.query.dtype)
+        return "short" if keys - sum(local) < self.break_even(shape, phase) else None
 
     def keep(self, phase: str, opened: Tensor) -> None:
         """Keep the decisions of one gated call on its device until a report asks; nothing once there is no room.

@@ -44,19 +44,20 @@ def log_mass_of_gaussian(
 
 
 def log_mass_of_log_count(
-    log_n: Tensor, mean: Tensor, variance: Tensor, softcap: float | None, estimate: Estimate
+    log_n: Tensor | float, mean: Tensor, variance: Tensor, softcap: float | None, estimate: Estimate
 ) -> Tensor:
     """Do the work of `log_mass_of_gaussian` where no `n` is zero."""
     variance = variance.clamp(min=0)
     if softcap is not None:
         squashed = torch.tanh(mean / softcap)
         mean, variance = softcap * squashed, variance * (1 - squashed.square()).square()
-    mass = torch.add(log_n + mean, variance, alpha=0.5)
-    if estimate != "lognormal":
-        freezing = 2 * log_n.clamp(min=0)
-        frozen = torch.inf if estimate == "guarded" else mean + (variance * freezing).sqrt()
-        mass = torch.where(variance > freezing, frozen, mass)
-    return mass
+    mass = torch.add(mean + log_n, variance, alpha=0.5)
+    if estimate == "lognormal":
+        return mass
+    freezing = 2 * log_n
+    if estimate == "guarded":
+        return mass.masked_fill(variance > freezing, torch.inf)
+    return torch.where(variance > freezing, mean + (variance * freezing).sqrt(), mass)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ They stand on a fixed grid of chunks, so that the answer does not depend on how 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,8 @@ from patchattn.moments.gaussian import (
     log_mass_of_log_count,
 )
 
-_CHUNKS_PER_SLAB = 32
+# Chunks at a time: on a CPU what is made of them stays in the caches, elsewhere few calls count for more.
+_CHUNKS_PER_SLAB_ON_HOST, _CHUNKS_PER_SLAB = 4, 32
 _CHUNK_AXES = (1, 1, 2, 2, 2)  # of the parts of `PromptMoments.prefixes`
 
 
@@ -78,10 +79,17 @@ class PromptMoments:
         covariance = self.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
         return KeyMoments(self.count[:, None].expand(self.total.shape[:2]), self.reference + shift, covariance)
 
-    @cached_property
-    def _second_and_first(self) -> Tensor:
-        """Covariance and mean side by side, [batch, kv_heads, dim, dim + 1]: one product with a query gives both."""
-        return torch.cat([self.key_moments.covariance, self.key_moments.mean[..., None]], dim=-1)
+    def of_scores(self, scale: float) -> Tensor:
+        """Covariance and mean of keys, times `scale**2` and `scale`, [batch * kv_heads, dim, dim + 1].
+
+        One product with a query gives the mean of its scores, and with the query again their variance. Kept for the
+        next call with the same scale; not for compiled code.
+        """
+        if self.__dict__.get("_scale") != scale:
+            moments = self.key_moments
+            both = torch.cat([moments.covariance * scale**2, moments.mean[..., None] * scale], dim=-1)
+            self.__dict__.update(_scale=scale, _of_scores=both.flatten(0, 1))
+        return self.__dict__["_of_scores"]
 
     @cached_property
     def _chunks_on_host(self) -> list[int]:
@@ -115,12 +123,14 @@ class PromptMoments:
         fresh = (self.chunks == 0)[:, None, None]
         reference = torch.where(fresh, first_bulk_key, self.reference)
 
-        index = torch.arange(n_chunks * CHUNK, device=key.device)
-        slots = (first_bulk + CHUNK * self.chunks)[:, None] + index
+        begin = first_bulk + CHUNK * self.chunks
+        slots = begin[:, None] + torch.arange(n_chunks * CHUNK, device=key.device)
         inside = slots < (first_bulk + CHUNK * upto)[:, None]
         real = inside & regions.valid.gather(1, slots.clamp(max=regions.key_length - 1))
-        x = _take(key, slots).to(self.total.dtype) - reference[:, :, None]
-        x = torch.where(real[:, None, :, None], x, 0).unflatten(2, (n_chunks, CHUNK))
+        x = _span(key, begin, n_chunks * CHUNK) - reference[:, :, None]
+        if not (host_may_read(key) and bool(real.all())):
+            x = torch.where(real[:, None, :, None], x, 0)
+        x = x.unflatten(2, (n_chunks, CHUNK))
 
         def running(start: Tensor, steps: Tensor, axis: int) -> Tensor:
             return torch.cat([start.unsqueeze(axis), steps], dim=axis).cumsum(axis)
@@ -155,8 +165,7 @@ class PromptMoments:
     def advanced(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
         """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""
         moments = self
-        for start in range(0, n_chunks, _CHUNKS_PER_SLAB):
-            step = min(_CHUNKS_PER_SLAB, n_chunks - start)
+        for _, step in _slabs(n_chunks, key):
             moments = moments.prefixes(key, regions, upto, step).last()
         return moments
 
@@ -212,14 +221,15 @@ def bulk_log_mass_from_prompt(
 
 def _decode_step(inputs: AttentionInputs, state: PromptMoments, estimate: Estimate) -> Tensor:
     """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
-    both = state._second_and_first
-    batch, kv_heads, dim = both.shape[:3]
-    q = inputs.query.reshape(batch, kv_heads, -1, dim).to(both.dtype) * inputs.scale
-    along = q @ both
+    dim, log_n = inputs.query.shape[3], inputs.regions.last_log_n_bulk
+    of_scores = state.of_scores(inputs.scale)
+    q = inputs.query.reshape(len(of_scores), -1, dim).to(of_scores.dtype)
+    if isinstance(log_n, Tensor):
+        log_n = log_n.to(q.dtype).expand(-1, inputs.key.shape[1], 1).flatten(0, 1)
+    along = torch.bmm(q, of_scores)
     variance = (along[..., :dim] * q).sum(-1)
-    log_n = inputs.regions.last_log_n_bulk.to(both.dtype)
     mass = log_mass_of_log_count(log_n, along[..., dim], variance, inputs.softcap, estimate)
-    return mass.flatten(1).unsqueeze(-1)
+    return mass.view(inputs.query.shape[:3])
 
 
 def _prefill(
@@ -235,13 +245,11 @@ def _prefill(
     zero_row = regions.first + regions.sink_size + regions.window_size - 1 - regions.query_slot
     within = torch.arange(CHUNK, device=query.device)
     masses = []
-    for begin in range(0, max_chunks + 1, _CHUNKS_PER_SLAB):
-        groups = min(_CHUNKS_PER_SLAB, max_chunks + 1 - begin)
+    for begin, groups in _slabs(max_chunks + 1, query):
         prefixes = state.prefixes(inputs.key, regions, upto, groups)
         grid = CHUNK * (start_chunks[:, None] + begin + torch.arange(groups, device=query.device))
         bulk_counts = grid[..., None] + within
-        rows = (bulk_counts + zero_row[:, None, None]).flatten(1)
-        aligned = _take(query, rows).unflatten(2, (groups, CHUNK))
+        aligned = _span(query, grid[:, 0] + zero_row, groups * CHUNK).unflatten(2, (groups, CHUNK))
         masses.append(_evaluate(inputs, aligned, prefixes.but_last(), bulk_counts, estimate).flatten(2))
         state = prefixes.last()
     column = n_bulk - CHUNK * start_chunks[:, None]
@@ -266,19 +274,34 @@ def _evaluate(
     Returns:
         [batch, heads, groups, rows].
     """
-    kv_heads, dtype, scale = moments.total.shape[1], moments.total.dtype, inputs.scale
+    (_, kv_heads, _, dim), dtype, scale = moments.total.shape, moments.total.dtype, inputs.scale
     heads_apart = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [batch, kv_heads, groups, group, rows, dim]
     # All rows that share a matrix side by side: one product each. The scale goes to the matrices, which are smaller.
     q = heads_apart.flatten(3, 4).to(dtype)
     divisor = moments.count.clamp(min=1)[:, None, :, None]
     shift = moments.total / divisor
-    second = moments.outer * (scale * scale / divisor[..., None])
-    along = q @ (torch.stack([shift, moments.reference], dim=-1) * scale)
-    along_shift = along[..., 0]
-    variance = ((q @ second) * q).sum(-1) - along_shift.square()
-    mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (along.sum(-1), variance))
+    covariance = moments.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
+    both = torch.cat([covariance * (scale * scale), (moments.reference + shift).unsqueeze(-1) * scale], dim=-1)
+    along = q @ both
+    mean, variance = along[..., dim], along[..., :dim].mul_(q).sum(-1)
+    mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (mean, variance))
     mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=inputs.softcap, estimate=estimate)
     return mass.transpose(2, 3).flatten(1, 2)
+
+
+def _slabs(n_chunks: int, where: Tensor) -> Iterator[tuple[int, int]]:
+    """Cut chunks into slabs: the first chunk of each, and how many."""
+    most = _CHUNKS_PER_SLAB_ON_HOST if host_may_read(where) else _CHUNKS_PER_SLAB
+    return ((begin, min(most, n_chunks - begin)) for begin in range(0, n_chunks, most))
+
+
+def _span(x: Tensor, begin: Tensor, n: int) -> Tensor:
+    """Take `n` tokens from `begin` [batch] on, of [batch, heads, tokens, dim]; a view where that is free to see."""
+    if host_may_read(x):
+        begins = begin.tolist()
+        if len(set(begins)) == 1 and 0 <= begins[0] <= x.shape[2] - n:
+            return x.narrow(2, begins[0], n)
+    return _take(x, begin[:, None] + torch.arange(n, device=x.device))
 
 
 def _take(x: Tensor, slots: Tensor) -> Tensor:

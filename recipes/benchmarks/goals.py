@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import PAGES, RESULTS, Row, described, write_page
+from whole import section, table
 
 Found = list[dict[str, Any]]
 
@@ -33,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     found = []
     for path in sorted(RESULTS.glob("*.json")):
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+        found.append(json.loads(path.read_text(encoding="utf-8")) | {"stem": path.stem})
         write_page(found[-1], options.pages / f"{path.stem}.md")
     kernels = [file for file in found if file["benchmark"] in ("prefill", "decode")]
     template = Path(__file__).parent / "pages" / "benchmarks.md"
@@ -43,7 +44,8 @@ def main() -> None:
         limits=_by_goal(found, lambda row, _: f"{row['share']:.0%} of {row['limit']:.3g}x" if row else ""),
         other_shapes=_other_shapes(found),
         replayed=_replayed(found),
-        whole_models=_whole_models(_rows(found, "end_to_end")),
+        real_model=section(found, "real_model"),
+        whole_models=section(found, "whole_model"),
         compiling=_compiling(_rows(found, "compile")),
         commands="\n".join(f"- `{file['command']}`" for file in found),
     )
@@ -64,7 +66,7 @@ def _by_goal(found: Found, cell: Callable[[Row | None, float], str]) -> str:
             chosen = [row for row in _rows(found, phase) if (fixed | {"tokens": tokens}).items() <= row.items()]
             cells.append(cell(chosen[0] if chosen else None, goal))
         lines.append(cells)
-    return _table(["", *(f"{n:,}" for n in CPU_LENGTHS)], lines)
+    return table(["", *(f"{n:,}" for n in CPU_LENGTHS)], lines)
 
 
 def _reached(row: Row | None, goal: float) -> str:
@@ -85,7 +87,7 @@ def _other_shapes(found: Found) -> str:
                 cells = lines.setdefault((phase, row["dtype"], *sizes, row["gates"]), {})
                 cells[row["tokens"]] = f"{row['speed-up']:.2f}x"
     lengths = sorted({length for cells in lines.values() for length in cells})
-    return _table(
+    return table(
         ["phase", "dtype", "heads", "window", "batch", "gates", *(f"{n:,}" for n in lengths)],
         [[*label, *(cells.get(n, "") for n in lengths)] for label, cells in lines.items()],
     )
@@ -101,28 +103,12 @@ def _replayed(found: Found) -> str:
         for row in _rows(found, phase)
         if row["gates"].startswith("shipped model")
     ]
-    return _table(["phase", "tokens", "gates", *percents, *factors], lines)
-
-
-def _whole_models(rows: list[Row]) -> str:
-    lines = [
-        [row["model"], row["policy"].removeprefix("min_bulk="), row["phase"], f"{row['tokens']:,}"]
-        + [f"{row['dense ms']:.1f}", f"{row['patched ms']:.1f}", f"{row['speed-up']:.2f}x"]
-        + ["-" if row[name] is None else f"{row[name]:.0%}" for name in ("open", "density")]
-        for row in rows
-    ]
-    return _table(
-        ["model", "min_bulk", "phase", "tokens", "dense ms", "patched ms", "speed-up", "open", "density"], lines
-    )
+    return table(["phase", "tokens", "gates", *percents, *factors], lines)
 
 
 def _compiling(rows: list[Row]) -> str:
     lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
-    return _table(list(rows[0]), lines) if rows else "*Not measured.*"
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
+    return table(list(rows[0]), lines) if rows else "*Not measured.*"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ PAGES = Path("docs/results/benchmarks")
 Row = dict[str, Any]
 Item = TypeVar("Item")
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _BUSY = 0.1
 
 
@@ -37,7 +39,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats of each variant")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread, busy machines")
+    parser.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: for one thread, busy machines")
     parser.add_argument("--out", type=Path, help=f"folder of all results, in place of {RESULTS} and {PAGES}")
     parser.add_argument("--name", default="", help="name of the result files; the benchmark's own by default")
     return parser
@@ -75,18 +77,18 @@ class Timed:
         is_quiet: False where other programs used more than a tenth of the cores in too many repeats.
     """
 
-    samples: dict[str, list[float]]
+    samples: dict[Any, list[float]]
     is_quiet: bool
 
-    def ms(self, name: str) -> float:
+    def ms(self, name: Any) -> float:
         """Return the median over the repeats."""
         return statistics.median(self.samples[name])
 
-    def ratios(self, name: str, other: str) -> list[float]:
+    def ratios(self, name: Any, other: Any) -> list[float]:
         """Divide one variant's time by another's within each repeat, and sort."""
         return sorted(a / b for a, b in zip(self.samples[name], self.samples[other], strict=True))
 
-    def speedup(self, dense: str, name: str) -> Row:
+    def speedup(self, dense: Any, name: Any) -> Row:
         """Say how many times as fast as `dense` a variant is: median, lowest and highest over the repeats."""
         ratios = self.ratios(dense, name)
         return {"speed-up": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
@@ -110,23 +112,50 @@ def measure(
         clock: `"wall"`, or `"cpu"` for the CPU time of this program: what a busy machine leaves to measure with one
             thread.
     """
-    now = time.process_time if clock == "cpu" else time.perf_counter
+    now = CLOCKS[clock]
     calls = {}
     for name, variant in variants.items():
         variant()
         calls[name] = max(1, min(1000, round(at_least_ms / max(milliseconds(variant, device, 1, now), 1e-3))))
-    quiet: list[dict[str, float]] = []
-    every: list[dict[str, float]] = []
-    while len(quiet) < repeats and len(every) < 2 * repeats:
+
+    def timed(name: str) -> float:
+        return milliseconds(variants[name], device, calls[name], now)
+
+    return in_turn(variants, timed, repeats=repeats, least=repeats, clock=clock)
+
+
+def in_turn(
+    names: Iterable[Any],
+    timed: Callable[[Any], float],
+    *,
+    repeats: int,
+    least: int,
+    budget: float = math.inf,
+    clock: str = "wall",
+) -> Timed:
+    """Repeat calls in turn until there are enough quiet repeats or the time is spent.
+
+    Args:
+        names: The variants.
+        timed: Makes the calls of a variant that are one sample and returns its milliseconds.
+        repeats: Number of repeats wanted; as many again are made where other programs disturb.
+        least: Number of repeats that are made even if they take longer than the budget.
+        budget: Seconds after which no further repeat is begun.
+        clock: As in `measure`.
+    """
+    quiet: list[dict[Any, float]] = []
+    every: list[dict[Any, float]] = []
+    end = time.perf_counter() + budget
+    while len(quiet) < repeats and len(every) < 2 * repeats and (len(every) < least or time.perf_counter() < end):
         before, begin = _foreign_seconds(), time.perf_counter()
-        sample = {name: milliseconds(variant, device, calls[name], now) for name, variant in variants.items()}
+        sample = {name: timed(name) for name in names}
         foreign = _foreign_seconds() - before
         every.append(sample)
         if clock == "cpu" or foreign <= _BUSY * (time.perf_counter() - begin) * (os.cpu_count() or 1):
             quiet.append(sample)
-    is_quiet = len(quiet) >= min(3, repeats)
+    is_quiet = len(quiet) >= min(3, repeats, len(every))
     chosen = quiet if is_quiet else every
-    return Timed({name: [sample[name] for sample in chosen] for name in variants}, is_quiet)
+    return Timed({name: [sample[name] for sample in chosen] for name in names}, is_quiet)
 
 
 def milliseconds(
@@ -197,9 +226,10 @@ def save(
 
 
 def command_line() -> str:
-    """Return the command that runs this benchmark again, without the folder of the results."""
+    """Return the command that runs this benchmark again, without folders of this machine."""
     program, *given = sys.argv
-    return re.sub(r" --out \S+", "", " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
+    command = re.sub(r" --out \S+", "", " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
+    return re.sub(r" /\S+/", " ", command)
 
 
 def write_page(found: dict[str, Any], path: Path) -> None:

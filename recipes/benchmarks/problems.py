@@ -151,6 +151,18 @@ def shipped_model(length: int) -> tuple[Any, Tensor]:
     return model, tokenizer(demo.sample_text()[: 10 * length], return_tensors="pt").input_ids[:, :length]
 
 
+def prose(tokenizer: Any, length: int) -> Tensor:
+    """Return tokens [1, length] of the text of English that every Python brings along: the help on its language."""
+    # Imported here: these are half a million letters.
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics.values())
+    tokens = tokenizer(text[: 10 * length], return_tensors="pt").input_ids[:, :length]
+    if tokens.shape[1] < length:
+        raise ValueError(f"The text has {tokens.shape[1]:,} tokens, {length:,} are asked for: take shorter lengths.")
+    return tokens
+
+
 def reading(model: Any, tokens: Tensor) -> Callable[[], Any]:
     """Make a call that reads tokens [batch, length] into a new cache."""
     return lambda: model(tokens, use_cache=True, logits_to_keep=1)

@@ -41,7 +41,16 @@ def policy_file(folder: Path, policy: Policy) -> Path:
 def test_demo_prints_one_table_and_saves_the_picture(picture: Path) -> None:
     result = run("demo", *SMALL, "--out", picture)
     assert result.exit_code == 0, result.output
-    for row in ("answers right", "text loss", "open fraction", "realised density", "prefill (sec", "decode (tok"):
+    for row in (
+        "answers right",
+        "text loss",
+        "open fraction",
+        "realised density",
+        "agreement",
+        "KL",
+        "first token",
+        "tokens per",
+    ):
         assert row in result.stdout
     assert str(picture) in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")

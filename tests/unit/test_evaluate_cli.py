@@ -150,7 +150,7 @@ def test_source_code_is_the_haystack_of_code_only(tmp_path: Path, monkeypatch: p
     [
         ((), "the folder has no config.json, so there is no model in it"),
         (("tokenizer.json", "tokenizer_config.json"), "the folder has no config.json"),
-        (("config.json", "model.safetensors"), "the folder has no tokenizer"),
+        (("config.json", "model.safetensors"), "has no tokenizer that can be read"),
         (("config.json", "tokenizer.json", "tokenizer_config.json"), "Can't load"),
         (("config.json", "tokenizer.json", "tokenizer_config.json", "broken"), "deserializing header"),
     ],
@@ -165,7 +165,7 @@ def test_folders_that_hold_no_model_are_explained(tmp_path: Path, files: tuple[s
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Fix: " in result.stderr
-    assert "save_pretrained wrote model and tokenizer" in result.stderr
+    assert "save_pretrained" in result.stderr
 
 
 def test_help_has_examples() -> None:

@@ -153,3 +153,29 @@ def test_a_bounded_step_that_is_too_small_opens_instead_of_guessing():
     again, _ = bulk_log_mass_from_prompt(inputs, state, max_chunks=1)
     assert mass.isfinite().all()
     assert torch.equal(mass, again)
+
+
+@pytest.mark.parametrize("estimate", ["guarded", "saturating", "lognormal"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("left", [0, 77])
+def test_a_step_of_decode_is_the_mass_of_the_covered_keys(estimate, softcap, left):
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, n, 8, generator=draw).double() for heads, n in ((6, 1), (2, 500)))
+    valid = torch.ones(2, 500, dtype=torch.bool)
+    valid[1, :left] = False
+    regions = Regions.of(valid, query_length=1, sink_size=4, window_size=32)
+    state = None
+    frozen = 0
+    # The same state at another scale: what is kept of the last step must not be used.
+    for scale in (0.3, 1.5, 0.3):
+        inputs = AttentionInputs(query, key, key, regions, scale, softcap)
+        mass, state = bulk_log_mass_from_prompt(inputs, state, estimate=estimate)
+        for row, first in enumerate((0, left)):
+            n_bulk = 500 - 32 - 4 - first
+            covered = key[row, :, first + 4 : first + 4 + n_bulk // CHUNK * CHUNK]
+            want = KeyMoments.of(covered).log_mass(
+                query[row].view(2, 3, 8), torch.tensor(n_bulk), scale=scale, softcap=softcap, estimate=estimate
+            )
+            torch.testing.assert_close(mass[row], want.view(6, 1), rtol=1e-10, atol=1e-10)
+            frozen += int(want.isinf().sum())
+    assert (frozen > 0) == (estimate == "guarded")

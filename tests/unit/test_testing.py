@@ -259,7 +259,7 @@ def test_a_difference_outside_the_layers_shows_in_the_logits(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"policy": policy(min_bulk="auto")}, r"don't reach beyond .* = 4132"),
+        ({"policy": policy(min_bulk="auto")}, r"don't reach beyond .* = 296"),
         ({"policy": policy(window_size=300)}, r"don't reach beyond .* = 304"),
         ({"policy": policy(OracleGate(threshold=1e-6))}, r"all \d+ pairs .* closed. Raise the gate's threshold"),
         ({"policy": policy(OracleGate(threshold=1 - 1e-9))}, r"all \d+ pairs .* open. Lower the gate's threshold"),

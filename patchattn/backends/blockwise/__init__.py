@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from patchattn.backends.backend import Backend
+from patchattn.backends.blockwise.cost import break_even
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
-from patchattn.backends.blockwise.softmax import with_sink_logits, with_unit_stride
+from patchattn.backends.blockwise.softmax import Softmax, with_sink_logits, with_unit_stride
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import UnsupportedCallError
 from patchattn.gates.decision import all_open, decide
-from patchattn.policy import MinBulk
 
 
 def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Attended:
@@ -141,24 +141,28 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> At
     length = inputs.query.shape[2]
     n_dense = n_dense_rows(inputs, bulk_log_mass)
     leading = dense_rows(inputs, n_dense) if n_dense else None
-    outputs, decisions, scored = [], [], 0
+    if leading is not None and n_dense == length:
+        return leading
+    batch, heads, _, _ = inputs.query.shape
+    output = inputs.query.new_empty(batch, length, heads, inputs.value.shape[3])
+    begin, decisions, scored = 0, [], 0
     if leading is not None:
-        outputs, decisions, scored = [leading.output.transpose(1, 2)], [leading.open], leading.scored_keys
-    for begin in range(n_dense if outputs else 0, length, SLAB):
-        rows = slice(begin, min(begin + SLAB, length))
-        local, triples = attend_local(inputs, rows)
+        begin, decisions, scored = n_dense, [leading.open], leading.scored_keys
+        output[:, :begin] = leading.output.transpose(1, 2)
+    for start in range(begin, length, SLAB):
+        rows = slice(start, min(start + SLAB, length))
+        local, triples = attend_local(inputs, rows, output[:, rows])
         if inputs.sink_logits is not None:
             local = with_sink_logits(local, inputs.sink_logits[:, None])
+            output[:, rows] = local.output.transpose(1, 2)
+            local = Softmax(output[:, rows].transpose(1, 2), local.log_mass)
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], inputs.regions.asked[:, rows], margin)
         scored += triples
         reads_bulk = opened | inputs.regions.unasked[:, None, rows]
         if reads_bulk.any():
             scored += add_bulk(inputs, rows, reads_bulk, local)
-        outputs.append(local.output.transpose(1, 2))
         decisions.append(opened)
-    if len(outputs) == 1:
-        return Attended(outputs[0].transpose(1, 2), decisions[0], scored)
-    return Attended(torch.cat(outputs, 1).transpose(1, 2), torch.cat(decisions, 2), scored)
+    return Attended(output.transpose(1, 2), torch.cat(decisions, 2), scored)
 
 
 def _within_the_keys(inputs: AttentionInputs) -> AttentionInputs:
@@ -179,4 +183,4 @@ def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:
     return AttentionInputs(query, key, value, inputs.regions, inputs.scale, inputs.softcap, inputs.sink_logits)
 
 
-BACKEND = Backend(attend, break_even=MinBulk(prefill=4096, decode=8192), own_dense=dense)
+BACKEND = Backend(attend, break_even=break_even, own_dense=dense)

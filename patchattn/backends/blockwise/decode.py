@@ -7,11 +7,11 @@ and what is known to be visible is merged without guards.
 from __future__ import annotations
 
 from functools import reduce
-from itertools import chain
 
 import torch
 from torch import Tensor
 
+from patchattn.backends.blockwise.products import attend_by_products, is_flat, may_use_products
 from patchattn.backends.blockwise.softmax import Softmax, attend_to, is_fused, with_sink_logits
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.gates.decision import is_open
@@ -39,106 +39,116 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     local = _attend_local(inputs)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
-    opened = [
-        [is_open(mass, far, margin) for mass, (far,) in zip(chain.from_iterable(near), bulk, strict=True)]
-        for near, bulk in zip(local.log_mass.tolist(), bulk_log_mass.tolist(), strict=True)
-    ]
+    masses = zip(local.log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), strict=True)
+    opened = [is_open(near, far, margin) for near, far in masses]
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
-    if any(map(any, opened)):
-        scored += _add_bulk(inputs, opened, local)
-        decisions = torch.tensor(opened, device=inputs.query.device).unsqueeze(2)
+    if any(opened):
+        decisions = torch.tensor(opened, device=inputs.query.device).view(batch, heads, 1)
+        scored += _add_bulk(inputs, opened, decisions.view(local.log_mass.shape), local)
     else:
         decisions = torch.zeros(batch, heads, 1, dtype=torch.bool, device=inputs.query.device)
-    return Attended(local.output.reshape(batch, heads, 1, -1), decisions, scored)
+    return Attended(local.output.to(inputs.query.dtype).view(batch, heads, 1, -1), decisions, scored)
 
 
 def _attend_local(inputs: AttentionInputs) -> Softmax:
-    """Attend to sink and window: output [batch, kv_heads, group, value_dim], log mass [batch, kv_heads, group]."""
+    """Attend to sink and window: output [batch, kv_heads, group, value_dim], contiguous and in the compute dtype."""
     regions, host = inputs.regions, inputs.regions.host
     query, begin = _grouped(inputs), host.filled - regions.window_size
     key, value = (x.narrow(2, begin, regions.window_size) for x in (inputs.key, inputs.value))
-    window = attend_to(inputs, query, key, value)
+    local = attend_to(inputs, query, key, value)
+    output = local.output.to(inputs.compute_dtype, memory_format=torch.contiguous_format)
+    local = Softmax(output.contiguous(), local.log_mass)
     if not regions.sink_size:
-        return window
+        return local
     # Two calls on views: one on a copy of both takes as long at best, and half as long again where its memory is new.
     key, value = (_sinks(x, host.first, regions.sink_size) for x in (inputs.key, inputs.value))
-    return window.merge(attend_to(inputs, query, key, value))
+    sink = attend_to(inputs, query, key, value)
+    local.take_in(sink)
+    return Softmax(local.output, torch.logaddexp(local.log_mass, sink.log_mass))
 
 
-def _add_bulk(inputs: AttentionInputs, opened: list[list[bool]], local: Softmax) -> int:
-    """Merge the bulk keys of open pairs into the local output in place; returns the triples scored."""
-    regions, host, group = inputs.regions, inputs.regions.host, inputs.group_size
-    end = host.filled - regions.window_size
-    wanted: dict[tuple[int, int], list[int]] = {}
-    for row, flags in enumerate(opened):
-        for head, flag in enumerate(flags):
-            if flag:
-                wanted.setdefault((row, head // group), []).append(head % group)
-    n_groups = len(opened) * inputs.key.shape[1]
-    if len(wanted) > 1 and len(wanted) >= _TOGETHER_FROM * n_groups and len(set(host.first)) == 1:
-        return _all_heads(inputs, opened, local, host.first[0] + regions.sink_size, end)
-    scored = 0
-    for (row, kv_head), heads in wanted.items():
-        begin = host.first[row] + regions.sink_size
-        # Heads between open ones are taken along: their keys are read anyway.
-        n_heads = heads[-1] - heads[0] + 1
-        bulk = _one_kv_head(inputs, row, kv_head, heads[0], n_heads, begin, end)
-        near = Softmax(
-            local.output[row, kv_head].narrow(0, heads[0], n_heads),
-            local.log_mass[row, kv_head].narrow(0, heads[0], n_heads),
-        )
-        kept = None
-        if n_heads > len(heads):
-            at = kv_head * group + heads[0]
-            kept = torch.tensor(opened[row][at : at + n_heads], device=inputs.query.device)
-        near.take_in(Softmax(bulk.output[0], bulk.log_mass[0]), kept)
-        scored += n_heads * (end - begin)
+def _add_bulk(inputs: AttentionInputs, opened: list[bool], decisions: Tensor, local: Softmax) -> int:
+    """Merge the bulk keys of open pairs into the local output in place; returns the triples scored.
+
+    Args:
+        inputs: The call.
+        opened: The decisions, [batch * heads].
+        decisions: The same, [batch, kv_heads, group] bool.
+        local: Output and log mass of the local keys, [batch, kv_heads, group, ...].
+    """
+    host, group, batch, kv_heads = inputs.regions.host, inputs.group_size, *inputs.key.shape[:2]
+    output, log_mass, decisions = (x.flatten(0, 1) for x in (local.output, local.log_mass, decisions))
+    scored, end = 0, host.filled - inputs.regions.window_size
+    is_one = batch == 1 or (len(set(host.first)) == 1 and all(map(is_flat, (inputs.key, inputs.value))))
+    for row, rows in [(0, batch)] if is_one else [(row, 1) for row in range(batch)]:
+        query = _grouped(inputs).narrow(0, row, rows).flatten(0, 1)
+        key, value = (x[row : row + rows, :, : host.filled].flatten(0, 1) for x in (inputs.key, inputs.value))
+        begin, offset = host.first[row] + inputs.regions.sink_size, row * kv_heads
+        flags = [opened[at : at + group] for at in range(offset * group, (offset + len(key)) * group, group)]
+        for start, stop in _runs(flags):
+            # Heads between open ones are taken along: their keys are read anyway.
+            wanted = [head for of_group in flags[start:stop] for head, flag in enumerate(of_group) if flag]
+            units, heads = slice(offset + start, offset + stop), slice(min(wanted), max(wanted) + 1)
+            near = Softmax(output[units, heads], log_mass[units, heads])
+            bulk = _attend_bulk(
+                inputs, query[start:stop, heads], key[start:stop], value[start:stop], begin, end, near.log_mass
+            )
+            n_rows = near.log_mass.numel()
+            near.take_in(bulk, None if len(wanted) == n_rows else decisions[units, heads])
+            scored += n_rows * (end - begin)
     return scored
 
 
-def _all_heads(inputs: AttentionInputs, opened: list[list[bool]], local: Softmax, begin: int, end: int) -> int:
-    """Read the bulk keys of all heads in one call and keep the result where gates are open."""
-    key, value = (x.narrow(2, begin, end - begin) for x in (inputs.key, inputs.value))
-    kept = None
-    if not all(map(all, opened)):
-        kept = torch.tensor(opened, device=key.device).view(local.log_mass.shape)
-    local.take_in(attend_to(inputs, _grouped(inputs), key, value), kept)
-    return local.log_mass.numel() * (end - begin)
+def _runs(flags: list[list[bool]]) -> list[tuple[int, int]]:
+    """Cut the KV heads with an open head into runs without gaps; all are one where most are open.
 
-
-def _one_kv_head(
-    inputs: AttentionInputs, row: int, kv_head: int, head: int, n_heads: int, begin: int, end: int
-) -> Softmax:
-    """Attend `n_heads` heads of a group, from its `head` on, to slots cut into stretches so that every core has some.
+    Args:
+        flags: For each KV head, whether its heads are open.
 
     Returns:
-        Output [1, heads, value_dim] and log mass [1, heads].
+        First KV head of each run, and past its last.
     """
-    n_keys = end - begin
-    splits = max(min(torch.get_num_threads(), _MOST_SPLITS, n_keys // _FEWEST_KEYS_TO_SPLIT), 1)
-    if not is_fused(inputs):
-        splits = 1
-    size = n_keys // splits
+    wanted = [unit for unit, of_group in enumerate(flags) if any(of_group)]
+    if len(wanted) >= _TOGETHER_FROM * len(flags):
+        return [(0, len(flags))]
+    begins = [unit for unit in wanted if unit - 1 not in wanted]
+    ends = [unit + 1 for unit in wanted if unit + 1 not in wanted]
+    return list(zip(begins, ends, strict=True))
 
-    def stretches(x: Tensor, count: int, length: int, start: int) -> Tensor:
-        stride = x.stride()
-        offset = x.storage_offset() + row * stride[0] + kv_head * stride[1] + start * stride[2]
-        return x.as_strided((count, 1, length, x.shape[3]), (length * stride[2], 0, stride[2], 1), offset)
 
-    def attend(count: int, length: int, start: int) -> Softmax:
-        query, stride = inputs.query, inputs.query.stride()
-        first = kv_head * inputs.group_size + head
-        offset = query.storage_offset() + row * stride[0] + first * stride[1]
-        rows = query.as_strided((count, 1, n_heads, query.shape[3]), (0, 0, stride[1], 1), offset)
-        return attend_to(
-            inputs, rows, stretches(inputs.key, count, length, start), stretches(inputs.value, count, length, start)
-        )
+def _attend_bulk(
+    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, guess: Tensor
+) -> Softmax:
+    """Attend some KV heads to slots: by two products, or by the kernel, cut so that every core has some.
 
-    together = attend(splits, size, begin)
-    parts = [Softmax(*part) for part in zip(together.output.unbind(0), together.log_mass.unbind(0), strict=True)]
-    if splits * size < n_keys:
-        rest = attend(1, n_keys - splits * size, begin + splits * size)
-        parts.append(Softmax(rest.output[0], rest.log_mass[0]))
+    Args:
+        inputs: The call.
+        query: [kv_heads, rows, dim].
+        key: [kv_heads, keys, dim].
+        value: [kv_heads, keys, value_dim].
+        begin: First slot.
+        end: Past the last slot.
+        guess: See `attend_by_products`.
+
+    Returns:
+        Output [kv_heads, rows, value_dim] and log mass [kv_heads, rows].
+    """
+    if inputs.softcap is None and may_use_products(query, key, begin, end):
+        bulk = attend_by_products(query, key, value, begin, end, inputs.scale, guess)
+        if bulk is not None:
+            return bulk
+    n_keys, splits = end - begin, 1
+    if len(key) == 1 and is_fused(inputs):
+        splits = max(min(torch.get_num_threads(), _MOST_SPLITS, n_keys // _FEWEST_KEYS_TO_SPLIT), 1)
+    size, rest = divmod(n_keys, splits)
+    parts: list[Softmax] = []
+    for count, length, start in ((splits, size, begin), (1, rest, end - rest)):
+        if length:
+            stretches = (
+                x.narrow(1, start, count * length).unflatten(1, (count, length)).transpose(0, 1) for x in (key, value)
+            )
+            part = attend_to(inputs, query.expand(count, -1, -1, -1), *stretches)
+            parts += map(Softmax, part.output.unbind(0), part.log_mass.unbind(0))
     return reduce(Softmax.merge, parts)
 
 

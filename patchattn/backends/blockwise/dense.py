@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchattn.backends.blockwise.softmax import attend_to, is_fused
+from patchattn.backends.blockwise.products import GRID, attend_by_products, is_flat, may_use_products
+from patchattn.backends.blockwise.softmax import Softmax, attend_to, has_nan, is_fused
 from patchattn.call.inputs import Attended, AttentionInputs
 
 # Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
 # one row of a narrower dtype is several times slower at any length.
 _FEWEST_TO_GROUP = 1 << 18
+# Numbers in the keys from which products outweigh the small operations around them, where the kernel has several rows.
+_FEWEST_FOR_PRODUCTS = 1 << 20
+# Keys at both ends of a sequence that tell about the largest score of all.
+_TELLING = 64
 
 
 def is_plain(inputs: AttentionInputs) -> bool:
@@ -38,13 +43,34 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
     if length == 1 and (query.dtype != torch.float32 or key.numel() >= _FEWEST_TO_GROUP):
         # Heads of a group as rows: their keys are read once.
         rows = query.reshape(batch, kv_heads, -1, dim)
-        return scaled_dot_product_attention(rows, key, value, scale=inputs.scale).reshape(batch, heads, 1, -1)
+        output = _by_products(inputs, rows, key, value)
+        if output is None:
+            output = scaled_dot_product_attention(rows, key, value, scale=inputs.scale)
+        return output.reshape(batch, heads, 1, -1)
     if length == 1 or not before:
         return scaled_dot_product_attention(
             query, key, value, is_causal=length > 1, scale=inputs.scale, enable_gqa=heads > kv_heads
         )
     own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
     return attend_to(inputs, query, key[:, :, :before], value[:, :, :before]).merge(own).output
+
+
+def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """Attend rows to every key by products, [batch, kv_heads, rows, value_dim]; None where the kernel is better."""
+    end = (key.shape[2] - _TELLING) // GRID * GRID
+    if not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
+        return None
+    queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
+    is_long = queries.shape[1] == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS
+    if not is_long or not may_use_products(queries, keys, 0, end):
+        return None
+    last = attend_to(inputs, query, key[:, :, end:], value[:, :, end:])
+    first = (queries @ keys[:, :_TELLING].mT).amax(-1) * inputs.scale
+    guess = torch.maximum(last.log_mass.flatten(0, 1), first)
+    others = attend_by_products(queries, keys, values, 0, end, inputs.scale, guess)
+    if others is None:
+        return None
+    return last.merge(Softmax(others.output.view(last.output.shape), others.log_mass.view(last.log_mass.shape))).output
 
 
 def n_dense_rows(inputs: AttentionInputs, bulk_log_mass: Tensor) -> int:
@@ -61,7 +87,7 @@ def dense_rows(inputs: AttentionInputs, n_rows: int) -> Attended | None:
     query, key, value = inputs.query[:, :, :n_rows], inputs.key[:, :, :last], inputs.value[:, :, :last]
     seen = inputs.regions.cut(0, n_rows, last)
     output = attend_densely(replace(inputs, query=query, key=key, value=value, regions=seen))
-    if output.isnan().any():
+    if has_nan(output):
         return None
     opened = seen.asked[:, None].expand(query.shape[:3])
     return Attended(output, opened, query.shape[0] * query.shape[1] * causal_pairs(n_rows, last - n_rows))

@@ -8,57 +8,55 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from patchattn.backends.blockwise.softmax import Softmax, attend_to
+from patchattn.backends.blockwise.softmax import Softmax, attend_to, without_rows
 from patchattn.call.inputs import AttentionInputs
 
 SLAB = 4096
 """Queries per slab: workspace beyond the output is bounded by this, whatever the length of the prompt."""
 
-# Queries per chunk of the local pass: more score more keys beyond their windows, fewer copy more keys per query.
+# Queries per chunk of the local pass: more score more keys beyond their windows, fewer make smaller tiles.
 _LOCAL_ROWS = 64
-_MOST_LOCAL_ROWS = 128
-# Chunks per call: copies of the keys that fit the allocator's heap, whose fresh pages cost more than more calls.
-_LOCAL_CHUNKS = 32
+# Chunks per call, so that what is made of them stays in the caches.
+_LOCAL_CHUNKS = 16
 # Scores of a masked call of the bulk pass, times the head dimension: more waste half of them, fewer cost more calls.
 _MOST_MASKED = 6 << 20
 
 
-def attend_local(inputs: AttentionInputs, rows: slice) -> tuple[Softmax, int]:
+def attend_local(inputs: AttentionInputs, rows: slice, output: Tensor | None = None) -> tuple[Softmax, int]:
     """Pass 1: queries against sink and window, in chunks of neighbours that share a short stretch of keys.
 
     Args:
         inputs: The call.
         rows: Query rows to compute.
+        output: [batch, rows, heads, value_dim]; where the output goes. None makes a place for it.
 
     Returns:
-        Output and local log mass without sink logits, [batch, heads, rows, ...], and the number of (head, query, key)
-        triples scored.
+        Output, a view, and local log mass without sink logits, [batch, heads, rows, ...], and the number of (head,
+        query, key) triples scored.
     """
-    regions, host = inputs.regions, inputs.regions.host
-    size = min(max(regions.window_size // 8, _LOCAL_ROWS), _MOST_LOCAL_ROWS)
-    if inputs.group_size == 1:
-        size = _MOST_LOCAL_ROWS
+    regions, host, size = inputs.regions, inputs.regions.host, _LOCAL_ROWS
     length = rows.stop - rows.start
+    if output is None:
+        batch, heads = inputs.query.shape[:2]
+        output = inputs.query.new_empty(batch, length, heads, inputs.value.shape[3])
     chunks, rest = divmod(length, size)
     # From here on a query's sink lies whole before its window, and nothing needs to be masked but the window's ends.
     plain_from = host.last_first + regions.sink_size + regions.window_size - 1 - host.query_slot - rows.start
     irregular = min(max(-(-plain_from // size), 0), chunks) if host.is_plain else chunks
     most = max(_LOCAL_CHUNKS // inputs.query.shape[0], 1)
     pieces = [
-        (0, irregular, size, False),
+        *((begin * size, min(most, irregular - begin), size, False) for begin in range(0, irregular, most)),
         *((begin * size, min(most, chunks - begin), size, True) for begin in range(irregular, chunks, most)),
         (chunks * size, 1 if rest else 0, rest, host.is_plain and chunks * size >= plain_from),
     ]
-    parts, scored = [], 0
+    log_masses, scored = [], 0
     for begin, count, chunk, is_plain in pieces:
         if count:
             part, keys = _local_chunks(inputs, rows.start + begin, count, chunk, is_plain=is_plain)
-            parts.append(part)
+            output[:, begin : begin + count * chunk] = part.output
+            log_masses.append(part.log_mass)
             scored += inputs.query.shape[0] * inputs.query.shape[1] * count * chunk * keys
-    if len(parts) == 1:
-        return parts[0], scored
-    output = torch.cat([part.output.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
-    return Softmax(output, torch.cat([part.log_mass for part in parts], dim=2)), scored
+    return Softmax(output.transpose(1, 2), torch.cat(log_masses, dim=1).transpose(1, 2)), scored
 
 
 def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Softmax) -> int:
@@ -87,9 +85,13 @@ def add_bulk(inputs: AttentionInputs, rows: slice, opened: Tensor, local: Softma
 
 
 def _local_chunks(inputs: AttentionInputs, begin: int, count: int, size: int, *, is_plain: bool) -> tuple[Softmax, int]:
-    """Attend `count` chunks of `size` queries, from row `begin` on, in one call; also returns the keys per query."""
+    """Attend `count` chunks of `size` queries, from row `begin` on, in one call for the window and one for the sink.
+
+    Returns:
+        Output [batch, rows, heads, value_dim], log mass [batch, rows, heads], and the keys scored per query.
+    """
     regions, host = inputs.regions, inputs.regions.host
-    batch, window = inputs.query.shape[0], regions.window_size
+    (batch, heads, _, _), kv_heads, window = inputs.query.shape, inputs.key.shape[1], regions.window_size
     slot = host.query_slot + begin
     reach = window - 1 + size
     # A sequence shorter than its window has empty slots before it. A cache may hold anything in the slots after the
@@ -97,32 +99,47 @@ def _local_chunks(inputs: AttentionInputs, begin: int, count: int, size: int, *,
     lowest = slot - window + 1
     span = slice(max(lowest, 0), slot + count * size)
 
-    def chunked(x: Tensor, sink: Tensor) -> Tensor:
+    def chunked(x: Tensor) -> Tensor:
+        """Overlapping stretches, [batch * chunks, kv_heads, reach, dim]; views of a single sequence."""
         near = pad(x[:, :, span], (0, 0, max(-lowest, 0), 0)) if lowest < 0 else x[:, :, span]
-        near = near.unfold(2, reach, size).permute(0, 2, 1, 4, 3)
-        both = torch.cat([sink[:, None].expand(-1, count, -1, -1, -1), near], dim=3)
-        return both.flatten(0, 1)
+        return near.unfold(2, reach, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    sink_slots = regions.first[:, None] + torch.arange(regions.sink_size, device=regions.first.device)
+    def by_rows(x: Tensor) -> Tensor:
+        """From [batch * chunks, kv_heads, group * size, ...] to [batch, rows, heads, ...]."""
+        apart = x.unflatten(2, (-1, size)).movedim(3, 1)
+        return apart.reshape(batch, count * size, heads, *x.shape[3:])
+
+    # Heads of a group as rows: the kernel's tiles grow with the rows.
+    query = inputs.query[:, :, begin : begin + count * size].unflatten(2, (count, size)).transpose(1, 2)
+    query = query.reshape(batch * count, kv_heads, -1, query.shape[4])
+    row, offset = torch.arange(size, device=query.device)[:, None], torch.arange(reach, device=query.device)
+    seen, sink_seen = ((offset >= row) & (offset < row + window))[None], None
+    sink_slots = regions.first[:, None] + torch.arange(regions.sink_size, device=query.device)
     sink_index = sink_slots.clamp(max=host.filled - 1)
-    key, value = (chunked(x, _at_slots(x, sink_index)) for x in (inputs.key, inputs.value))
-    row, offset = torch.arange(size, device=key.device)[:, None], torch.arange(reach, device=key.device)
-    in_window = (offset >= row) & (offset < row + window)
-    if is_plain:
-        seen = pad(in_window, (regions.sink_size, 0), value=True)[None, None]
-    else:
-        window_slots = lowest + size * torch.arange(count, device=key.device)[:, None] + offset
+    if not is_plain:
+        window_slots = lowest + size * torch.arange(count, device=query.device)[:, None] + offset
         real = regions.valid[:, window_slots.clamp(0, host.filled - 1)] & (window_slots >= 0)
-        slots = slot + torch.arange(count * size, device=key.device).view(count, size, 1)
+        slots = slot + torch.arange(count * size, device=query.device).view(count, size, 1)
         # A sink key that the window holds too must count once.
         sink_real = (sink_slots < host.filled) & regions.valid.gather(1, sink_index)
-        in_sink = (sink_slots[:, None, None] <= slots - window) & sink_real[:, None, None]
-        seen = torch.cat([in_sink, in_window & real[:, :, None]], dim=3).flatten(0, 1)[:, None]
-    query = inputs.query[:, :, begin : begin + count * size].unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
-    part = attend_to(inputs, query, key, value, seen)
-    output = part.output.transpose(1, 2).reshape(batch, count * size, -1, inputs.value.shape[3]).transpose(1, 2)
-    log_mass = part.log_mass.unflatten(0, (batch, count)).transpose(1, 2).flatten(2)
-    return Softmax(output, log_mass), key.shape[2]
+        sink_seen = ((sink_slots[:, None, None] <= slots - window) & sink_real[:, None, None]).flatten(0, 1)
+        seen = (seen & real[:, :, None]).flatten(0, 1)
+    near = attend_to(inputs, query, chunked(inputs.key), chunked(inputs.value), _of_groups(seen, inputs.group_size))
+    if regions.sink_size:
+        key, value = (
+            _at_slots(x, sink_index)[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+            for x in (inputs.key, inputs.value)
+        )
+        sink_seen = None if sink_seen is None else _of_groups(sink_seen, inputs.group_size)
+        near = near.merge(attend_to(inputs, query, key, value, sink_seen))
+        if not is_plain:
+            near = without_rows(near, near.log_mass == -torch.inf)
+    return Softmax(by_rows(near.output), by_rows(near.log_mass)), regions.sink_size + reach
+
+
+def _of_groups(seen: Tensor, group: int) -> Tensor:
+    """Repeat a mask, [batch, size, keys], for the heads of a group, [batch, 1, group * size, keys]."""
+    return seen[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
 
 
 def _compacted(

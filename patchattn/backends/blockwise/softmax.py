@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,15 @@ class Softmax:
         return Softmax(output, torch.logaddexp(self.log_mass, other.log_mass))
 
     def take_in(self, other: Softmax, kept: Tensor | None = None) -> None:
-        """Change the output to that over the keys of both, in the rows that are `kept`; None means all."""
-        share = self._share_of(other)
-        if kept is None and self.output.dtype == share.dtype:
-            self.output.lerp_(other.output, share)
-            return
-        mixed = _mix(self.output, other.output, share)
-        self.output.copy_(mixed if kept is None else torch.where(kept.unsqueeze(-1), mixed, self.output))
+        """Change the output, which has the dtype of the log mass, to that over the keys of both where `kept`.
+
+        `kept` is [..., rows] bool; None means all.
+        """
+        share, output = self._share_of(other), other.output.to(self.output.dtype)
+        if kept is None:
+            self.output.lerp_(output, share)
+        else:
+            self.output.copy_(torch.where(kept.unsqueeze(-1), torch.lerp(self.output, output, share), self.output))
 
     def take_in_rows(self, rows: slice, other: Softmax) -> None:
         """Change some rows, of [rows, ...], output and log mass, to those over the keys of both; a row may see none."""
@@ -56,7 +59,7 @@ def _mix(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """Mix outputs in the dtype of the log masses, [..., rows, value_dim]."""
     if one.dtype == share.dtype:
         return torch.lerp(one, other, share)
-    return torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
+    return one.to(share.dtype).lerp_(other.to(share.dtype), share).to(one.dtype)
 
 
 def is_fused(inputs: AttentionInputs) -> bool:
@@ -99,10 +102,10 @@ def attend_to(
         else:
             blind = ~seen.any(3)
             lost = ((part.log_mass == 0) & ~blind).any()
-            if not (lost or part.output.isnan().any() or part.log_mass.isnan().any()):
-                return _without_rows(part, blind)
+            if not (lost or has_nan(part.output) or has_nan(part.log_mass)):
+                return without_rows(part, blind)
     part = _by_products(inputs, query, key, value, seen)
-    return _without_rows(part, part.log_mass == -torch.inf)
+    return without_rows(part, part.log_mass == -torch.inf)
 
 
 def with_sink_logits(part: Softmax, sink_logits: Tensor) -> Softmax:
@@ -153,7 +156,12 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     return Softmax(output.to(query.dtype), scores.logsumexp(-1))
 
 
-def _without_rows(part: Softmax, blind: Tensor) -> Softmax:
+def has_nan(x: Tensor) -> bool:
+    """Say whether there is a NaN, or infinities of both signs: a sum tells, in a small part of the time of `isnan`."""
+    return math.isnan(x.sum().item())
+
+
+def without_rows(part: Softmax, blind: Tensor) -> Softmax:
     """Zero the rows that see no key, in place: the kernels give them NaN, or the log mass 0."""
     if blind.any():
         part.output.masked_fill_(blind[..., None], 0)

@@ -1,0 +1,126 @@
+"""What do gates keep of answers and text at which share of the keys? On a real model and the shipped one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from context import Context
+from matplotlib.figure import Figure
+from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
+from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
+from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, Place
+from studies.quality.summary import Summary, summaries
+
+from patchattn.evaluation.page import number, table, with_interval
+
+MEASURED = (RANKED, SCORED)
+STYLES = {
+    "guarded": (BLUE, "D-"),
+    "log-normal": (PURPLE, "P-"),
+    "saturating": (SKY, "^-"),
+    "oracle": (BLACK, "o--"),
+    "static, by mass": (ORANGE, "s:"),
+    "static, answering": (RED, "s:"),
+    "static, other task": (YELLOW, "s:"),
+    "static, drawn": (GREY, "v:"),
+    "risk, each head": (GREEN, ">-"),
+    "budget": (GREEN, "h-"),
+}
+_DRAWN = PLACES[:3]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Take the folder of the real model, and the families of gates."""
+    parser.add_argument("--real-model", type=Path, required=True, help="what `python recipes/real_model.py` prints")
+    parser.add_argument(
+        "--families", nargs="*", default=[], help="kinds of gates, as the page names them; default: all"
+    )
+
+
+def page(context: Context) -> Page:
+    """Show a picture of quality against density, and a table for each model, length and window."""
+    listed = summaries(SCORED.rows(context))
+    places = [place for place in PLACES if any(one.place == place for one in listed)]
+    markdown = filled(
+        globals(),
+        questions=QUESTIONS,
+        turns=TURNS,
+        following=FOLLOWING,
+        real=DOCUMENTS["SmolLM2-135M"],
+        shipped=DOCUMENTS["shipped"],
+        tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
+    )
+    rows = [one.columns() for one in listed if one.family != "dense"]
+    return Page(markdown, draw(listed), {"quality": rows}, formats={"number": ".4f"})
+
+
+def _name(place: Place) -> str:
+    model = "SmolLM2-135M-Instruct" if place.model.startswith("Smol") else "The shipped model"
+    return f"{model}, {place.length:,} tokens, window {place.window:,}"
+
+
+def _table(place: Place, listed: Sequence[Summary]) -> str:
+    """Write one row for each gate, in the order of what they read."""
+    dense = next(one for one in listed if one.family == "dense")
+    gates = sorted((one for one in listed if one is not dense), key=lambda one: -one.appended.realised_density)
+    head = ["gate", "setting", "open", "keys read", *dense.tasks, "points", "worst task", "text loss", "agrees", "KL"]
+
+    def both(one: Summary, name: str) -> str:
+        return " / ".join(number(getattr(part, name), ".0%") for part in (one.context, one.appended))
+
+    def row(one: Summary) -> list[str]:
+        task, worst = one.worst
+        right = [f"{one.right(task):.2f}" for task in one.tasks]
+        if one is dense:
+            loss = sum(sum(row.losses) for row in one.rows) / sum(len(row.losses) for row in one.rows)
+            return ["dense", "", "", "", *right, "", "", f"{loss:.3f}", "", ""]
+        return [
+            *(one.family, one.setting, both(one, "open_fraction"), both(one, "realised_density"), *right),
+            with_interval(one.points, "+.1f", between=" to "),
+            f"{task} {worst.value:+.0f}",
+            f"{one.rise.value:+.2%}",
+            f"{one.top1.value:.1%}",
+            with_interval(one.kl, ".4f"),
+        ]
+
+    return f"## {_name(place)}\n\n" + table(head, map(row, [dense, *gates]))
+
+
+def draw(listed: Sequence[Summary]) -> Figure:
+    """Draw answers and KL against the keys read while answering, a column for each place."""
+    figure = Figure(figsize=(14, 8), dpi=120, layout="constrained")
+    grid: Any = figure.subplots(2, len(_DRAWN))
+    for place, (answers, kl) in zip(_DRAWN, grid.T, strict=True):
+        there = [one for one in listed if one.place == place]
+        for family, (colour, style) in STYLES.items():
+            curve = sorted((one for one in there if one.family == family), key=_paid)
+            if not curve:
+                continue
+            x = [100 * _paid(one) for one in curve]
+            look = {"color": colour, "label": family, "markersize": 6, "linewidth": 1.5}
+            answers.plot(x, [one.points.value for one in curve], style, **look)
+            kl.plot(x, [one.kl.value for one in curve], style, **look)
+        for one in there:
+            if one.family in ("all open", "all closed"):
+                for axes, value in ((answers, one.points.value), (kl, one.kl.value)):
+                    axes.plot([100 * _paid(one)], [value], "*", color="black", markersize=10)
+                    axes.annotate(f" {one.family}", (100 * _paid(one), value), fontsize=8, ha="left", va="bottom")
+        answers.axhline(0, color="grey", linewidth=0.8)
+        answers.set_title(_name(place), fontsize=10, loc="left")
+        kl.set(xlabel="keys read while answering, %")
+        # Up to here on a straight scale, as all open is nearly none.
+        kl.set_yscale("symlog", linthresh=1e-3)
+        for axes in (answers, kl):
+            axes.set_xlim(0, 105)
+            tidy(axes)
+    grid[0, 0].set_ylabel("right answers, points above dense")
+    grid[1, 0].set_ylabel("KL of text to dense, nats per token")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    return figure
+
+
+def _paid(one: Summary) -> float:
+    return one.appended.realised_density

@@ -1,0 +1,80 @@
+"""Which gates are compared, and the heads that static ones keep open."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import patchattn
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn.gates import Gate
+
+Head = tuple[int, int]
+
+GUARDED = (0.3, 0.45, 0.6, 0.75, 0.9)
+STATIC_SHARES = (0.15, 0.3)
+DRAWN = "static, drawn"
+
+
+class Rankings(NamedTuple):
+    """(layer, query head) pairs, those that the oracle opens most often first.
+
+    Args:
+        mass: By all queries of the contexts.
+        answering: By the queries of the questions, over all tasks.
+        by_task: By the queries of the questions of one task.
+    """
+
+    mass: list[Head]
+    answering: list[Head]
+    by_task: dict[str, list[Head]]
+
+
+class Case(NamedTuple):
+    """One gate, a point of a curve: `family` and `setting` name it."""
+
+    family: str
+    setting: str
+    gate: Gate
+
+
+def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
+    """List the gates in the order of how much they matter.
+
+    Args:
+        rankings: Heads for static gates.
+        task: The task that is judged: `static, other task` has its heads from the next one.
+        calibrated: Whether there is a calibration, for thresholds that need one.
+    """
+    yield Case("all open", "", OpenGate())
+    yield Case("all closed", "", ClosedGate())
+    yield Case("guarded", "0.6", MomentGate(threshold=0.6))
+    yield Case("log-normal", "0.6", MomentGate(threshold=0.6, estimate="lognormal"))
+    yield Case("log-normal", "0.8", MomentGate(threshold=0.8, estimate="lognormal"))
+    yield Case("oracle", "0.6", OracleGate(threshold=0.6))
+    yield Case("saturating", "0.6", MomentGate(threshold=0.6, estimate="saturating"))
+    for threshold in GUARDED:
+        if threshold != 0.6:
+            yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold))
+    tasks = sorted(rankings.by_task)
+    other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
+    drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
+    for share in reversed(STATIC_SHARES):
+        count = round(share * len(rankings.mass))
+        for family, heads in (
+            ("static, by mass", rankings.mass),
+            ("static, answering", rankings.answering),
+            ("static, other task", other),
+            (DRAWN, drawn),
+        ):
+            yield Case(family, f"{share:.0%} of heads", StaticGate(open_heads=tuple(heads[:count])))
+    yield Case("oracle", "0.3", OracleGate(threshold=0.3))
+    yield Case("log-normal", "0.4", MomentGate(threshold=0.4, estimate="lognormal"))
+    yield Case("saturating", "0.8", MomentGate(threshold=0.8, estimate="saturating"))
+    if calibrated:
+        for alpha in (0.02, 0.05, 0.1):
+            yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))
+        for fraction in (0.1, 0.2):
+            target = patchattn.OpenFractionTarget(fraction=fraction)
+            yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))

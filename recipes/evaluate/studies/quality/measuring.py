@@ -1,0 +1,287 @@
+"""How one gate is put through one document, beside dense attention on the same tokens."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from context import ROOT, SINK, Context, Job, Measurement, load
+from safetensors.torch import load_file, save_file
+from studies.quality.cases import Rankings, cases
+from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer, prose
+from torch import Tensor
+from transformers import DynamicCache
+
+from patchattn import OracleGate, Policy, demo, patch
+from patchattn.calibration import Calibration
+from patchattn.evaluation.agreement import Agreement, Predictions
+from patchattn.evaluation.documents import tokenize_text
+from patchattn.evaluation.loss import losses_of
+from patchattn.evaluation.cells import PhaseCounts
+from patchattn.hf.architecture import with_cache
+from patchattn.hf.loading import load_pretrained
+from patchattn.report import GateReport
+from patchattn.writing import made
+
+TASKS = {"SmolLM2-135M": tuple(OF_REAL), "shipped": tuple(OF_SHIPPED)}
+DOCUMENTS = {"SmolLM2-135M": 2, "shipped": 4}
+"""Documents of each task."""
+
+RANKING_THRESHOLD = 0.8
+
+
+class Place(NamedTuple):
+    """A model at a length, of context and what is appended together, and a window; tokens."""
+
+    model: str
+    length: int
+    window: int
+
+
+PLACES = [
+    Place("SmolLM2-135M", 8192, 1024),
+    Place("SmolLM2-135M", 4096, 256),
+    Place("shipped", 4096, 256),
+    Place("SmolLM2-135M", 4096, 1024),
+    Place("shipped", 4096, 1024),
+    Place("SmolLM2-135M", 8192, 256),
+]
+# The last place takes long and says little that the others do not: it has these families only.
+_SHORT = ("all open", "all closed", "guarded", "log-normal", "oracle", "saturating")
+
+
+@cache
+def model_of(name: str, folder: Path | None) -> tuple[Any, dict[str, Writer]]:
+    """Load a model, and writers of its documents by text."""
+    if name == "shipped":
+        model, tokenizer = load()
+    else:
+        model, tokenizer = load_pretrained(folder, dtype="bfloat16", local_files_only=True)
+    texts = {"code": demo.sample_text()} | ({} if name == "shipped" else {"prose": prose()})
+    return model, {kind: Writer(tokenize_text(text, tokenizer), tokenizer) for kind, text in texts.items()}
+
+
+def document(context: Context, name: str, length: int, task: str, index: int | str) -> tuple[Any, Asked]:
+    """Return a model, and one document for it."""
+    model, writers = model_of(name, context.options["real_model"])
+    text, make = (OF_SHIPPED if name == "shipped" else OF_REAL)[task]
+    return model, make(writers[text], length - APPENDED, random.Random(f"quality/{name}/{task}/{length}/{index}"))
+
+
+@torch.no_grad()
+def predicted(model: Any, tokens: Sequence[int], cache: DynamicCache, *, keep: int = 1) -> Tensor:
+    """Read tokens after what the cache holds, and return the last logits, [keep, vocabulary]."""
+    ids = torch.tensor([list(tokens)])
+    return model(input_ids=ids, use_cache=True, logits_to_keep=keep, **with_cache(model, cache)).logits[0]
+
+
+def appended(model: Any, one: Asked, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Append each question, then the text, and take them away again.
+
+    Yields:
+        What is predicted, [tokens, vocabulary], and the true tokens, [tokens].
+    """
+    for ids, at in (*one.questions, (one.following, one.unpredicted)):
+        logits = predicted(model, ids, cache, keep=len(ids) - at + 1)[:-1]
+        cache.crop(-len(ids))
+        yield logits, torch.tensor(ids[at:])
+
+
+class Dense(NamedTuple):
+    """What dense attention predicts of each question and of the text."""
+
+    answers: list[Predictions]
+    text: Predictions
+
+
+def dense_predictions(context: Context, name: str, length: int, task: str, index: int) -> Dense:
+    """Return what dense attention predicts; it is kept on disk, for it is compared with every gate."""
+    path = context.work / "quality.dense" / f"{name}-{length}-{task}-{index}.safetensors"
+    if not path.exists():
+        model, one = document(context, name, length, task, index)
+        cache = DynamicCache()
+        predicted(model, one.context, cache)
+        found = {
+            f"{at:04}": Predictions.of(logits).log_probs for at, (logits, _) in enumerate(appended(model, one, cache))
+        }
+        with made(path.parent):
+            whole = path.with_suffix(f".{os.getpid()}")
+            save_file(found, whole)
+            whole.replace(path)
+    kept = [Predictions(log_probs) for _, log_probs in sorted(load_file(path).items())]
+    return Dense(kept[:-1], kept[-1])
+
+
+@dataclass
+class Row:
+    """One gate on one document.
+
+    `hits` are of the questions, 1 where every token of the answer was the most likely one. `losses` are those of the
+    text, nats per token. `answers` and `text` say how close predictions are to dense attention. Counts of the gates are
+    of the context and of what was appended. Of dense attention `family` is `dense`, and there are no counts.
+    """
+
+    model: str
+    length: int
+    window: int
+    task: str
+    document: int
+    family: str
+    setting: str
+    hits: list[int]
+    losses: list[float]
+    answers: Agreement
+    text: Agreement
+    context: PhaseCounts
+    appended: PhaseCounts
+
+
+def counts(report: GateReport) -> PhaseCounts:
+    """Add up all that the gates did."""
+    return PhaseCounts.of(report, "prefill") + PhaseCounts.of(report, "decode")
+
+
+def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
+    """Return the fields of the row of dense attention, from what it predicted."""
+    hits = [
+        int((kept.log_probs.argmax(-1) == torch.tensor(ids[at:])).all())
+        for kept, (ids, at) in zip(dense.answers, one.questions, strict=True)
+    ]
+    losses = losses_of(dense.text.log_probs, torch.tensor(one.following[one.unpredicted :])).tolist()
+    nothing, none = Agreement(), PhaseCounts()
+    return {"hits": hits, "losses": losses, "answers": nothing, "text": nothing, "context": none, "appended": none}
+
+
+def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, Any]:
+    """Read a context, then append questions and text; returns fields of a row."""
+    cache, hits, answers = DynamicCache(), [], Agreement()
+    predicted(model, one.context, cache)
+    read = counts(handle.report())
+    handle.reset_report()
+    *asked, (logits, tokens) = appended(model, one, cache)
+    for kept, (of_answer, right) in zip(dense.answers, asked, strict=True):
+        hits.append(int((of_answer.argmax(-1) == right).all()))
+        answers += kept.agreement(of_answer)
+    return {
+        "hits": hits,
+        "losses": losses_of(logits, tokens).tolist(),
+        "answers": answers,
+        "text": dense.text.agreement(logits),
+        "context": read,
+        "appended": counts(handle.report()),
+    }
+
+
+@dataclass
+class Ranked:
+    """How often the oracle opens each head, [layers][heads]: in contexts, and in the questions of each task."""
+
+    model: str
+    length: int
+    window: int
+    context: list[list[float]]
+    asked: dict[str, list[list[float]]]
+
+    def rankings(self) -> Rankings:
+        """Rank the heads."""
+
+        def ranked(*grids: list[list[float]]) -> list[tuple[int, int]]:
+            means = {
+                (layer, head): sum(grid[layer][head] for grid in grids)
+                for layer, heads in enumerate(grids[0])
+                for head in range(len(heads))
+            }
+            return sorted(means, key=lambda head: (-means[head], head))
+
+        by_task = {task: ranked(grid) for task, grid in self.asked.items()}
+        return Rankings(ranked(self.context), ranked(*self.asked.values()), by_task)
+
+
+def rank(context: Context, name: str, length: int, window: int) -> Ranked:
+    """Have the oracle decide on one document of each task that is not asked about later."""
+    read: list[GateReport] = []
+    asked = {}
+    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=OracleGate(threshold=RANKING_THRESHOLD))
+    for task in TASKS[name]:
+        model, one = document(context, name, length, task, "ranking")
+        with patch(model, policy) as handle:
+            cache = DynamicCache()
+            predicted(model, one.context, cache)
+            read.append(handle.report())
+            handle.reset_report()
+            for _ in appended(model, one, cache):
+                pass
+            asked[task] = fractions(handle.report())
+    grids = [fractions(report) for report in read]
+    means = [[sum(values) / len(values) for values in zip(*heads, strict=True)] for heads in zip(*grids, strict=True)]
+    return Ranked(name, length, window, means, asked)
+
+
+def fractions(report: GateReport) -> list[list[float]]:
+    """Return the open fraction of every head, [layers][heads]; heads that were not asked have none."""
+    found = report.head_open_fractions("prefill")
+    return [[0.0 if math.isnan(value) else value for value in found[layer]] for layer in sorted(found)]
+
+
+RANKED = Measurement("quality.ranked", Ranked, ("model", "length", "window"), lambda context: PLACES, rank)
+
+
+@cache
+def calibration(window: int) -> Calibration | None:
+    """Return the calibration of the real model for a window, if there is one."""
+    for folder in sorted((ROOT / "calibrations").glob("smollm2-135m-instruct*")):
+        found = Calibration.from_pretrained(folder)
+        if found.manifest.window_size == window:
+            return found
+    return None
+
+
+def jobs(context: Context) -> list[Job]:
+    """List dense attention, then every gate, in the order of how much they matter."""
+    found = []
+    ranked = RANKED.done(context)
+    for place in PLACES:
+        documents = [(task, index) for index in range(DOCUMENTS[place.model]) for task in TASKS[place.model]]
+        found += [(*place, *one, "dense", "") for one in documents]
+        by_document = [listed(place, ranked[place].rankings(), task) for task, _ in documents]
+        for same in zip(*by_document, strict=True):
+            for one, case in zip(documents, same, strict=True):
+                if place != PLACES[-1] or case.family in _SHORT:
+                    found.append((*place, *one, case.family, case.setting))
+    chosen = context.options["families"]
+    return [job for job in found if not chosen or job[5] in ("dense", *chosen)]
+
+
+def listed(place: Place, rankings: Rankings, task: str) -> list[Any]:
+    """List the gates at one place."""
+    has_calibration = place.model != "shipped" and calibration(place.window) is not None
+    return list(cases(rankings, task, calibrated=has_calibration))
+
+
+def measure(
+    context: Context, name: str, length: int, window: int, task: str, index: int, family: str, setting: str
+) -> Row:
+    """Measure one gate on one document."""
+    model, one = document(context, name, length, task, index)
+    dense = dense_predictions(context, name, length, task, index)
+    row = name, length, window, task, index, family, setting
+    if family == "dense":
+        return Row(*row, **of_dense(one, dense))
+    place = Place(name, length, window)
+    rankings = RANKED.done(context)[place].rankings()
+    gate = next(case.gate for case in listed(place, rankings, task) if case[:2] == (family, setting))
+    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=gate)
+    measured = None if name == "shipped" else calibration(window)
+    with patch(model, policy, calibration=measured) as handle:
+        return Row(*row, **put_through(model, one, dense, handle))
+
+
+KEY = ("model", "length", "window", "task", "document", "family", "setting")
+SCORED = Measurement("quality", Row, KEY, jobs, measure)

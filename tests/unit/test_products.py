@@ -1,0 +1,141 @@
+"""Attention of a few rows by two matrix products: as exact as the fused kernel, whatever the guess."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchattn.backends import blockwise, reference
+from patchattn.backends.blockwise import products
+from patchattn.backends.blockwise.products import attend_by_products, may_use_products
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+from patchattn.gates.decision import all_open, forced
+from patchattn.testing import assert_within_budget
+
+SCALE = 64**-0.5
+
+pytestmark = pytest.mark.skipif(
+    not products._has_fast_products(), reason="the processor has no matrix products in bfloat16"
+)
+
+
+def drawn(
+    kv_heads: int = 3, rows: int = 3, keys: int = 3000, *, spread: float = 1.0, mean: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(kv_heads, n, 64, generator=draw) for n in (rows, keys, keys))
+    # One direction that all keys share, as rotary models have it: large scores that differ little.
+    key[..., 0] += mean
+    query[..., 0] = query[..., 0].abs() + 1
+    return tuple(x.bfloat16() for x in (query * spread, key, value))  # pyright: ignore[reportReturnType]
+
+
+def in_float64(query: Tensor, key: Tensor, value: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    scores = query.double() @ key[:, begin:end].double().mT * SCALE
+    return scores.softmax(-1) @ value[:, begin:end].double(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("off", [-60.0, -3.0, 0.0, 1.0, 3.0, 6.0], ids=lambda off: f"guess {off:+.0f}")
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_products_are_exact_whatever_the_guess(off: float, rows: int, mean: float) -> None:
+    call = drawn(rows=rows, mean=mean, spread=3.0)
+    begin, end = 5, 2900  # not on the grid
+    truth, log_mass = in_float64(*call, begin, end)
+    largest = (call[0].double() @ call[1][:, begin:end].double().mT * SCALE).amax(-1).float()
+    assert may_use_products(*call[:2], begin, end)
+    got = attend_by_products(*call, begin, end, SCALE, largest + off)
+    assert got is not None
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        call[0][None], call[1][None, :, begin:end], call[2][None, :, begin:end], scale=SCALE
+    )[0]
+    assert_within_budget(got.output.bfloat16(), plain, truth)
+    assert (got.log_mass.double() - log_mass).abs().max() < 0.01 * max(off, 2)
+
+
+def test_many_stretches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = drawn()
+    call[1][:, 1500] *= 4  # the guess is raised in the middle
+    monkeypatch.setattr(products, "_MOST_NUMBERS", 3 * 64 * 500)
+    got = attend_by_products(*call, 5, 2900, SCALE, torch.zeros(3, 3))
+    assert got is not None
+    truth, log_mass = in_float64(*call, 5, 2900)
+    assert (got.output - truth).abs().max() < 0.01 * truth.abs().max()
+    assert (got.log_mass.double() - log_mass).abs().max() < 0.01
+
+
+def test_keys_far_below_the_guess_have_no_mass() -> None:
+    got = attend_by_products(*drawn(), 0, 2944, SCALE, torch.full((3, 3), 1000.0))
+    assert got is not None
+    assert (got.output == 0).all()
+    assert (got.log_mass < 1000 - 80).all()
+
+
+def test_scores_that_are_not_finite_are_left_to_others() -> None:
+    query, key, value = drawn()
+    for guess in (math.nan, -math.inf):
+        assert attend_by_products(query, key, value, 0, 2944, SCALE, torch.full((3, 3), guess)) is None
+    key[1, 77] = math.inf
+    assert attend_by_products(query, key, value, 0, 2944, SCALE, torch.zeros(3, 3)) is None
+
+
+def decode_call(batch: int = 2, group: int = 3, keys: int = 4100, window: int = 200, **changes: Any) -> AttentionInputs:
+    query, key, value = drawn(kv_heads=batch * 3, rows=group, keys=keys)
+    valid = torch.ones(batch, keys, dtype=torch.bool)
+    valid[-1, : changes.get("left", 0)] = False
+    slot = changes.get("query_slot", keys - 1)
+    regions = Regions.of(valid, query_length=1, query_slot=slot, sink_size=4, window_size=window)
+    return AttentionInputs(
+        query.reshape(batch, 3 * group, 1, 64), *(x.view(batch, 3, keys, 64) for x in (key, value)), regions, SCALE
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one sequence": {"batch": 1, "keys": 6000},
+    "one head for each KV head": {"group": 1},
+    "left padding": {"left": 300},
+    "static cache": {"query_slot": 3990},
+    "small window": {"window": 16, "query_slot": 3990},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_decode_step_by_products_is_within_the_error_budget(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = decode_call(**CASES[name])
+    exact = AttentionInputs(
+        *(x.double() for x in (inputs.query, inputs.key, inputs.value)), inputs.regions, inputs.scale
+    )
+    opened = torch.rand(inputs.query.shape[:3], generator=torch.Generator().manual_seed(1)) < share
+    opened[0, 0] = True
+    used: list[bool] = []
+
+    def noted(*args: Any) -> Any:
+        found = attend_by_products(*args)
+        used.append(found is not None)
+        return found
+
+    for module in ("decode", "dense"):
+        # Not by its name: the package has a function that is called like the module.
+        monkeypatch.setattr(import_module(f"patchattn.backends.blockwise.{module}"), "attend_by_products", noted)
+    truth, plain = (reference.attend(x, forced(opened, x), 0.0).output for x in (exact, inputs))
+    dense_truth, dense_plain = (reference.attend(x, all_open(x), 0.0).output for x in (exact, inputs))
+    unused = inputs.regions.host.filled
+    inputs.key[:, :, unused:] = inputs.value[:, :, unused:] = torch.nan
+    got = blockwise.attend(inputs, forced(opened, inputs), 0.0)
+    assert used or name == "small window"
+    assert torch.equal(got.open, opened)
+    assert_within_budget(got.output, plain, truth)
+    n_bulk_calls = len(used)
+    assert_within_budget(blockwise.dense(inputs), dense_plain, dense_truth)
+    assert len(used) > n_bulk_calls
+    assert all(used)

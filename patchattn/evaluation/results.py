@@ -133,7 +133,7 @@ def markdown(found: Evaluation) -> str:
     """Write the table, what it was measured with, and the notes, in Markdown."""
     lines = [f"# Evaluation of {escaped(found.model)}", "", " ".join(about(found)), ""]
     for length in found.lengths:
-        texts = (map(escaped, (name, *cells)) for name, cells in found.rows(length))
+        texts = ([*map(escaped, (name, *cells))] for name, cells in found.rows(length))
         head = ("measured", *map(escaped, found.policies))
         lines += [f"## {length:,} tokens", "", table(head, texts, numbers=True), ""]
     lines += [f"- {escaped(note)}" for note in found.notes]

@@ -22,9 +22,9 @@ from transformers import DynamicCache
 from patchattn import OracleGate, Policy, demo, patch
 from patchattn.calibration import Calibration
 from patchattn.evaluation.agreement import Agreement, Predictions
+from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.documents import tokenize_text
 from patchattn.evaluation.loss import losses_of
-from patchattn.evaluation.cells import PhaseCounts
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.loading import load_pretrained
 from patchattn.report import GateReport

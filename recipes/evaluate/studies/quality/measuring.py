@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -244,19 +245,17 @@ def calibration(window: int) -> Calibration | None:
 
 
 def jobs(context: Context) -> list[Job]:
-    """List dense attention, then every gate, in the order of how much they matter."""
-    found = []
-    ranked = RANKED.done(context)
+    """List dense attention and every gate: what matters most first, at all places."""
+    ranked, chosen = RANKED.done(context), context.options["families"]
+    found: list[tuple[int, Job]] = []
     for place in PLACES:
-        documents = [(task, index) for index in range(DOCUMENTS[place.model]) for task in TASKS[place.model]]
-        found += [(*place, *one, "dense", "") for one in documents]
-        by_document = [listed(place, ranked[place].rankings(), task) for task, _ in documents]
-        for same in zip(*by_document, strict=True):
-            for one, case in zip(documents, same, strict=True):
-                if place != PLACES[-1] or case.family in _SHORT:
-                    found.append((*place, *one, case.family, case.setting))
-    chosen = context.options["families"]
-    return [job for job in found if not chosen or job[5] in ("dense", *chosen)]
+        for index, task in itertools.product(range(DOCUMENTS[place.model]), TASKS[place.model]):
+            found.append((-1, (*place, task, index, "dense", "")))
+            for at, case in enumerate(listed(place, ranked[place].rankings(), task)):
+                known = place != PLACES[-1] or case.family in _SHORT
+                if known and (not chosen or case.family in chosen):
+                    found.append((at, (*place, task, index, case.family, case.setting)))
+    return [job for _, job in sorted(found, key=lambda one: one[0])]
 
 
 def listed(place: Place, rankings: Rankings, task: str) -> list[Any]:

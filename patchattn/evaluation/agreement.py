@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from patchattn.evaluation.loss import read
 
 _ROWS_AT_A_TIME = 256
 
@@ -73,43 +69,3 @@ class Predictions:
             terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - other))
             kl += terms.sum(dtype=torch.float64).item()
         return Agreement(len(logits), agreed, kl)
-
-
-def predictions(model: Any, tokens: Sequence[int], after: Collection[int]) -> Predictions:
-    """Read a document and keep what is predicted after some of its tokens.
-
-    Args:
-        model: A causal language model, as it came.
-        tokens: Token ids.
-        after: Positions in the document, ascending and at least one: predicted is the token after each of them.
-
-    Raises:
-        DocumentError: The document is longer than the model's context.
-    """
-    return Predictions(torch.cat([Predictions.of(logits).log_probs for logits in _after(model, tokens, after)]))
-
-
-def agreement(model: Any, tokens: Sequence[int], after: Collection[int], dense: Predictions) -> Agreement:
-    """Read a document under a policy and compare what it predicts with what dense attention did.
-
-    Args:
-        model: The same model, patched.
-        tokens: The same token ids.
-        after: The same positions.
-        dense: What `predictions` kept.
-
-    Raises:
-        DocumentError: The document is longer than the model's context.
-    """
-    found, behind = Agreement(), 0
-    for logits in _after(model, tokens, after):
-        found += Predictions(dense.log_probs[behind : behind + len(logits)]).agreement(logits)
-        behind += len(logits)
-    return found
-
-
-def _after(model: Any, tokens: Sequence[int], after: Collection[int]) -> Iterator[Tensor]:
-    for begin, logits in read(model, tokens):
-        at = [position - begin for position in after if begin <= position < begin + len(logits)]
-        if at:
-            yield logits[at]

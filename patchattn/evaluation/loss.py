@@ -59,11 +59,6 @@ def read_into_cache(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Te
         yield begin, result.logits[0], cache
 
 
-def read(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Read a document as `read_into_cache` does, and yield no cache."""
-    return ((begin, logits) for begin, logits, _ in read_into_cache(model, tokens))
-
-
 def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     """Read a document and return the loss of each token but the first, [tokens - 1] float32 nats.
 
@@ -92,7 +87,7 @@ def losses_and_logits(model: Any, tokens: Sequence[int], after: Collection[int])
         DocumentError: The document is longer than the model's context.
     """
     targets, found, kept = torch.tensor(list(tokens[1:])), [], []
-    for begin, logits in read(model, tokens):
+    for begin, logits, _ in read_into_cache(model, tokens):
         follow = targets[begin : begin + len(logits)]
         found.append(losses_of(logits[: len(follow)], follow))
         kept.append(logits[[at - begin for at in after if begin <= at < begin + len(logits)]])

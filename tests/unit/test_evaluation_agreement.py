@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from patchattn import ClosedGate, OpenGate, Policy, demo, patch
-from patchattn.evaluation.agreement import Agreement, Predictions, agreement, predictions
+from patchattn.evaluation.agreement import Agreement, Predictions
+from patchattn.evaluation.loss import losses_and_logits
 
 DENSE = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64)
 OTHER = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64)
@@ -49,14 +50,18 @@ def test_a_model_against_itself_and_under_a_policy(monkeypatch):
     model, tokenizer = demo.load()
     tokens = tokenizer(demo.sample_text()[:2000])["input_ids"][:500]
     after = range(100, 499, 3)
-    dense = predictions(model, tokens, after)
+    dense = Predictions.of(losses_and_logits(model, tokens, after)[1])
     # Read in several calls, positions fall into different ones.
     monkeypatch.setattr("patchattn.evaluation.loss._MOST_LOGITS", 1)
-    same = agreement(model, tokens, after, dense)
+
+    def found() -> Agreement:
+        return dense.agreement(losses_and_logits(model, tokens, after)[1])
+
+    same = found()
     with patch(model, Policy(window_size=32, min_bulk=0, gate=OpenGate())):
-        opened = agreement(model, tokens, after, dense)
+        opened = found()
     with patch(model, Policy(window_size=32, min_bulk=0, gate=ClosedGate())):
-        closed = agreement(model, tokens, after, dense)
+        closed = found()
     assert same.tokens == opened.tokens == closed.tokens == len(after)
     assert same.top1 > 0.97
     assert same.kl < 1e-3

@@ -1,0 +1,97 @@
+"""The study of quality on a real model: its documents, and what its rows add up to."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchattn import demo
+from patchattn.evaluation.agreement import Agreement
+from patchattn.evaluation.cells import PhaseCounts
+from patchattn.evaluation.documents import tokenize_text
+
+pytest.importorskip("matplotlib")
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]\n{% endfor %}"
+LENGTH = 8000
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "evaluate"))
+    return lambda name: importlib.import_module(f"studies.quality.{name}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    found = copy.deepcopy(demo.load()[1])
+    found.chat_template = TEMPLATE
+    return found
+
+
+@pytest.mark.parametrize("task", ["needles", "code", "chat", "fact", "chain", "list"])
+def test_documents_hold_what_they_ask_for(study: Any, tokenizer: Any, task: str) -> None:
+    documents = study("documents")
+    writer = documents.Writer(tokenize_text(demo.sample_text(), tokenizer), tokenizer)
+    _, make = (documents.OF_REAL | documents.OF_SHIPPED)[task]
+    one, same, other = (make(writer, LENGTH, random.Random(seed)) for seed in (0, 0, 1))
+    assert one == same != other
+    assert len(one.context) == LENGTH
+    text = tokenizer.decode(list(one.context))
+    for ids, at in one.questions:
+        assert 0 < at < len(ids)
+        answer = tokenizer.decode(list(ids[at:])).strip()
+        assert all(word.strip(",") in text for word in answer.split())
+        assert len(ids) < documents.APPENDED
+    assert 0 < one.unpredicted < len(one.following) <= documents.APPENDED
+
+
+def test_the_parts_of_a_chat_are_those_of_its_template(study: Any, tokenizer: Any) -> None:
+    assert study("documents")._turns(tokenizer) == ("[user]", "[end]\n[assistant]", "[end]\n")
+
+
+def _row(measuring: Any, task: str, family: str, hits: list[int], losses: list[float], kl: float = 0.0) -> Any:
+    text = Agreement(4, 3, kl)
+    nothing = PhaseCounts()
+    counts = PhaseCounts(1, 4, 30, 100), PhaseCounts(2, 4, 60, 100)
+    appended = (nothing, nothing) if family == "dense" else counts
+    return measuring.Row("m", 64, 8, task, 0, family, "", hits, losses, Agreement(), text, *appended)
+
+
+def test_gates_are_compared_with_dense_on_the_same_documents(study: Any) -> None:
+    measuring, summary = study("measuring"), study("summary")
+    rows = [
+        _row(measuring, "a", "dense", [1, 1, 1, 1], [1.0, 1.0]),
+        _row(measuring, "b", "dense", [1, 0], [2.0, 2.0]),
+        _row(measuring, "b", "gate", [0, 0], [2.0, 3.0], kl=0.2),
+        _row(measuring, "a", "gate", [1, 1, 1, 0], [1.0, 2.0], kl=0.6),
+        _row(measuring, "a", "half measured", [1, 1, 1, 0], [1.0, 2.0]),
+    ]
+    dense, gate = summary.summaries(rows)
+    assert (dense.family, gate.family) == ("dense", "gate")
+    assert gate.points.value == pytest.approx((-25 - 50) / 2), "every task counts alike"
+    assert gate.points.low <= gate.points.value <= gate.points.high
+    assert gate.worst[0] == "b"
+    assert gate.worst[1].value == pytest.approx(-50)
+    assert gate.rise.value == pytest.approx(8 / 6 - 1)
+    assert gate.kl.value == pytest.approx(0.1)
+    assert gate.top1.value == pytest.approx(0.75)
+    assert (gate.context.realised_density, gate.appended.realised_density) == (0.3, 0.6)
+    assert gate.right("a") == 0.75
+
+
+def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
+    cases = study("cases")
+    heads = [(layer, head) for layer in range(2) for head in range(5)]
+    rankings = cases.Rankings(heads, heads[::-1], {"a": heads, "b": heads[::-1]})
+    of_a, of_b = (list(cases.cases(rankings, task, calibrated=False)) for task in ("a", "b"))
+    assert [case[:2] for case in of_a] == [case[:2] for case in of_b]
+    assert len({case[:2] for case in of_a}) == len(of_a)
+    found = {case[:2]: case.gate for case in of_a}
+    assert found["static, other task", "30% of heads"].open_heads == tuple(sorted(heads[-3:])), "ranked on b"
+    assert found["static, by mass", "30% of heads"].open_heads == tuple(heads[:3])

@@ -333,6 +333,46 @@ MUTANTS = (
         "return missed.double() <= alpha",
         "tests/unit/test_calibration_risk.py",
     ),
+    Mutant(
+        "kl_the_other_way",
+        "KL is that of dense attention from the policy",
+        "evaluation/agreement.py",
+        "dense.exp() * (dense - other)",
+        "other.exp() * (other - dense)",
+        "tests/unit/test_evaluation_agreement.py",
+    ),
+    Mutant(
+        "gain_counts_as_drop",
+        "the worst task is the one that gains most",
+        "evaluation/summary.py",
+        "worst = max(drops",
+        "worst = min(drops",
+        "tests/unit/test_evaluation_summary.py",
+    ),
+    Mutant(
+        "questions_see_each_other",
+        "a question is asked on the cache of the one before",
+        "demo/compare.py",
+        "copy.deepcopy(cache) if quiz.alone",
+        "cache if quiz.alone",
+        "tests/unit/test_demo_compare.py",
+    ),
+    Mutant(
+        "passed_over_keys_count",
+        "keys that a product reads beyond the last one count",
+        "backends/blockwise/products.py",
+        "if n_seen < key.shape[1]:",
+        "if n_seen < 0:",
+        "tests/unit/test_products.py",
+    ),
+    Mutant(
+        "short_calls_pay",
+        "a prefill is gated however little it saves",
+        "backends/blockwise/cost.py",
+        "40 * 80 * _CALL",
+        "-1",
+        "tests/unit/test_break_even.py",
+    ),
 )
 
 

@@ -48,9 +48,9 @@ def evaluate(
     policies: Annotated[
         str,
         typer.Option(
-            help="Short names and policy files (.json), with commas between them: default, oracle, static, open, "
-            "closed, calibrated; a number as in default:0.8 sets threshold or share. static-transfer:TASK ranks its "
-            "heads on a task that is not measured. Dense is always measured."
+            help="Short names and policy files (.json), with commas between them: default, an estimate such as "
+            "lognormal, oracle, static, open, closed, calibrated; a number as in default:0.8 sets threshold or share. "
+            "static-transfer:TASK ranks its heads on a task that is not measured. Dense is always measured."
         ),
     ] = "default,closed",
     tasks: Annotated[

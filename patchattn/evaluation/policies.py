@@ -15,19 +15,21 @@ from patchattn.evaluation.tasks import TASKS
 from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
+from patchattn.moments.gaussian import Estimate
 from patchattn.policy import Policy
 
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""
 
 _KINDS = {gate.model_fields["kind"].default: gate for gate in get_args(get_args(Gate)[0])}
-_GATES: dict[str, Any] = {"default": MomentGate, **_KINDS}
+_ESTIMATES = get_args(Estimate)
+_GATES: dict[str, Any] = {"default": MomentGate, **dict.fromkeys(_ESTIMATES, MomentGate), **_KINDS}
 
 TRANSFER = "static-transfer"
 """Static heads that were ranked on one task, to be judged on others: `static-transfer:TASK`."""
 
 NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
-"""Short names; every kind of gate is one. docs/how-to/evaluate-your-model.md says what they mean."""
+"""Short names; every kind of gate and every estimate is one. docs/how-to/evaluate-your-model.md says what they mean."""
 
 _STATIC_SHARE = 0.25
 _RANKING_THRESHOLD = 0.8
@@ -96,6 +98,8 @@ def named_policy(
             raise PolicyError("The policy calibrated needs a calibration.", fix="Give one, or leave this policy out.")
         return calibration.policy
     settings: dict[str, Any] = {} if number is None else {"threshold": number}
+    if kind in _ESTIMATES:
+        settings["estimate"] = kind
     if gate is StaticGate:
         if task is None and calibration is not None:
             heads = calibration.heads_by_oracle()

@@ -387,6 +387,8 @@ def test_named_policies(shipped: tuple[Any, Any]) -> None:
     assert named_policy("dense", base) is None
     assert named_policy("default", base) == base
     assert named_policy("default:0.9", base) == Policy(**REGIONS, gate=MomentGate(threshold=0.9))
+    lognormal = MomentGate(threshold=0.8, estimate="lognormal")
+    assert named_policy("lognormal:0.8", base) == Policy(**REGIONS, gate=lognormal)
     assert named_policy("oracle:0.3", base) == Policy(**REGIONS, gate=OracleGate(threshold=0.3))
     assert named_policy("open", base) == POLICIES["all open"]
     assert named_policy("closed", base) == POLICIES["closed"]

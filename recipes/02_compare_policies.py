@@ -20,7 +20,7 @@ GATES = {
     "dense": OpenGate(),
     "oracle, 0.6": OracleGate(threshold=0.6),
     "moments, 0.9": MomentGate(threshold=0.9),
-    "moments, 0.6 (default)": MomentGate(),
+    "moments, 0.8 (default)": MomentGate(),
     "moments, 0.3": MomentGate(threshold=0.3),
     "static: heads of layers 1 and 3": StaticGate(open_heads=tuple((i, head) for i in (1, 3) for head in range(6))),
     "sink + window only": ClosedGate(),

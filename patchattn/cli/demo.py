@@ -18,7 +18,7 @@ from patchattn.cli.models import load
 from patchattn.cli.options import Backend, Device, Json
 from patchattn.cli.problems import read_text, stop
 from patchattn.cli.progress import progress
-from patchattn.demo import default_text
+from patchattn.demo import default_policy, default_text
 from patchattn.demo.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
@@ -45,7 +45,11 @@ def demo(
         float | None, typer.Option(help="Local share in (0, 1) from which a head closes; lower is cheaper.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens that are always attended. Default: 256 without a policy.")
+        int | None,
+        typer.Option(
+            help="Last tokens that are always attended. Default: a quarter of the length, at most 1,024; "
+            "256 for the shipped model."
+        ),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in the document. Default: the model's context, at most 4,096.")
@@ -70,19 +74,21 @@ def demo(
     - `patchattn demo --text notes.txt --threshold 0.4 --window 512`: your text; more heads closed, a wider window
     - `patchattn demo --model Qwen/Qwen3-0.6B --length 16384 --device cuda`: another model, on a GPU
     """
-    chosen = _policy(policy, threshold=threshold, window=window)
+    read = None if policy is None else Policy.model_validate_json(read_text(policy))
+    _policy(read or Policy(), threshold=threshold, window=window)  # Refused before the model is loaded.
     given = None if text is None else (read_text(text), str(text))
     _check_out(out)
     with progress() as tell:
         tell("loading the model", 0, 1)
         loaded, tokenizer = load(model, device)
         haystack, source = given or default_text(loaded)
+        length = min(context_of(loaded) or _LONGEST, _LONGEST) if length is None else length
         found = compare(
             loaded,
             tokenizer,
             haystack,
-            chosen,
-            length=min(context_of(loaded) or _LONGEST, _LONGEST) if length is None else length,
+            _policy(read or default_policy(loaded, length), threshold=threshold, window=window),
+            length=length,
             questions=questions,
             backend=backend,
             progress=lambda what, done: tell(what, done, 1),
@@ -124,9 +130,8 @@ def _save_page(found: Comparison, path: Path, tokenizer: Any, name: str) -> bool
     return gated
 
 
-def _policy(path: Path | None, *, threshold: float | None, window: int | None) -> Policy:
-    """Read the policy file, or take the demo's own; options go on top."""
-    start = Policy(window_size=256, min_bulk=0) if path is None else Policy.model_validate_json(read_text(path))
+def _policy(start: Policy, *, threshold: float | None, window: int | None) -> Policy:
+    """Put options on top of a policy."""
     fields: dict[str, Any] = start.model_dump()
     if threshold is not None:
         fields["gate"]["threshold"] = threshold

@@ -23,7 +23,7 @@ from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.progress import progress
 from patchattn.evaluation import Evaluation, Material, make_sample, named_policy
 from patchattn.evaluation.documents import DocumentError, check_longest
-from patchattn.evaluation.policies import NAMES, heads_by_oracle, transfer_task
+from patchattn.evaluation.policies import NAMES, fitting_window, heads_by_oracle, transfer_task
 from patchattn.evaluation.results import about
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks
 from patchattn.hf.weights import input_device, input_dtype
@@ -35,8 +35,6 @@ SHIPPED = "demo"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESULTS = "cells.jsonl"
 _RANKING_PROMPTS = 4
-_WINDOW_SHARE = 16
-_WINDOWS = (64, 1024)
 
 
 def evaluate(
@@ -80,7 +78,7 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Last tokens always attended, under short names. Default: a sixteenth of the shortest length, "
+            help="Last tokens always attended, under short names. Default: a quarter of the shortest length, "
             "at least 64 and at most 1,024."
         ),
     ] = None,
@@ -196,10 +194,9 @@ def _ranking_prompts(material: Material, tasks: tuple[str, ...], length: int, se
 
 
 def _base(shortest: int, *, sink: int | None, window: int | None, min_bulk: int) -> Policy:
-    """Return what short names start from; the window is a sixteenth of the shortest length unless it is given."""
-    default = min(max(shortest // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
+    """Return what short names start from."""
     given: dict[str, Any] = {} if sink is None else {"sink_size": sink}
-    return Policy(**given, window_size=default if window is None else window, min_bulk=min_bulk)
+    return Policy(**given, window_size=fitting_window(shortest) if window is None else window, min_bulk=min_bulk)
 
 
 def _policy_files(names: str, tasks: Sequence[str]) -> dict[str, Policy | None]:

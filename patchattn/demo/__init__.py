@@ -10,8 +10,11 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+from patchattn.evaluation.policies import fitting_window
+from patchattn.gates import MomentGate
 from patchattn.hf.architecture import name_of
 from patchattn.hf.loading import load_pretrained
+from patchattn.policy import Policy
 
 
 def model_folder() -> Path:
@@ -42,6 +45,16 @@ def sample_text() -> str:
 def is_shipped(model: Any) -> bool:
     """Say whether a model is the one that ships with the library, which has read Python and no English."""
     return Path(name_of(model)).absolute() == model_folder().absolute()
+
+
+def default_policy(model: Any, length: int) -> Policy:
+    """Return the policy of the demo: every query with bulk keys is asked, and the window fits the length.
+
+    The shipped model answers with heads that look up single keys, so it has the estimate that opens for those.
+    """
+    if is_shipped(model):
+        return Policy(window_size=256, min_bulk=0, gate=MomentGate(threshold=0.6, estimate="guarded"))
+    return Policy(window_size=fitting_window(length), min_bulk=0)
 
 
 def default_text(model: Any) -> tuple[str, str]:

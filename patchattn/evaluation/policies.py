@@ -32,11 +32,23 @@ NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
 """Short names; every kind of gate and every estimate is one. docs/how-to/evaluate-your-model.md says what they mean."""
 
 _STATIC_SHARE = 0.25
+_WINDOW_SHARE = 4
+_WINDOWS = (64, 1024)
 _RANKING_THRESHOLD = 0.8
 
 RankedHeads = Callable[[str | None], list[tuple[int, int]]]
 """Called with a task, or None for those that are measured, for (layer, query head) pairs, those that need the far keys
 most first."""
+
+
+def fitting_window(length: int) -> int:
+    """Return a window for prompts of a length: a quarter of it, at least 64 and at most 1,024 tokens.
+
+    Example:
+        >>> fitting_window(2048), fitting_window(131072)
+        (512, 1024)
+    """
+    return min(max(length // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
 
 
 def transfer_task(name: str) -> str | None:

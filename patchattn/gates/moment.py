@@ -9,8 +9,8 @@ from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.gates.base import HeadGate, Known
-from patchattn.gates.thresholds import Threshold, margin_of
-from patchattn.moments.gaussian import Estimate
+from patchattn.gates.thresholds import DEFAULT_SHARE, Threshold, margin_of
+from patchattn.moments.gaussian import DEFAULT_ESTIMATE, Estimate
 from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 from patchattn.moments.text import bulk_log_mass_from_text, counted_from
 
@@ -27,15 +27,15 @@ class MomentGate(HeadGate):
             safer. Or `RiskTarget` or `OpenFractionTarget`, which take a threshold for each head from a calibration.
         moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys. `"calibration"`: from
             the calibration, measured on other text. A target needs a calibration that was measured with the same.
-        estimate: `"guarded"` opens where the spread of the scores is so large that single keys rule the sum, which
-            moments can't see; `"saturating"` predicts a Gaussian maximum there (Derrida 1980); `"lognormal"` is the
-            estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys. Elsewhere all three agree.
+        estimate: `"lognormal"` is the estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys.
+            The others differ where the spread of the scores is so large that single keys rule the sum, which moments
+            can't see: `"guarded"` opens there, `"saturating"` predicts a Gaussian maximum (Derrida 1980).
     """
 
     kind: Literal["moment"] = "moment"
-    threshold: Threshold = 0.6
+    threshold: Threshold = DEFAULT_SHARE
     moments: Literal["prompt", "calibration"] = "prompt"
-    estimate: Estimate = "guarded"
+    estimate: Estimate = DEFAULT_ESTIMATE
 
     @property
     def margin(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import exact_masses
 from patchattn.gates.base import HeadGate, Known
-from patchattn.gates.thresholds import LocalShare, margin_of
+from patchattn.gates.thresholds import DEFAULT_SHARE, LocalShare, margin_of
 from patchattn.moments.prompt import PromptMoments
 
 
@@ -20,7 +20,7 @@ class OracleGate(HeadGate):
     """
 
     kind: Literal["oracle"] = "oracle"
-    threshold: LocalShare = 0.6
+    threshold: LocalShare = DEFAULT_SHARE
 
     @property
     def margin(self) -> float:

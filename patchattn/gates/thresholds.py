@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 """A share of the softmax mass held by the local keys, strictly between 0 and 1."""
 
+DEFAULT_SHARE = 0.8
+"""Why: docs/decisions/0005-the-default-estimate.md."""
+
 
 class Frozen(BaseModel):
     """A part of a policy: it does not change, and takes no field that it does not know."""

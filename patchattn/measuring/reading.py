@@ -18,6 +18,7 @@ from patchattn.hf.observe import Observer, observing
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.measuring.statistics import Document, Settings
+from patchattn.moments.gaussian import DEFAULT_ESTIMATE, Estimate
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
 from patchattn.policy import Policy
 
@@ -46,14 +47,21 @@ class Collecting:
         settings: What is measured.
         margins: By layer the margin in nats from which each head closes, [heads], to measure on gated activations;
             None measures on dense ones.
+        estimate: Whose margins they are.
     """
 
     def __init__(
-        self, model: Any, policy: Policy, settings: Settings, *, margins: Mapping[int, Tensor] | None = None
+        self,
+        model: Any,
+        policy: Policy,
+        settings: Settings,
+        *,
+        margins: Mapping[int, Tensor] | None = None,
+        estimate: Estimate = DEFAULT_ESTIMATE,
     ) -> None:
         local = (policy.sink_size, policy.window_size)
         self._seen: AbstractContextManager[None] = seen_by(self._attend, model, settings.layers, local=local)
-        self._margins = margins or {}
+        self._margins, self._estimate = margins or {}, estimate
 
     def __enter__(self) -> Collecting:
         """Patch the model."""
@@ -72,7 +80,7 @@ class Collecting:
         dense = self._document.attend(layer, inputs)
         if layer not in self._margins:
             return dense
-        mass, _state = bulk_log_mass_from_prompt(inputs)
+        mass, _state = bulk_log_mass_from_prompt(inputs, estimate=self._estimate)
         return blockwise_attend(inputs, with_margins(mass, self._margins[layer]), 0.0)
 
 

@@ -17,12 +17,15 @@ from torch import Tensor
 
 Estimate = Literal["guarded", "saturating", "lognormal"]
 
+DEFAULT_ESTIMATE: Estimate = "lognormal"
+"""Why: docs/decisions/0005-the-default-estimate.md."""
+
 CHUNK = 128
 """Keys per chunk of the grid on which prompt moments are taken."""
 
 
 def log_mass_of_gaussian(
-    n: Tensor, mean: Tensor, variance: Tensor, *, softcap: float | None = None, estimate: Estimate = "guarded"
+    n: Tensor, mean: Tensor, variance: Tensor, *, softcap: float | None = None, estimate: Estimate = DEFAULT_ESTIMATE
 ) -> Tensor:
     """Predict the log of the summed exponentials of `n` Gaussian scores.
 
@@ -107,7 +110,13 @@ class KeyMoments:
         return KeyMoments(count, self.mean + share * delta, covariance)
 
     def log_mass(
-        self, query: Tensor, n: Tensor, *, scale: float, softcap: float | None = None, estimate: Estimate = "guarded"
+        self,
+        query: Tensor,
+        n: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        estimate: Estimate = DEFAULT_ESTIMATE,
     ) -> Tensor:
         """Predict the log mass of `n` keys with these moments.
 

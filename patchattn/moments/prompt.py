@@ -16,6 +16,7 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions, host_may_read
 from patchattn.moments.gaussian import (
     CHUNK,
+    DEFAULT_ESTIMATE,
     Estimate,
     KeyMoments,
     accumulator,
@@ -174,7 +175,7 @@ def bulk_log_mass_from_prompt(
     inputs: AttentionInputs,
     state: PromptMoments | None = None,
     *,
-    estimate: Estimate = "guarded",
+    estimate: Estimate = DEFAULT_ESTIMATE,
     max_chunks: int | None = None,
 ) -> tuple[Tensor, PromptMoments]:
     """Estimate each query's bulk log mass from the moments of its own sequence.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
-from patchattn.moments.gaussian import CHUNK, Estimate, KeyMoments, log_mass_of_gaussian
+from patchattn.moments.gaussian import CHUNK, DEFAULT_ESTIMATE, Estimate, KeyMoments, log_mass_of_gaussian
 
 _CHUNKS_PER_SLAB = 32
 
@@ -144,7 +144,7 @@ def bulk_log_mass_from_text(
     inputs: AttentionInputs,
     moments: RotaryMoments,
     *,
-    estimate: Estimate = "guarded",
+    estimate: Estimate = DEFAULT_ESTIMATE,
     begin: Tensor | None = None,
 ) -> Tensor:
     """Estimate each query's bulk log mass from moments of other text.

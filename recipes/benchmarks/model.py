@@ -46,7 +46,7 @@ POLICIES = {
     OPEN: Policy(gate=OpenGate(), min_bulk=0),
     "default": Policy(),
     "default, `min_bulk=0`": Policy(min_bulk=0),
-    "log-normal 0.6, `min_bulk=0`": Policy(gate=MomentGate(threshold=0.6, estimate="lognormal"), min_bulk=0),
+    "threshold 0.6, `min_bulk=0`": Policy(gate=MomentGate(threshold=0.6), min_bulk=0),
     "all closed, `min_bulk=0`": Policy(gate=ClosedGate(), min_bulk=0),
 }
 WARM_UP = 64

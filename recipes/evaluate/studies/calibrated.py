@@ -32,14 +32,14 @@ def gates() -> dict[str, Gate]:
     """Name the gates to compare; what matters most comes first."""
     return {
         "dense": OpenGate(),
-        "one threshold, 0.6": MomentGate(threshold=0.6),
-        "risk 0.05 for each head": MomentGate(threshold=RiskTarget(alpha=0.05)),
-        "risk 0.05, mean over heads": MomentGate(threshold=RiskTarget(alpha=0.05, scope="model")),
-        "budget 43%": MomentGate(threshold=OpenFractionTarget(fraction=0.43)),
-        "budget 25%": MomentGate(threshold=OpenFractionTarget(fraction=0.25)),
-        "one threshold, 0.25": MomentGate(threshold=0.25),
+        "one threshold, 0.6": MomentGate(threshold=0.6, estimate="guarded"),
+        "risk 0.05 for each head": MomentGate(threshold=RiskTarget(alpha=0.05), estimate="guarded"),
+        "risk 0.05, mean over heads": MomentGate(threshold=RiskTarget(alpha=0.05, scope="model"), estimate="guarded"),
+        "budget 43%": MomentGate(threshold=OpenFractionTarget(fraction=0.43), estimate="guarded"),
+        "budget 25%": MomentGate(threshold=OpenFractionTarget(fraction=0.25), estimate="guarded"),
+        "one threshold, 0.25": MomentGate(threshold=0.25, estimate="guarded"),
         "8 static heads of the calibration": StaticGate.from_calibration(calibration("bfloat16"), heads=8),
-        "risk 0.1 for each head": MomentGate(threshold=RiskTarget(alpha=0.1)),
+        "risk 0.1 for each head": MomentGate(threshold=RiskTarget(alpha=0.1), estimate="guarded"),
     }
 
 

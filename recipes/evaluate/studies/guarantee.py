@@ -71,7 +71,7 @@ def curves_of(at: int, margins: dict[int, Tensor] | None = None) -> Tensor:
         margins: By layer, margins per head that gate the model; None for dense activations.
     """
     model, totals = load(torch.bfloat16)[0], Totals(settings())
-    with Collecting(model, POLICY, settings(), margins=margins) as collecting:
+    with Collecting(model, POLICY, settings(), margins=margins, estimate="guarded") as collecting:
         collecting.start(totals.add_document(0))
         read_document(model, torch.tensor(document("facts", LENGTH, f"guarantee/{at}").token_ids))
     return torch.stack([totals.sums["missed_mass"][0, 0], totals.sums["open_fraction"][0]]).float()

@@ -79,7 +79,7 @@ def _cases(place: Place, found: Ranking) -> Iterator[Case]:
     if full:
         yield Case("oracle", "0.6", OracleGate(threshold=0.6))
     for share in (0.2, 0.4, 0.6, 0.8) if full else (0.6,):
-        yield Case("prompt/guarded", f"{share}", MomentGate(threshold=share), headline=share != 0.2)
+        yield Case("prompt/guarded", f"{share}", MomentGate(threshold=share, estimate="guarded"), headline=share != 0.2)
     for family, shares in thresholds.items():
         source, estimate = family.split("/")
         gate = MomentGate.model_validate({"threshold": 0.6, "moments": source, "estimate": estimate})
@@ -92,10 +92,10 @@ def _cases(place: Place, found: Ranking) -> Iterator[Case]:
             headline = full and fraction == 0.15 and source == "prompt"
             yield Case(family, f"for {fraction:.0%}", gate.model_copy(update={"threshold": share}), headline)
     for alpha in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3) if full else ():
-        gate = MomentGate(threshold=RiskTarget(alpha=alpha))
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha), estimate="guarded")
         yield Case("risk, each head", f"{alpha}", gate, headline=0.1 <= alpha <= 0.25)
     for alpha in (0.05, 0.1, 0.15, 0.2) if full else ():
-        gate = MomentGate(threshold=RiskTarget(alpha=alpha, scope="model"))
+        gate = MomentGate(threshold=RiskTarget(alpha=alpha, scope="model"), estimate="guarded")
         yield Case("risk, mean over heads", f"{alpha}", gate)
     for estimate in ("guarded", "saturating") if place[2] == 256 else ():
         for fraction in FRACTIONS[1:] if full else fractions:

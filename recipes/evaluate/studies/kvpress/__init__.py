@@ -46,11 +46,17 @@ def gates() -> dict[tuple[str, str], Gate]:
         ("dense", ""): OpenGate(),
         ("patchattn, closed", ""): ClosedGate(),
         ("patchattn, static", "8 heads"): StaticGate.from_calibration(calibration(), heads=8),
-        (moment, "threshold 0.6"): MomentGate(),
-        (moment, "threshold 0.2"): MomentGate(threshold=0.2),
-        (f"{moment}, calibrated", "budget 10%"): MomentGate(threshold=OpenFractionTarget(fraction=0.1)),
-        (f"{moment}, calibrated", "budget 25%"): MomentGate(threshold=OpenFractionTarget(fraction=0.25)),
-        (f"{moment}, calibrated", "budget 50%"): MomentGate(threshold=OpenFractionTarget(fraction=0.5)),
+        (moment, "threshold 0.6"): MomentGate(estimate="guarded"),
+        (moment, "threshold 0.2"): MomentGate(threshold=0.2, estimate="guarded"),
+        (f"{moment}, calibrated", "budget 10%"): MomentGate(
+            threshold=OpenFractionTarget(fraction=0.1), estimate="guarded"
+        ),
+        (f"{moment}, calibrated", "budget 25%"): MomentGate(
+            threshold=OpenFractionTarget(fraction=0.25), estimate="guarded"
+        ),
+        (f"{moment}, calibrated", "budget 50%"): MomentGate(
+            threshold=OpenFractionTarget(fraction=0.5), estimate="guarded"
+        ),
     }
 
 

@@ -49,14 +49,14 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     """
     yield Case("all open", "", OpenGate())
     yield Case("all closed", "", ClosedGate())
-    yield Case("guarded", "0.6", MomentGate(threshold=0.6))
-    yield Case("log-normal", "0.6", MomentGate(threshold=0.6, estimate="lognormal"))
-    yield Case("log-normal", "0.8", MomentGate(threshold=0.8, estimate="lognormal"))
+    yield Case("guarded", "0.6", MomentGate(threshold=0.6, estimate="guarded"))
+    for threshold in (0.6, 0.8, 0.7):
+        yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     yield Case("oracle", "0.6", OracleGate(threshold=0.6))
     yield Case("saturating", "0.6", MomentGate(threshold=0.6, estimate="saturating"))
     for threshold in GUARDED:
         if threshold != 0.6:
-            yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold))
+            yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold, estimate="guarded"))
     tasks = sorted(rankings.by_task)
     other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
     drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
@@ -70,7 +70,8 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
         ):
             yield Case(family, f"{share:.0%} of heads", StaticGate(open_heads=tuple(heads[:count])))
     yield Case("oracle", "0.3", OracleGate(threshold=0.3))
-    yield Case("log-normal", "0.4", MomentGate(threshold=0.4, estimate="lognormal"))
+    for threshold in (0.4, 0.9):
+        yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     yield Case("saturating", "0.8", MomentGate(threshold=0.8, estimate="saturating"))
     if calibrated:
         for alpha in (0.02, 0.05, 0.1):

@@ -21,7 +21,7 @@ def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_mom
             "sink_size": 4,
             "window_size": 32,
             "layers": tuple(range(layers)),
-            "estimates": ("guarded", "saturating"),
+            "estimates": ("lognormal", "saturating"),
             "oracle_threshold": 0.6,
             "lengths": (512,),
             "documents": (50, 50),

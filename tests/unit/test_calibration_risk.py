@@ -151,8 +151,8 @@ def test_thresholds_of_a_calibration_are_margins_per_layer_and_head() -> None:
 
 
 def test_estimates_that_were_not_measured_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="'lognormal' was not measured"):
-        made_up_calibration().thresholds(RiskTarget(alpha=0.2), estimate="lognormal")
+    with pytest.raises(CalibrationError, match="'guarded' was not measured"):
+        made_up_calibration().thresholds(RiskTarget(alpha=0.2), estimate="guarded")
 
 
 def test_static_gate_takes_the_heads_that_the_oracle_opens_most() -> None:

@@ -43,7 +43,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def page(context: Context) -> Page:
     """Show a picture of quality against density, and a table for each model, length and window."""
     listed = summaries(SCORED.rows(context))
-    places = [place for place in PLACES if any(one.place == place for one in listed)]
+    places = [place for place in PLACES if any(one.place == place and one.family != "dense" for one in listed)]
+    known = {(one.place, one.family, one.setting): one for one in listed}
+    full, small = PLACES[:2]
+    default = known[full, "log-normal", "0.8"]
     markdown = filled(
         globals(),
         questions=QUESTIONS,
@@ -51,10 +54,29 @@ def page(context: Context) -> Page:
         following=FOLLOWING,
         real=DOCUMENTS["SmolLM2-135M"],
         shipped=DOCUMENTS["shipped"],
+        default=default,
+        closed=1 - default.context.open_fraction,
+        guarded=known[full, "guarded", "0.6"],
+        cheaper=known[full, "log-normal", "0.7"],
+        small=known[small, "log-normal", "0.8"],
+        wide=known[PLACES[3], "log-normal", "0.8"],
+        parted=1 - default.top1.value,
+        floor=1 - known[full, "all open", ""].top1.value,
+        missing=_missing(context, listed),
         tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
     )
     rows = [one.columns() for one in listed if one.family != "dense"]
     return Page(markdown, draw(listed), {"quality": rows}, formats={"number": ".4f"})
+
+
+def _missing(context: Context, listed: Sequence[Summary]) -> str:
+    """Say what the command has not measured yet."""
+    wanted = {(Place(*job[:3]), *job[5:]) for job in SCORED.jobs(context) if job[5] != "dense"}
+    there = {(one.place, one.family, one.setting) for one in listed}
+    begun = {place for place, family, _ in there if family != "dense"}
+    gates = sorted({f"{family} {setting}".strip() for place, family, setting in wanted - there if place in begun})
+    left = [_name(place) for place in PLACES if place not in begun] + gates
+    return f"- *Not measured yet:* {'; '.join(left)}. The command above goes on with them." if left else ""
 
 
 def _name(place: Place) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import patchattn
-from patchattn import Policy, demo
+from patchattn import demo
 from patchattn.evaluation.documents import check_longest, make_document, tokenize_text
 from patchattn.hf.architecture import with_cache
 
@@ -37,7 +37,8 @@ def main() -> None:
         table.add_column(name, justify="right")
     ids, read, right = torch.tensor([chat.token_ids]), 0, 0
     cache = DynamicCache(config=model.config)
-    with patchattn.patch(model, Policy(window_size=128, min_bulk=0)) as handle:
+    policy = demo.default_policy(model, options.length).model_copy(update={"window_size": 128})
+    with patchattn.patch(model, policy) as handle:
         for turn, question in enumerate(chat.questions, start=1):
             handle.reset_report()
             # What the user said since the last turn, then the answer, token by token.

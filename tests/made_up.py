@@ -64,6 +64,6 @@ def made_up_tensors(
 
 def made_up_calibration(*, seed: int = 0, **fields) -> Calibration:
     manifest = made_up_manifest(**fields)
-    gate = MomentGate(threshold=RiskTarget(alpha=0.05))
+    gate = MomentGate(threshold=RiskTarget(alpha=0.05), estimate=manifest.estimates[0])
     policy = Policy(sink_size=manifest.sink_size, window_size=manifest.window_size, gate=gate)
     return Calibration(manifest, policy, made_up_tensors(manifest, seed=seed))

@@ -38,7 +38,7 @@ def test_a_table_and_its_files(tmp_path: Path) -> None:
     }
     found = json.loads((out / "evaluation.json").read_text())
     assert found["policies"]["closed"] | {"gate": None} == found["policies"]["static:0.1"] | {"gate": None}
-    assert (found["policies"]["closed"]["window_size"], found["policies"]["closed"]["sink_size"]) == (64, 4)
+    assert (found["policies"]["closed"]["window_size"], found["policies"]["closed"]["sink_size"]) == (75, 4)
     assert len(found["policies"]["static:0.1"]["gate"]["open_heads"]) == 3
     assert found["policies"]["mine"]["window_size"] == 48
     cells = (out / "cells.jsonl").read_text()

@@ -61,7 +61,8 @@ class Collecting:
     ) -> None:
         local = (policy.sink_size, policy.window_size)
         self._seen: AbstractContextManager[None] = seen_by(self._attend, model, settings.layers, local=local)
-        self._margins, self._estimate = margins or {}, estimate
+        self._margins = margins or {}
+        self._estimate: Estimate = estimate
 
     def __enter__(self) -> Collecting:
         """Patch the model."""

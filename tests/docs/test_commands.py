@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -77,7 +79,9 @@ def check_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, *options])
     sys.path.insert(0, str((ROOT / script).parent))
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        # Some switch the network off for their own process, which would be that of the tests after this one.
+        with mock.patch.dict(os.environ):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except Parsed:
         return
     except SystemExit as stop:

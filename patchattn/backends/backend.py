@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
@@ -27,22 +26,18 @@ class CallShape:
         queries: Query rows of each.
         keys: Key slots up to the last query's own.
         heads: Number of query heads.
-        kv_heads: Number of KV heads.
         dim: Head dimension.
         sink_size: Number of first tokens that are always attended.
         window_size: Number of last tokens that are always attended.
-        dtype: Of query, key and value.
     """
 
     batch: int
     queries: int
     keys: int
     heads: int
-    kv_heads: int
     dim: int
     sink_size: int
     window_size: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Backend:
 
         def endless(phase: Phase) -> int:
             queries = 1 if phase == "decode" else MOST_TOKENS
-            shape = CallShape(1, queries, MOST_TOKENS, 1, 1, 64, sink_size, window_size, torch.float32)
+            shape = CallShape(1, queries, MOST_TOKENS, 1, 64, sink_size, window_size)
             return self.break_even(shape, phase)
 
         return MinBulk(prefill=endless("prefill"), decode=endless("decode"))

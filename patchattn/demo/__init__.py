@@ -42,6 +42,17 @@ def sample_text() -> str:
     return gzip.decompress(path.read_bytes()).decode("ascii")
 
 
+def prose() -> str:
+    """Return 465,000 characters of English: the reference that comes with CPython, `pydoc_data.topics`.
+
+    Raises:
+        ImportError: This Python comes without it.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())
+
+
 def is_shipped(model: Any) -> bool:
     """Say whether a model is the one that ships with the library, which has read Python and no English."""
     return Path(name_of(model)).absolute() == model_folder().absolute()
@@ -64,9 +75,7 @@ def default_text(model: Any) -> tuple[str, str]:
     """
     if not is_shipped(model):
         try:
-            from pydoc_data.topics import topics
+            return prose(), "the reference prose that comes with Python, pydoc_data.topics"
         except ImportError:
             pass  # Some ways of installing Python leave it out.
-        else:
-            return "\n".join(topics.values()), "the reference prose that comes with Python, pydoc_data.topics"
     return sample_text(), "Python source that ships along"

@@ -22,7 +22,7 @@ from patchattn.demo import timing
 from patchattn.demo.questions import Quiz, Turn, make_quiz
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.documents import check_longest
-from patchattn.evaluation.loss import losses_of, read_into_cache
+from patchattn.evaluation.loss import losses_and_logits
 from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
@@ -240,14 +240,7 @@ def look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None]
         far: Positions along the text whose logits are kept.
         done: Called after the document and after each question, with how much work it was.
     """
-    document, at = torch.tensor(quiz.document), torch.tensor(quiz.text_positions())
-    losses, text, cache = [], [], None
-    for begin, logits, filled in read_into_cache(model, quiz.document):
-        cache = filled
-        here = at[(begin <= at) & (at < begin + len(logits))]
-        losses.append(losses_of(logits[here - begin], document[here + 1]))
-        kept = [position - begin for position in far if begin <= position < begin + len(logits)]
-        text.append(logits[kept])
+    losses, text, cache = losses_and_logits(model, quiz.document, far)
     done(_DOCUMENT_WEIGHT)
     right, answers = 0, []
     for turn in quiz.turns:
@@ -257,7 +250,7 @@ def look(model: Any, quiz: Quiz, far: Sequence[int], done: Callable[[int], None]
         right += found.argmax(-1).tolist() == list(turn.answer)
         answers.append(found)
         done(1)
-    return Look(right, torch.cat(losses).double().mean().item(), torch.cat(text), torch.cat(answers))
+    return Look(right, losses[quiz.text_positions()].double().mean().item(), text, torch.cat(answers))
 
 
 @torch.no_grad()

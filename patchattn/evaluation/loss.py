@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -33,32 +33,6 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([functional.cross_entropy(rows.float(), right, reduction="none") for rows, right in pairs])
 
 
-def read_into_cache(model: Any, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Any]]:
-    """Read a document in calls on one cache, so that the logits of a long one fit into memory.
-
-    Args:
-        model: A causal language model, patched or not.
-        tokens: Token ids.
-
-    Yields:
-        For each call the position of its first token, what is predicted after each of its tokens,
-        [tokens, vocabulary], and the cache with all tokens so far.
-
-    Raises:
-        DocumentError: The document is longer than the model's context.
-    """
-    check_longest(model, len(tokens))
-    ids = torch.tensor([list(tokens)], device=input_device(model))
-    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
-    cache = None
-    for begin in range(0, ids.shape[1], size):
-        # Not around the loop: between two calls the caller's code runs.
-        with torch.no_grad():
-            result = model(input_ids=ids[:, begin : begin + size], use_cache=True, **with_cache(model, cache))
-        cache = cache_of(result)
-        yield begin, result.logits[0], cache
-
-
 def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     """Read a document and return the loss of each token but the first, [tokens - 1] float32 nats.
 
@@ -72,8 +46,11 @@ def losses(model: Any, tokens: Sequence[int]) -> Tensor:
     return losses_and_logits(model, tokens, ())[0]
 
 
-def losses_and_logits(model: Any, tokens: Sequence[int], after: Collection[int]) -> tuple[Tensor, Tensor]:
-    """Read a document once for the loss of each token, and for what is predicted after some.
+@torch.no_grad()
+def losses_and_logits(model: Any, tokens: Sequence[int], after: Collection[int]) -> tuple[Tensor, Tensor, Any]:
+    """Read a document once for the loss of each token, for what is predicted after some, and into a cache.
+
+    It is read in calls on one cache, so that the logits of a long one fit into memory.
 
     Args:
         model: A causal language model, patched or not.
@@ -81,17 +58,22 @@ def losses_and_logits(model: Any, tokens: Sequence[int], after: Collection[int])
         after: Positions of tokens, ascending.
 
     Returns:
-        The loss of each token but the first, [tokens - 1] float32 nats, and [after, vocabulary] logits.
+        The loss of each token but the first, [tokens - 1] float32 nats, [after, vocabulary] logits, and the cache.
 
     Raises:
         DocumentError: The document is longer than the model's context.
     """
-    targets, found, kept = torch.tensor(list(tokens[1:])), [], []
-    for begin, logits, _ in read_into_cache(model, tokens):
+    check_longest(model, len(tokens))
+    ids, targets = torch.tensor([list(tokens)], device=input_device(model)), torch.tensor(list(tokens[1:]))
+    size = max(_MOST_LOGITS // vocabulary_of(model), _SHORTEST_CALL)
+    found, kept, cache = [], [], None
+    for begin in range(0, ids.shape[1], size):
+        result = model(input_ids=ids[:, begin : begin + size], use_cache=True, **with_cache(model, cache))
+        cache, logits = cache_of(result), result.logits[0]
         follow = targets[begin : begin + len(logits)]
         found.append(losses_of(logits[: len(follow)], follow))
         kept.append(logits[[at - begin for at in after if begin <= at < begin + len(logits)]])
-    return torch.cat(found), torch.cat(kept)
+    return torch.cat(found), torch.cat(kept), cache
 
 
 def by_position(found: Tensor) -> list[float]:

@@ -197,7 +197,7 @@ class _Part:
         """Yield what each sample gives: a score, or the losses of a stretch of text by position; and predictions."""
         if self.task == TEXT_LOSS:
             for tokens in material.stretches(self.length, self.samples):
-                losses, logits = losses_and_logits(model, tokens, places)
+                losses, logits, _ = losses_and_logits(model, tokens, places)
                 yield tuple(by_position(losses)), logits
         else:
             for at in range(self.samples):

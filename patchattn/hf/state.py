@@ -119,9 +119,9 @@ class LayerState(nn.Module):
             return None
         # What a static cache has room for says nothing; only the host knows more.
         keys = inputs.regions.host.filled if host_may_read(inputs.query) else inputs.key.shape[2]
-        (batch, heads, queries, dim), kv_heads = inputs.query.shape, inputs.key.shape[1]
+        batch, heads, queries, dim = inputs.query.shape
         local = (self.policy.sink_size, self.policy.window_size)
-        shape = CallShape(batch, queries, keys, heads, kv_heads, dim, *local, inputs.query.dtype)
+        shape = CallShape(batch, queries, keys, heads, dim, *local)
         return "short" if keys - sum(local) < self.break_even(shape, phase) else None
 
     def keep(self, phase: str, opened: Tensor) -> None:

@@ -152,12 +152,8 @@ def shipped_model(length: int) -> tuple[Any, Tensor]:
 
 
 def prose(tokenizer: Any, length: int) -> Tensor:
-    """Return tokens [1, length] of the text of English that every Python brings along: the help on its language."""
-    # Imported here: these are half a million letters.
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics.values())
-    tokens = tokenizer(text[: 10 * length], return_tensors="pt").input_ids[:, :length]
+    """Return tokens [1, length] of the English prose that comes with Python."""
+    tokens = tokenizer(demo.prose()[: 10 * length], return_tensors="pt").input_ids[:, :length]
     if tokens.shape[1] < length:
         raise ValueError(f"The text has {tokens.shape[1]:,} tokens, {length:,} are asked for: take shorter lengths.")
     return tokens

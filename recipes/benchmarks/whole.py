@@ -72,7 +72,7 @@ def whole_model_figure(rows: list[Row]) -> Figure:
                     axes.plot(at, [row["limit"] for row in best], ":", color=color)
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set(xscale="log", xlabel="tokens", ylabel="times the faster stock cache")
-            axes.set_title(f"{title}, {model}, {dtype} (dotted: limit)", fontsize=10)
+            axes.set_title(f"{title}, {model}, {dtype}\n(dotted: limit)", fontsize=9)
             axes.set_xticks(_lengths(of_phase), [f"{length:,}" for length in _lengths(of_phase)])
             axes.minorticks_off()
     panels[0, 0].legend(fontsize=8)

@@ -282,6 +282,6 @@ def test_a_peak_is_what_a_call_holds_at_most(monkeypatch: pytest.MonkeyPatch) ->
 
     peaks = [resident_peak(lambda size=size: b"x" * (size << 20)) for size in (64, 8)]
     if math.isnan(peaks[0]):
-        pytest.skip("this system does not tell")
+        pytest.skip("only Linux tells the peak of a process, and lets it start anew")
     # The second starts anew below the first one's peak.
     assert peaks == pytest.approx([64, 8], abs=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 
 from patchattn.evaluation.documents import KINDS, Kind, draw_task
@@ -34,12 +35,12 @@ def draft(kind: Kind, material: Material, length: int, rng: random.Random) -> Dr
         continuation=asked.answer,
         answers=(asked.answer.strip(),),
         haystack=material.lines(rng),
-        planted=tuple(_interleaved(planted, rng)),
+        planted=tuple(interleaved(planted, rng)),
         exact=True,
     )
 
 
-def _interleaved(tasks: list[tuple[str, ...]], rng: random.Random) -> list[str]:
+def interleaved(tasks: Sequence[tuple[str, ...]], rng: random.Random) -> list[str]:
     """Put the lines of all tasks in one random order that keeps the order within each."""
     turns = [at for at, lines in enumerate(tasks) for _ in lines]
     rng.shuffle(turns)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from patchattn.evaluation.documents import TokenizedText, draw_task
 from patchattn.evaluation.facts import draw_facts
+from patchattn.evaluation.tasks.planted import interleaved
 from patchattn.evaluation.units import Units, cut, take, weave
 from patchattn.evaluation.words import draw_number
 
@@ -78,7 +79,7 @@ class Writer:
 
     def planted(self, items: Sequence[Item], length: int, rng: random.Random, *, end: str = "\n") -> Asked:
         """Plant items in text, and solve the first of them at the end of the context."""
-        lines = [self.ids(line) for line in _interleaved([item.planted for item in items], rng)]
+        lines = [self.ids(line) for line in interleaved([item.planted for item in items], rng)]
         solved = [self.ids(item.prompt + item.answer + end) for item in items[:SOLVED]]
         fixed = [*self.begin()], self.ids("\n"), *solved
         size = length - sum(map(len, (*fixed, *lines)))
@@ -165,14 +166,6 @@ def _turns(tokenizer: Any) -> tuple[str, str, str]:
     return between[len(close) :], reply, close
 
 
-def _interleaved(groups: Sequence[tuple[str, ...]], rng: random.Random) -> list[str]:
-    """Put the lines of all groups in one random order that keeps the order within each."""
-    turns = [at for at, lines in enumerate(groups) for _ in lines]
-    rng.shuffle(turns)
-    waiting = [iter(lines) for lines in groups]
-    return [next(waiting[at]) for at in turns]
-
-
 Make = Callable[[Writer, int, random.Random], Asked]
 OF_REAL: dict[str, tuple[str, Make]] = {"needles": ("prose", needles), "code": ("code", code), "chat": ("prose", chat)}
 """What the real model is asked: by task, the text and how a document is made."""
@@ -183,11 +176,3 @@ OF_SHIPPED: dict[str, tuple[str, Make]] = {
     "list": ("code", partial(trained, "list", _CHAINS)),
 }
 """What the shipped model is asked."""
-
-
-@cache
-def prose() -> str:
-    """Return English prose that every CPython brings along: its language reference as `help()` shows it."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))

@@ -16,7 +16,7 @@ import torch
 from context import ROOT, SINK, Context, Job, Measurement, load
 from safetensors.torch import load_file, save_file
 from studies.quality.cases import Rankings, cases
-from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer, prose
+from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -65,7 +65,7 @@ def model_of(name: str, folder: Path | None) -> tuple[Any, dict[str, Writer]]:
         model, tokenizer = load()
     else:
         model, tokenizer = load_pretrained(folder, dtype="bfloat16", local_files_only=True)
-    texts = {"code": demo.sample_text()} | ({} if name == "shipped" else {"prose": prose()})
+    texts = {"code": demo.sample_text()} | ({} if name == "shipped" else {"prose": demo.prose()})
     return model, {kind: Writer(tokenize_text(text, tokenizer), tokenizer) for kind, text in texts.items()}
 
 

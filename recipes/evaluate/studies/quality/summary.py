@@ -13,7 +13,7 @@ import numpy as np
 from studies.quality.measuring import Place, Row
 
 from patchattn.evaluation.cells import PhaseCounts
-from patchattn.evaluation.statistics import Interval, bootstrap
+from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,23 @@ class Summary:
     @cached_property
     def rise(self) -> Interval:
         """Relative change of the text loss, bootstrap over documents."""
-        sums = np.array([[sum(a.losses), sum(b.losses)] for a, b in zip(self.rows, self.dense, strict=True)])
-        return bootstrap(sums, lambda drawn: (drawn @ sums[:, 0]) / (drawn @ sums[:, 1]) - 1)
+        found = ratio_of_sums([sum(row.losses) for row in self.rows], [sum(row.losses) for row in self.dense])
+        return Interval(*(end - 1 for end in found))
 
     @cached_property
     def kl(self) -> Interval:
         """Mean KL of the text to dense attention, nats per token, bootstrap over documents."""
-        return self._mean([row.text.kl_sum for row in self.rows], [row.text.tokens for row in self.rows])
+        return ratio_of_sums([row.text.kl_sum for row in self.rows], [row.text.tokens for row in self.rows])
 
     @cached_property
     def top1(self) -> Interval:
         """Agreement with dense attention in the text, bootstrap over documents."""
-        return self._mean([row.text.agreed for row in self.rows], [row.text.tokens for row in self.rows])
+        return ratio_of_sums([row.text.agreed for row in self.rows], [row.text.tokens for row in self.rows])
 
     @property
     def answers_kl(self) -> float:
         """Mean KL of the answers' tokens, nats per token."""
         return reduce(add, (row.answers for row in self.rows)).kl
-
-    @staticmethod
-    def _mean(top: Sequence[float], bottom: Sequence[float]) -> Interval:
-        sums = np.array([top, bottom], float).T
-        return bootstrap(sums, lambda drawn: (drawn @ sums[:, 0]) / (drawn @ sums[:, 1]))
 
     def columns(self) -> dict[str, Any]:
         """Return plain numbers, for a table."""

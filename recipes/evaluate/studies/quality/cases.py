@@ -13,7 +13,7 @@ from patchattn.gates import Gate
 Head = tuple[int, int]
 
 GUARDED = (0.3, 0.45, 0.6, 0.75, 0.9)
-STATIC_SHARES = (0.15, 0.3)
+STATIC_SHARES = (0.3, 0.15)
 DRAWN = "static, drawn"
 
 
@@ -50,29 +50,28 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     yield Case("all open", "", OpenGate())
     yield Case("all closed", "", ClosedGate())
     yield Case("guarded", "0.6", MomentGate(threshold=0.6, estimate="guarded"))
-    for threshold in (0.6, 0.8, 0.7):
+    for threshold in (0.8, 0.6, 0.7):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
-    yield Case("oracle", "0.6", OracleGate(threshold=0.6))
-    yield Case("saturating", "0.6", MomentGate(threshold=0.6, estimate="saturating"))
-    for threshold in GUARDED:
-        if threshold != 0.6:
-            yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold, estimate="guarded"))
     tasks = sorted(rankings.by_task)
     other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
     drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
-    for share in reversed(STATIC_SHARES):
-        count = round(share * len(rankings.mass))
-        for family, heads in (
-            ("static, by mass", rankings.mass),
-            ("static, answering", rankings.answering),
-            ("static, other task", other),
-            (DRAWN, drawn),
-        ):
+    for family, heads, shares in (
+        ("static, answering", rankings.answering, STATIC_SHARES),
+        ("static, by mass", rankings.mass, STATIC_SHARES),
+        ("static, other task", other, STATIC_SHARES[:1]),
+        (DRAWN, drawn, STATIC_SHARES[:1]),
+    ):
+        for share in shares:
+            count = round(share * len(rankings.mass))
             yield Case(family, f"{share:.0%} of heads", StaticGate(open_heads=tuple(heads[:count])))
-    yield Case("oracle", "0.3", OracleGate(threshold=0.3))
+    for threshold in GUARDED:
+        if threshold != 0.6:
+            yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold, estimate="guarded"))
+    yield Case("saturating", "0.6", MomentGate(threshold=0.6, estimate="saturating"))
     for threshold in (0.4, 0.9):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
-    yield Case("saturating", "0.8", MomentGate(threshold=0.8, estimate="saturating"))
+    for threshold in (0.6, 0.3):
+        yield Case("oracle", f"{threshold}", OracleGate(threshold=threshold))
     if calibrated:
         for alpha in (0.02, 0.05, 0.1):
             yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))

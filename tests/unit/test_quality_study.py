@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,71 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
     found = {case[:2]: case.gate for case in of_a}
     assert found["static, other task", "30% of heads"].open_heads == tuple(sorted(heads[-3:])), "ranked on b"
     assert found["static, by mass", "30% of heads"].open_heads == tuple(heads[:3])
+
+
+def test_presses_read_all_of_a_context_and_then_what_they_kept(study: Any) -> None:
+    presses = study("presses")
+    one = study("documents").Asked(tuple(range(100)), (((1, 2), 1), ((1, 2, 3), 2)), (7, 8, 9, 10))
+    counts = presses.counts_of(one, [100, 40, 10])
+    assert counts["context"] == PhaseCounts(scored_keys=3 * 5050, causal_keys=3 * 5050)
+    lengths = [2, 3, 4]
+    scored = sum(kept + own + 1 for kept in (100, 40, 10) for length in lengths for own in range(length))
+    causal = sum(100 + own + 1 for _ in range(3) for length in lengths for own in range(length))
+    assert counts["appended"] == PhaseCounts(scored_keys=scored, causal_keys=causal)
+
+
+@pytest.fixture
+def kvpress(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module of presses, and options that name a stand-in for the environment of kvpress."""
+    presses = study("presses")
+    one = study("documents").Asked((1, 2), (((3, 4), 1),), (5, 6))
+    monkeypatch.setattr(presses, "document", lambda *_: (None, one))
+    monkeypatch.setattr(presses, "dense_predictions", lambda *_: None)
+    row = _row(study("measuring"), "code", "SnapKV", [1], [0.5])
+    printed = presses.Pressed("m", 64, "code", 0, presses.digest(one), [row])
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho a progress bar\necho '{json.dumps(printed, default=vars)}'\n")
+    python.chmod(0o755)
+    return presses, {"real_model": tmp_path, "families": [], "kvpress_python": python}
+
+
+def test_rows_of_presses_come_from_their_own_environment(kvpress: Any, tmp_path: Path) -> None:
+    presses, options = kvpress
+    context = importlib.import_module("context").Context(tmp_path, options)
+    found = presses.measure(context, "m", 64, "code", 0)
+    assert (found.rows[0].family, found.rows[0].hits, found.rows[0].text) == ("SnapKV", [1], Agreement(4, 3, 0.0))
+
+
+def test_rows_of_other_tokens_are_refused(kvpress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    presses, options = kvpress
+    other = presses.document()[1].__class__((1, 2), (((3, 9), 1),), (5, 6))
+    monkeypatch.setattr(presses, "document", lambda *_: (None, other))
+    with pytest.raises(ValueError, match="reads other tokens"):
+        presses.measure(importlib.import_module("context").Context(tmp_path, options), "m", 64, "code", 0)
+
+
+def test_without_kvpress_its_kept_rows_are_shown_and_no_more_are_asked_for(kvpress: Any, tmp_path: Path) -> None:
+    presses, options = kvpress
+    kind = importlib.import_module("context").Context
+    every = presses.jobs(kind(tmp_path, options))
+    assert len(every) == 24
+    context = kind(tmp_path, options | {"kvpress_python": None})
+    assert presses.jobs(context) == []
+    presses.PRESSED.store(context).add(presses.Pressed(*every[5], "", []))
+    assert presses.jobs(context) == [every[5]]
+    assert presses.jobs(kind(tmp_path, options | {"families": ["guarded"]})) == []
+    assert presses.jobs(kind(tmp_path, options | {"families": ["SnapKV"]})) == every
+
+
+def test_presses_have_nothing_that_opens(study: Any) -> None:
+    package, presses, measuring = importlib.import_module("studies.quality"), study("presses"), study("measuring")
+    place = measuring.PLACES[0]
+    dense, row = (_row(measuring, "a", family, [1, 0], [1.0, 2.0]) for family in ("dense", "SnapKV"))
+    read, kept = PhaseCounts(scored_keys=10, causal_keys=10), PhaseCounts(scored_keys=5, causal_keys=10)
+    row.context, row.appended = read, kept
+    for one in (dense, row):
+        one.model, one.length, one.window = place
+    table = package._table(place, study("summary").summaries([dense, row]))
+    assert "| SnapKV |  |  | 100% / 50% |" in table
+    assert "nan" not in table
+    assert set(presses.PRESSES) < set(package.STYLES)

@@ -11,12 +11,14 @@ from context import Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
 from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
-from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, Place
+from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, WHOLE, Place
+from studies.quality.presses import NO_PRESS, PRESSED, PRESSES, SHARES
+from studies.quality.presses import rows as rows_of_presses
 from studies.quality.summary import Summary, summaries
 
 from patchattn.evaluation.page import number, table, with_interval
 
-MEASURED = (RANKED, SCORED)
+MEASURED = (RANKED, SCORED, PRESSED)
 STYLES = {
     "guarded": (BLUE, "D-"),
     "log-normal": (PURPLE, "P-"),
@@ -28,21 +30,25 @@ STYLES = {
     "static, drawn": (GREY, "v:"),
     "risk, each head": (GREEN, ">-"),
     "budget": (GREEN, "h-"),
+    "StreamingLLM": ("#B0A090", "s--"),
+    "SnapKV": ("#7A5230", "o--"),
+    "ExpectedAttention": ("#A87B4F", "^--"),
+    "DuoAttention": ("#606060", "D--"),
 }
-_DRAWN = PLACES[:3]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Take the folder of the real model, and the families of gates."""
+    """Take the folder of the real model, the families of gates, and the environment of kvpress."""
     parser.add_argument("--real-model", type=Path, required=True, help="what `python recipes/real_model.py` prints")
     parser.add_argument(
         "--families", nargs="*", default=[], help="kinds of gates, as the page names them; default: all"
     )
+    parser.add_argument("--kvpress-python", type=Path, help="Python of an environment with kvpress, for its presses")
 
 
 def page(context: Context) -> Page:
     """Show a picture of quality against density, and a table for each model, length and window."""
-    listed = summaries(SCORED.rows(context))
+    listed = summaries(SCORED.rows(context) + rows_of_presses(context))
     places = [place for place in PLACES if any(one.place == place and one.family != "dense" for one in listed)]
     known = {(one.place, one.family, one.setting): one for one in listed}
     full, small = PLACES[:2]
@@ -62,10 +68,15 @@ def page(context: Context) -> Page:
         wide=known[PLACES[3], "log-normal", "0.8"],
         parted=1 - default.top1.value,
         floor=1 - known[full, "all open", ""].top1.value,
+        shares=", ".join(f"{share:.0%}" for share in SHARES),
         missing=_missing(context, listed),
         tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
     )
-    rows = [one.columns() for one in listed if one.family != "dense"]
+    rows = [
+        {name: "" if value != value else value for name, value in one.columns().items()}
+        for one in listed
+        if one.family != "dense"
+    ]
     return Page(markdown, draw(listed), {"quality": rows}, formats={"number": ".4f"})
 
 
@@ -73,10 +84,15 @@ def _missing(context: Context, listed: Sequence[Summary]) -> str:
     """Say what the command has not measured yet."""
     wanted = {(Place(*job[:3]), *job[5:]) for job in SCORED.jobs(context) if job[5] != "dense"}
     there = {(one.place, one.family, one.setting) for one in listed}
-    begun = {place for place, family, _ in there if family != "dense"}
+    begun = {place for place, family, _ in there if family not in ("dense", NO_PRESS, *PRESSES)}
     gates = sorted({f"{family} {setting}".strip() for place, family, setting in wanted - there if place in begun})
     left = [_name(place) for place in PLACES if place not in begun] + gates
-    return f"- *Not measured yet:* {'; '.join(left)}. The command above goes on with them." if left else ""
+    lines = [f"- *Not measured yet:* {'; '.join(left)}. The command above goes on with them."] if left else []
+    pressed = {place for place, family, _ in there if family in PRESSES}
+    if pressed < {*WHOLE}:
+        bare = "; ".join(_name(place) for place in WHOLE if place not in pressed)
+        lines.append(f"- *Presses not measured yet:* {bare}. They need the option `--kvpress-python`.")
+    return "\n".join(lines)
 
 
 def _name(place: Place) -> str:
@@ -91,7 +107,7 @@ def _table(place: Place, listed: Sequence[Summary]) -> str:
     head = ["gate", "setting", "open", "keys read", *dense.tasks, "points", "worst task", "text loss", "agrees", "KL"]
 
     def both(one: Summary, name: str) -> str:
-        return " / ".join(number(getattr(part, name), ".0%") for part in (one.context, one.appended))
+        return " / ".join(filter(None, (number(getattr(part, name), ".0%") for part in (one.context, one.appended))))
 
     def row(one: Summary) -> list[str]:
         task, worst = one.worst
@@ -114,8 +130,8 @@ def _table(place: Place, listed: Sequence[Summary]) -> str:
 def draw(listed: Sequence[Summary]) -> Figure:
     """Draw answers and KL against the keys read while answering, a column for each place."""
     figure = Figure(figsize=(14, 8), dpi=120, layout="constrained")
-    grid: Any = figure.subplots(2, len(_DRAWN))
-    for place, (answers, kl) in zip(_DRAWN, grid.T, strict=True):
+    grid: Any = figure.subplots(2, len(WHOLE))
+    for place, (answers, kl) in zip(WHOLE, grid.T, strict=True):
         there = [one for one in listed if one.place == place]
         for family, (colour, style) in STYLES.items():
             curve = sorted((one for one in there if one.family == family), key=_paid)
@@ -123,6 +139,8 @@ def draw(listed: Sequence[Summary]) -> Figure:
                 continue
             x = [100 * _paid(one) for one in curve]
             look = {"color": colour, "label": family, "markersize": 6, "linewidth": 1.5}
+            if family in PRESSES:
+                look["fillstyle"] = "none"
             answers.plot(x, [one.points.value for one in curve], style, **look)
             kl.plot(x, [one.kl.value for one in curve], style, **look)
         for one in there:

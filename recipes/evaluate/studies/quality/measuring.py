@@ -88,20 +88,28 @@ def document(context: Context, name: str, length: int, task: str, index: int | s
 
 
 @torch.no_grad()
-def predicted(model: Any, tokens: Sequence[int], cache: DynamicCache, *, keep: int = 1) -> Tensor:
-    """Read tokens after what the cache holds, and return the last logits, [keep, vocabulary]."""
+def predicted(
+    model: Any, tokens: Sequence[int], cache: DynamicCache, *, keep: int = 1, begin: int | None = None
+) -> Tensor:
+    """Read tokens after what the cache holds, and return the last logits, [keep, vocabulary].
+
+    `begin` is the position of the first one, for a cache that has lost keys.
+    """
     ids = torch.tensor([list(tokens)])
-    return model(input_ids=ids, use_cache=True, logits_to_keep=keep, **with_cache(model, cache)).logits[0]
+    true = {} if begin is None else {"position_ids": torch.arange(begin, begin + len(tokens))[None]}
+    return model(input_ids=ids, use_cache=True, logits_to_keep=keep, **true, **with_cache(model, cache)).logits[0]
 
 
-def appended(model: Any, one: Asked, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
-    """Append each question, then the text, and take them away again.
+def appended(
+    model: Any, one: Asked, cache: DynamicCache, *, begin: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Append each question, then the text, and take them away again; `begin` as in `predicted`.
 
     Yields:
         What is predicted, [tokens, vocabulary], and the true tokens, [tokens].
     """
     for ids, at in (*one.questions, (one.following, one.unpredicted)):
-        logits = predicted(model, ids, cache, keep=len(ids) - at + 1)[:-1]
+        logits = predicted(model, ids, cache, keep=len(ids) - at + 1, begin=begin)[:-1]
         cache.crop(-len(ids))
         yield logits, torch.tensor(ids[at:])
 
@@ -173,12 +181,18 @@ def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
 
 def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, Any]:
     """Read a context, then append questions and text; returns fields of a row."""
-    cache, hits, answers = DynamicCache(), [], Agreement()
+    cache = DynamicCache()
     predicted(model, one.context, cache)
     read = counts(handle.report())
     handle.reset_report()
-    *asked, (logits, tokens) = appended(model, one, cache)
-    for kept, (of_answer, right) in zip(dense.answers, asked, strict=True):
+    return asked(model, one, dense, cache) | {"context": read, "appended": counts(handle.report())}
+
+
+def asked(model: Any, one: Asked, dense: Dense, cache: DynamicCache, *, begin: int | None = None) -> dict[str, Any]:
+    """Append questions and text; returns fields of a row. `begin` as in `predicted`."""
+    hits, answers = [], Agreement()
+    *questions, (logits, tokens) = appended(model, one, cache, begin=begin)
+    for kept, (of_answer, right) in zip(dense.answers, questions, strict=True):
         hits.append(int((of_answer.argmax(-1) == right).all()))
         answers += kept.agreement(of_answer)
     return {
@@ -186,8 +200,6 @@ def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, 
         "losses": losses_of(logits, tokens).tolist(),
         "answers": answers,
         "text": dense.text.agreement(logits),
-        "context": read,
-        "appended": counts(handle.report()),
     }
 
 

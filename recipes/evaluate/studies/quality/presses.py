@@ -1,0 +1,114 @@
+"""Presses of kvpress beside the gates: what they keep of a document, chosen once, before the questions are known.
+
+They are measured by `pressing.py` in an environment of their own, for kvpress needs transformers before 5.3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from context import Context, Job, Measurement
+from pydantic import TypeAdapter
+from studies.quality.documents import Asked
+from studies.quality.measuring import DOCUMENTS, TASKS, WHOLE, Row, dense_predictions, document
+
+from patchattn.evaluation.cells import PhaseCounts
+
+NO_PRESS = "no press"
+SCORERS = ("StreamingLLM", "SnapKV", "ExpectedAttention")
+HEADWISE = "DuoAttention"
+PRESSES = (*SCORERS, HEADWISE)
+SHARES = (0.75, 0.5, 0.25)
+"""Of the keys, and of the heads that keep all of theirs."""
+
+
+@dataclass
+class Pressed:
+    """Every press on one document.
+
+    They know no window: the rows have that of the place at which they are shown. `digest` says which tokens were read,
+    which must be the same in both environments.
+    """
+
+    model: str
+    length: int
+    task: str
+    document: int
+    digest: str
+    rows: list[Row]
+
+
+def digest(one: Asked) -> str:
+    """Say in a few letters which tokens a document has."""
+    return hashlib.sha256(repr((one.context, one.questions, one.following)).encode()).hexdigest()[:12]
+
+
+def counts_of(one: Asked, kept: Sequence[int]) -> dict[str, PhaseCounts]:
+    """Count keys: all in the context, and those kept with what was appended before each token itself.
+
+    Args:
+        one: The document.
+        kept: Keys of the context that each query head of each layer has left.
+    """
+
+    def counted(before: Sequence[int], tokens: int) -> int:
+        return sum(before) * tokens + len(before) * tokens * (tokens + 1) // 2
+
+    tokens, none = len(one.context), [0] * len(kept)
+    read = counted(none, tokens)
+    lengths = [*(len(ids) for ids, _ in one.questions), len(one.following)]
+    scored, causal = (sum(counted(before, length) for length in lengths) for before in (kept, [tokens] * len(kept)))
+    return {
+        "context": PhaseCounts(scored_keys=read, causal_keys=read),
+        "appended": PhaseCounts(scored_keys=scored, causal_keys=causal),
+    }
+
+
+def jobs(context: Context) -> list[Job]:
+    """List the documents; without an environment of kvpress those that have been measured."""
+    chosen = context.options["families"]
+    if chosen and not {*chosen} & {*PRESSES}:
+        return []
+    wanted = [
+        (place.model, place.length, task, index)
+        for place in WHOLE
+        for index, task in itertools.product(range(DOCUMENTS[place.model]), TASKS[place.model])
+    ]
+    if context.options["kvpress_python"]:
+        return wanted
+    there = {(row.model, row.length, row.task, row.document) for row in PRESSED.store(context).rows()}
+    return [job for job in wanted if job in there]
+
+
+def measure(context: Context, name: str, length: int, task: str, index: int) -> Pressed:
+    """Measure every press on one document, in the environment of kvpress.
+
+    Raises:
+        ValueError: The environments tokenize the document differently.
+    """
+    dense_predictions(context, name, length, task, index)  # from here on they are on disk, for both
+    script = Path(__file__).with_name("pressing.py")
+    command = [context.options["kvpress_python"], script, context.work, context.options["real_model"]]
+    command += [name, str(length), task, str(index)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = TypeAdapter(Pressed).validate_json(printed.splitlines()[-1])
+    here = digest(document(context, name, length, task, index)[1])
+    if found.digest != here:
+        raise ValueError(
+            f"The environment of kvpress reads other tokens ({found.digest}) than this one ({here}), so its rows can't "
+            "be compared. Make it with the same version of Python, and tokenizers that agree."
+        )
+    return found
+
+
+PRESSED = Measurement("quality.presses", Pressed, ("model", "length", "task", "document"), jobs, measure)
+
+
+def rows(context: Context) -> list[Row]:
+    """Read the rows of the presses that are there."""
+    return [row for pressed in PRESSED.rows(context) for row in pressed.rows]

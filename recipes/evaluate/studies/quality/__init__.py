@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
 from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
 from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, WHOLE, Place
-from studies.quality.presses import NO_PRESS, PRESSED, PRESSES, SHARES
+from studies.quality.presses import NO_PRESS, PRESSED, PRESSES, SHARES, TEXTS
 from studies.quality.presses import rows as rows_of_presses
 from studies.quality.summary import Summary, summaries
 
@@ -69,6 +69,7 @@ def page(context: Context) -> Page:
         parted=1 - default.top1.value,
         floor=1 - known[full, "all open", ""].top1.value,
         shares=", ".join(f"{share:.0%}" for share in SHARES),
+        texts=TEXTS,
         missing=_missing(context, listed),
         tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
     )

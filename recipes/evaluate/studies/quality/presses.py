@@ -26,6 +26,9 @@ PRESSES = (*SCORERS, HEADWISE)
 SHARES = (0.75, 0.5, 0.25)
 """Of the keys, and of the heads that keep all of theirs."""
 
+TEXTS, TOKENS = 50, 512
+"""What DuoAttention's heads are scored on: as many texts as kvpress takes, and tokens of each."""
+
 
 @dataclass
 class Pressed:

@@ -23,12 +23,9 @@ from context import SINK, Context
 from datasets import Dataset
 from kvpress.presses import duo_attention_press
 from studies.quality.measuring import WHOLE, Row, asked, dense_predictions, document, model_of, predicted
-from studies.quality.presses import HEADWISE, NO_PRESS, SCORERS, SHARES, Pressed, counts_of, digest
+from studies.quality.presses import HEADWISE, NO_PRESS, SCORERS, SHARES, TEXTS, TOKENS, Pressed, counts_of, digest
 from torch import Tensor
 from transformers import DynamicCache
-
-TEXTS, TOKENS = 50, 512
-"""What DuoAttention's heads are scored on: as many texts as kvpress takes, and tokens of each."""
 
 
 class Kept(NamedTuple):

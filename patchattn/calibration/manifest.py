@@ -100,6 +100,7 @@ class Manifest(_Frozen):
             than the curves.
         covariance_error: Largest relative error (Frobenius norm) that storing a covariance in half precision makes.
         versions: Versions of the libraries it was measured with.
+        note: What a reader of the card should know besides; one paragraph, empty for none.
         schema_version: Version of this schema.
     """
 
@@ -120,6 +121,7 @@ class Manifest(_Frozen):
     moment_documents: Count = 0
     covariance_error: Annotated[float, Field(ge=0, le=1)] = 0.0
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
+    note: Text = ""
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:

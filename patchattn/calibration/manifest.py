@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,7 +41,15 @@ class Fingerprint(_Frozen):
     def differences(self, other: Fingerprint) -> list[str]:
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if _read(mine[name]) != _read(theirs[name])]
+
+
+def _read(value: str | int) -> Any:
+    """Read what is JSON: one configuration says 100000 where another of the same model says 100000.0."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 class Corpus(_Frozen):

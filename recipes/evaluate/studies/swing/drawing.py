@@ -47,7 +47,9 @@ def draw(heads: Mapping[str, np.ndarray], row: Decided, per_layer: int) -> Figur
         axes.set_yticks([] if at else range(0, per_layer, 4))
         axes.set_ylabel("" if at else "head", fontsize=8, color=QUIET)
         for layer, head in (divmod(index, per_layer) for pair in shown.values() for index in pair):
-            axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=1.3))
+            axes.add_patch(
+                Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=1.6, zorder=5)
+            )
     _legend(figure.add_axes((0.85, 0.968, 0.08, 0.016)))
     figure.text(
         0.02,

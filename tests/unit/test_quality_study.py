@@ -27,6 +27,12 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"studies.quality.{name}")
 
 
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "calibrate"))
+    return importlib.import_module("documents")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     found = copy.deepcopy(demo.load()[1])
@@ -49,6 +55,18 @@ def test_documents_hold_what_they_ask_for(study: Any, tokenizer: Any, task: str)
         assert all(word.strip(",") in text for word in answer.split())
         assert len(ids) < documents.APPENDED
     assert 0 < one.unpredicted < len(one.following) <= documents.APPENDED
+
+
+def test_a_model_is_calibrated_on_documents_that_end_with_questions(study: Any, tokenizer: Any, recipe: Any) -> None:
+    del study
+    found = list(recipe.of_real(tokenizer, 4, [LENGTH, LENGTH // 2]))
+    assert list(map(len, found)) == [LENGTH, LENGTH // 2] * 2
+    prose, _, code, _ = (tokenizer.decode(list(ids)) for ids in found)
+    assert prose.count("Question: ") == recipe.ASKED + 2
+    assert code.count("\nassert ") >= recipe.ASKED
+    assert list(recipe.of_real(tokenizer, 2, [LENGTH, LENGTH // 2])) == found[:2]
+    facts = list(recipe.of_shipped(tokenizer, 1, [1024]))
+    assert len(facts[0]) == 1024
 
 
 def test_the_parts_of_a_chat_are_those_of_its_template(study: Any, tokenizer: Any) -> None:

@@ -1,6 +1,7 @@
 """Find the heads that swing between near and far with the text, and see on which words.
 
-python recipes/08_which_heads_swing.py
+python recipes/08_which_heads_swing.py                       # the shipped model
+python recipes/08_which_heads_swing.py --model path/or/name
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ from matplotlib.figure import Figure
 import patchattn
 from patchattn import Policy, demo
 from patchattn.evaluation.documents import check_longest, make_document, tokenize_text
+from patchattn.hf.loading import load_pretrained
 from patchattn.report.timeline import texts_of
 
 STRETCH = 32
-"""Tokens over which a head's decisions are averaged: single tokens flicker, a stretch is a passage."""
+"""Tokens over which a head's decisions are averaged."""
 
 
 @torch.no_grad()
 def main() -> None:
     """Record every decision over one document, rank heads by how much they change, and draw the first ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=str(demo.model_folder()), help="folder or name on the Hub")
     parser.add_argument("--length", type=int, default=4096, help="tokens in the document")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--heads", type=int, default=6, help="heads to draw")
     options = parser.parse_args()
-    model, tokenizer = demo.load()
+    model, tokenizer = load_pretrained(options.model)
     check_longest(model, options.length)
-    text = tokenize_text(demo.sample_text(), tokenizer)
+    text = tokenize_text(demo.default_text(model)[0], tokenizer)
     document = make_document(text, tokenizer, length=options.length, kinds=["fact"] * 12, ask="throughout")
     with patchattn.patch(model, Policy(window_size=options.window, min_bulk=0), record="timeline") as handle:
         model(torch.tensor([document.token_ids]))
     timeline = handle.report().timeline_of()
 
-    # Up to the first full chunk of far keys there is nothing to estimate from: all heads are closed, then all are open.
-    mixed = timeline.open.any(0) & ~timeline.open.all(0)
-    begin = int(mixed.int().argmax())
+    found = timeline.stretches(STRETCH)
+    begin, stretches = found
     opened = timeline.open[:, begin:].float()
-    stretches = opened[:, : opened.shape[1] // STRETCH * STRETCH].unflatten(1, (-1, STRETCH)).mean(-1)
-    swing, fraction = stretches.std(1), opened.mean(1)
+    swing, fraction = found.swing, opened.mean(1)
     order = swing.argsort(descending=True)[: options.heads].tolist()
 
     words = texts_of(tokenizer, list(document.token_ids))[begin:]
@@ -80,7 +81,7 @@ def draw(heads, order: list[int], stretches, fraction, swing, begin: int) -> Non
         )
     left.set(
         xlabel="queries that read far keys, percent",
-        ylabel="swing: spread over stretches of the text",
+        ylabel="swing: spread over passages of the text",
         title="Every head, as layer.head",
     )
     for row, index in enumerate(order):

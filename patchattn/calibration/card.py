@@ -41,6 +41,7 @@ def card_text(findings: Findings, *, plots: tuple[str, ...] = (), repo: str | No
             f"each query whether it reads the keys beyond the first {manifest.sink_size} and the last "
             f"{manifest.window_size} tokens.",
             "",
+            *([manifest.note, ""] if manifest.note else []),
             "```python",
             "import patchattn",
             "",

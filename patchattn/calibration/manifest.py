@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,7 +41,15 @@ class Fingerprint(_Frozen):
     def differences(self, other: Fingerprint) -> list[str]:
         """Say in which fields another fingerprint differs: `field: own value, other's value`."""
         mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if _read(mine[name]) != _read(theirs[name])]
+
+
+def _read(value: str | int) -> Any:
+    """Read what is JSON: one configuration says 100000 where another of the same model says 100000.0."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 class Corpus(_Frozen):
@@ -100,6 +109,7 @@ class Manifest(_Frozen):
             than the curves.
         covariance_error: Largest relative error (Frobenius norm) that storing a covariance in half precision makes.
         versions: Versions of the libraries it was measured with.
+        note: What a reader of the card should know besides; one paragraph, empty for none.
         schema_version: Version of this schema.
     """
 
@@ -120,6 +130,7 @@ class Manifest(_Frozen):
     moment_documents: Count = 0
     covariance_error: Annotated[float, Field(ge=0, le=1)] = 0.0
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
+    note: Text = ""
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:

@@ -54,6 +54,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Which documents are drawn, and their order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the model on the card, for instance its Hub id.")] = None,
     corpus: Annotated[str | None, typer.Option(help="What the text is, for the card.")] = None,
+    note: Annotated[str, typer.Option(help="What a reader of the card should know besides: one paragraph.")] = "",
     key_moments: Annotated[bool, typer.Option(help="Also measure moments of the keys.")] = True,
     device: Annotated[
         str,
@@ -91,6 +92,7 @@ def calibrate(
                 seed=seed,
                 corpus=corpus or f"{len(read)} files",
                 model_name=name or ("patchattn-demo" if model is None else None),
+                note=note,
                 key_moments=key_moments,
                 checkpoint=out / ".checkpoint",
                 progress=tell,

@@ -20,6 +20,7 @@ from patchattn.errors import PatchAttnError
 from patchattn.evaluation.units import cut, n_shared, take, weave
 from patchattn.evaluation.words import draw_number, draw_word
 from patchattn.hf.context import check_context
+from patchattn.hf.loading import beginning
 
 Kind = Literal["fact", "chain", "list", "note"]
 """What is planted and asked for.
@@ -206,7 +207,7 @@ def make_document(
     prompts = encoded([task.prompt for task in tasks])
     asked = encoded([task.prompt + task.answer for task in tasks])
     (line_break,) = encoded(["\n"])
-    tokens = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens = list(beginning(tokenizer))
     n_fixed = len(tokens) + sum(map(len, planted + asked)) + len(tasks) * len(line_break)
     if n_fixed > length:
         raise DocumentError(

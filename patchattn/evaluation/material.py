@@ -8,6 +8,7 @@ from typing import Any
 
 from patchattn.evaluation.documents import DocumentError, tokenize_text
 from patchattn.evaluation.units import Units, take
+from patchattn.hf.loading import beginning
 
 # Five short sentences that say nothing, as RULER's noise does.
 _NOISE = "The river is wide. The hill is steep. The road is long. On we walk. Then we turn around.\n"
@@ -28,9 +29,7 @@ class Material:
     def __init__(self, text: str, tokenizer: Any, *, code: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._line_break = self._plain(["\n"])[0]
-        given, plain = tokenizer(["a"])["input_ids"][0], self._plain(["a"])[0]
-        at = next((at for at in range(len(given)) if plain and given[at : at + len(plain)] == plain), 0)
-        self.begin = tuple(given[:at])
+        self.begin = beginning(tokenizer)
         """What the tokenizer puts before a text: BOS for most, nothing for some."""
         self.source = f"{text}\n{code or ''}".lower()
         self.text = tokenize_text(text, tokenizer)

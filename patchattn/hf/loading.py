@@ -42,6 +42,16 @@ def load_pretrained(name: str | PathLike[str], *, dtype: str = "auto", **options
     return model.eval(), tokenizer
 
 
+def beginning(tokenizer: Any) -> tuple[int, ...]:
+    """Return what a tokenizer puts before a text: the start token for most, nothing for many chat models.
+
+    Some name a start token that they put nowhere, because it is one of their chat template's.
+    """
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next((at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain), 0)
+    return tuple(whole[:at])
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or what it is called if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -50,6 +50,7 @@ def calibrate(
     seed: int = 0,
     corpus: str = "unnamed",
     model_name: str | None = None,
+    note: str = "",
     key_moments: bool = True,
     oracle_threshold: float = 0.6,
     checkpoint: str | Path | None = None,
@@ -75,6 +76,7 @@ def calibrate(
         seed: Order of the documents.
         corpus: What the text is, for the card.
         model_name: Name of the model, for the card; None takes the name or folder it was loaded from.
+        note: What a reader of the card should know besides: one paragraph.
         key_moments: Take moments of the keys for `MomentGate(moments="calibration")`.
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         checkpoint: File to which the sums are written after each document; a run that finds it there goes on from
@@ -157,6 +159,7 @@ def calibrate(
         moment_documents=0 if found is None else len(apart or measured),
         covariance_error=error,
         versions=_versions(),
+        note=note,
     )
     return Calibration(manifest, policy, tensors)
 

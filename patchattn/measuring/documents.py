@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchattn.errors import CalibrationError
+from patchattn.hf.loading import beginning
 
 _ONE_IN = 5
 """With moments of the calibration, one document in so many gives moments and nothing else."""
@@ -28,19 +29,19 @@ def cut_documents(
     """Cut texts into documents with bulk keys; see `calibrate`.
 
     Returns:
-        Token ids of each document, [tokens] int64, each with the tokenizer's BOS where it has one.
+        Token ids of each document, [tokens] int64, each with what the tokenizer puts before a text.
 
     Raises:
         CalibrationError: No document has bulk keys, or there are fewer than `documents`.
     """
     found: list[Tensor] = []
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    first = list(beginning(tokenizer))
     for index, text in enumerate(texts):
         length = lengths[index % len(lengths)]
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        step = length - len(bos)
+        step = length - len(first)
         pieces = [ids[begin : begin + step] for begin in range(0, max(len(ids) - step + 1, 1), step)]
-        found += [torch.tensor(bos + piece) for piece in pieces if len(bos) + len(piece) > sum(local)]
+        found += [torch.tensor(first + piece) for piece in pieces if len(first) + len(piece) > sum(local)]
     if not found or len(found) < (documents or 0):
         raise CalibrationError(
             f"The texts give {len(found)} documents of more than {sum(local)} tokens (sink and window)"

@@ -3,6 +3,6 @@
 from patchattn.report.counts import LayerCounts
 from patchattn.report.report import GateReport
 from patchattn.report.savings import HeadShape, Savings
-from patchattn.report.timeline import Timeline
+from patchattn.report.timeline import Stretches, Timeline
 
-__all__ = ["GateReport", "HeadShape", "LayerCounts", "Savings", "Timeline"]
+__all__ = ["GateReport", "HeadShape", "LayerCounts", "Savings", "Stretches", "Timeline"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchattn.errors import ReportError
@@ -14,6 +15,28 @@ from patchattn.policy import Phase
 
 Head = tuple[int, int]
 """(layer, query head), both counted from 0."""
+
+
+class Stretches(NamedTuple):
+    """How often heads were open in passages of a text.
+
+    Args:
+        begin: Token at which the first stretch begins.
+        open: [heads, stretches] float32, open fractions.
+    """
+
+    begin: int
+    open: Tensor
+
+    @property
+    def swing(self) -> Tensor:
+        """How much each head changes from passage to passage, [heads], at most 0.5.
+
+        The standard deviation of its stretches around their mean over 33 neighbours: many heads open more and more as a
+        text grows, which is no swinging.
+        """
+        trend = F.avg_pool1d(self.open, 33, 1, padding=16, count_include_pad=False)
+        return (self.open - trend).std(1, correction=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +58,29 @@ class Timeline:
     def open_heads(self, token: int) -> list[Head]:
         """List the heads that were open for a token."""
         return [self.heads[index] for index in self.open[:, token].nonzero()[:, 0].tolist()]
+
+    def stretches(self, size: int = 32) -> Stretches:
+        """Average the decisions over stretches of the text: single tokens flicker, a stretch is a passage.
+
+        They begin at the first token at which heads part: up to the first full chunk of far keys nobody is asked.
+        Tokens that do not fill a stretch at the end are left out.
+
+        Args:
+            size: Tokens in a stretch.
+
+        Raises:
+            ReportError: Heads part too late, or never, to fill a stretch.
+        """
+        mixed = self.open.any(0) & ~self.open.all(0)
+        begin = int(mixed.int().argmax()) if mixed.any() else len(self.phases)
+        opened = self.open[:, begin:].float()
+        count = opened.shape[1] // size
+        if not count:
+            raise ReportError(
+                f"Of {len(self.phases):,} tokens no {size} follow the first one at which heads part.",
+                fix="run the model on a text that is longer than sink and window by a few hundred tokens",
+            )
+        return Stretches(begin, opened[:, : count * size].unflatten(1, (count, size)).mean(-1))
 
 
 def timeline_of(calls: dict[int, list[Any]], heads: Iterable[Head] | None, row: int) -> Timeline:

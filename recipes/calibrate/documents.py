@@ -1,49 +1,80 @@
-"""Write documents with planted facts and questions as text files, to calibrate the shipped model on.
+"""Write documents with questions as text files, to calibrate a model on.
 
-python recipes/calibrate/documents.py --out documents --count 64 --length 4096
+python recipes/calibrate/documents.py --out documents --count 64 --lengths 4096
+python recipes/calibrate/documents.py --model FOLDER --out documents --count 54 --lengths 8192 4096
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "evaluate")]
+
+from studies.quality.documents import OF_REAL, Writer
 
 from patchattn import demo
-from patchattn.evaluation.documents import Document, make_document, tokenize_text
+from patchattn.evaluation.documents import make_document, tokenize_text
+from patchattn.hf.loading import beginning, load_pretrained
+
+ASKED = 12
+"""Questions at the end of a document for a model of plain English and code."""
 
 
-def documents(count: int, length: int, *, seed: str = "calibrate") -> list[Document]:
-    """Make documents of held-out Python source in which facts are planted, all asked for at the end.
+def of_shipped(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "calibrate") -> Iterator[tuple[int, ...]]:
+    """Make held-out Python source in which facts are planted, all asked for at the end.
 
     Args:
+        tokenizer: That of the shipped model.
         count: Number of documents; one of them depends on its own number only.
-        length: Tokens in each.
+        lengths: Tokens in each, in turn.
         seed: Documents of different seeds have nothing to do with each other but the text they are cut from.
     """
-    _, tokenizer = demo.load()
     text = tokenize_text(demo.sample_text(), tokenizer)
-    kinds = ("fact",) * max(length * 9 // 1024, 1)
-    return [make_document(text, tokenizer, length=length, kinds=kinds, seed=f"{seed}/{at}") for at in range(count)]
+    for at, length in zip(range(count), itertools.cycle(lengths), strict=False):
+        kinds = ("fact",) * max(length * 9 // 1024, 1)
+        yield make_document(text, tokenizer, length=length, kinds=kinds, seed=f"{seed}/{at}").token_ids
+
+
+def of_real(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "calibrate") -> Iterator[tuple[int, ...]]:
+    """Make English prose, a long file of Python and a chat in turn, with facts that are asked for at the end."""
+    writers = {
+        name: Writer(tokenize_text(text, tokenizer), tokenizer)
+        for name, text in {"prose": demo.prose(), "code": demo.sample_text()}.items()
+    }
+    order = itertools.product(OF_REAL.values(), lengths)
+    for at, ((text, make), length) in zip(range(count), itertools.cycle(order), strict=False):
+        size = length
+        for _ in range(2):  # The first time to see how long the questions are.
+            one = make(writers[text], size, random.Random(f"{seed}/{at}"))
+            asked = [token for ids, _ in one.questions[:ASKED] for token in (*ids, *one.closing)]
+            size = length - len(asked)
+        yield one.context + tuple(asked)
 
 
 def main() -> None:
     """Write one file for each document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a model of English; default: the shipped model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens, in turn")
     arguments = parser.parse_args()
-    _, tokenizer = demo.load()
+    _, tokenizer = load_pretrained(arguments.model) if arguments.model else demo.load()
+    make = of_real if arguments.model else of_shipped
     arguments.out.mkdir(parents=True, exist_ok=True)
-    made = documents(arguments.count, arguments.length)
-    for at, document in enumerate(made):
-        # Without the first token, which the tokenizer puts there again.
-        text = tokenizer.decode(document.token_ids[1:])
+    for at, ids in enumerate(make(tokenizer, arguments.count, arguments.lengths)):
+        # Without what the tokenizer puts there again.
+        text = tokenizer.decode(ids[len(beginning(tokenizer)) :])
         (arguments.out / f"{at:04}.txt").write_text(text, encoding="utf-8")
-    print(f"{len(made)} documents of {arguments.length} tokens in {arguments.out}")
+    lengths = " and ".join(f"{length:,}" for length in arguments.lengths)
+    print(f"{arguments.count} documents of {lengths} tokens in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import patchattn
+from patchattn import demo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -134,7 +135,8 @@ def test_tensor_parallel_says_how_to_start_it(run) -> None:
 
 
 def test_heads_that_swing(run, tmp_path: Path) -> None:
-    printed = run("08", "--length", "1024", "--heads", "3", "--window", "128")
+    model = str(demo.model_folder())
+    printed = run("08", "--model", model, "--length", "1024", "--heads", "3", "--window", "128")
     rows = re.findall(r"^\d\.\d +([\d.]+)% +([\d.]+)  ", printed, flags=re.MULTILINE)
     swings = [float(swing) for _, swing in rows]
     assert len(rows) == 3

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,20 @@ def test_the_demo_asks_what_the_model_can_answer(has_template: bool, real_model:
     quiz = make_quiz(model, tokenizer, demo.default_text(model)[0], length=LENGTH, questions=8, seed=0)
     assert quiz.alone == has_template
     assert look(model, quiz, [], lambda weight: None).right >= 6
+
+
+def test_heads_that_swing_are_found(
+    real_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "08_which_heads_swing.py"
+    options = ["--model", str(real_folder), "--length", "1024", "--window", "128", "--heads", "3"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [recipe.name, *options])
+    runpy.run_path(str(recipe), run_name="__main__")
+    printed = capsys.readouterr().out
+    swings = [float(swing) for swing in re.findall(r"^\d+\.\d +[\d.]+% +([\d.]+)  ", printed, flags=re.MULTILINE)]
+    assert len(swings) == 3
+    assert swings == sorted(swings, reverse=True)
+    assert swings[0] > 0.1
+    assert int(re.search(r"(\d+) of 270 heads", printed)[1]) < 100
+    assert (tmp_path / "swinging_heads.png").is_file()

@@ -47,7 +47,7 @@ def texts(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("no_pictures")
 def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--lengths", 256, "--window", 64, "--alpha", 0.25, "--corpus", "source")
+    options = ("--lengths", 256, "--window", 64, "--alpha", 0.25, "--corpus", "source", "--note", "Only four.")
     result = run("calibrate", "--texts", texts, "--out", out, *options, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -58,7 +58,7 @@ def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> No
     assert calibration.policy.window_size == 64
     assert calibration.policy.gate.threshold == RiskTarget(alpha=0.25)
     assert not list(out.glob(".*"))
-    assert (out / "README.md").exists()
+    assert "\n\nOnly four.\n\n## What a risk costs" in (out / "README.md").read_text(encoding="utf-8")
     model, _ = demo.load()
     calibration.check_fingerprint(fingerprint_of(model))
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from patchattn.calibration import Calibration, Manifest, encoding, files, key_moments
+from patchattn.calibration import Calibration, Fingerprint, Manifest, encoding, files, key_moments
 from patchattn.errors import (
     CalibrationError,
     CalibrationFormatError,
@@ -398,3 +398,17 @@ def test_the_manifest_is_strict() -> None:
     for wrong in ({"documents": (0, 0)}, {"estimates": ("guarded", "guarded")}, {"layers": (1, 0)}):
         with pytest.raises(ValidationError):
             made_up_manifest(**wrong)
+
+
+def test_a_number_of_the_rotary_embedding_is_the_same_however_it_is_written() -> None:
+    measured = made_up_manifest().fingerprint
+
+    def of(rope: str) -> Fingerprint:
+        return measured.model_copy(update={"rope": rope})
+
+    first = of('{"rope_theta": 100000.0, "rope_type": "default"}')
+    assert not first.differences(of('{"rope_theta": 100000, "rope_type": "default"}'))
+    (difference,) = first.differences(of('{"rope_theta": 10000, "rope_type": "default"}'))
+    assert difference.startswith("rope: ")
+    assert of("not JSON").differences(first)
+    assert of("[" * 4096).differences(first)

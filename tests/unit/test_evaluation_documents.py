@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from patchattn import demo
@@ -12,9 +12,11 @@ from patchattn.evaluation.documents import is_test_key, make_document, tokenize_
 KINDS = ("fact", "chain", "list", "note")
 SAMPLE = "".join(f"def function_{i}(argument):\n    return argument + {i}\n\n" for i in range(300))
 
+_START = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+
 
 def _byte_level(*, bos: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte, with or without a BOS token."""
+    """A tokenizer with one token per byte, which puts its BOS token before a text or only names it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -25,7 +27,9 @@ def _byte_level(*, bos: bool) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([SAMPLE], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if bos else None)
+    if bos:
+        tokenizer.post_processor = _START
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 def _metaspace() -> PreTrainedTokenizerFast:
@@ -41,6 +45,7 @@ def _metaspace() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([SAMPLE], trainer)
+    tokenizer.post_processor = _START
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
@@ -69,8 +74,8 @@ def test_document_has_the_exact_length(tokenizer, text, ask, seed):
     document = make_document(text, tokenizer, length=3001, kinds=KINDS * 2, seed=seed, ask=ask)
     assert len(document.token_ids) == 3001
     assert len(document.questions) == 8
-    if tokenizer.bos_token_id is not None:
-        assert document.token_ids[0] == tokenizer.bos_token_id
+    (first,) = tokenizer("")["input_ids"] or [None]
+    assert (document.token_ids[0] == tokenizer.bos_token_id) == (first is not None)
 
 
 def test_same_arguments_give_the_same_document(tokenizer, text):

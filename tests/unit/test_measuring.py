@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,10 +45,8 @@ OTHER_TEXT = POLICY.model_copy(
 class Letters:
     """A tokenizer of one token for each character."""
 
-    bos_token_id = 1
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [2 + ord(letter) % 120 for letter in text]}
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [2 + ord(letter) % 120 for letter in text]}
 
 
 def texts(count: int = 6, length: int = 330) -> list[str]:
@@ -59,6 +58,20 @@ def texts(count: int = 6, length: int = 330) -> list[str]:
 def measure(model=None, *, policy=POLICY, **fields):
     model = tiny_model("llama") if model is None else model
     return calibrate(model, Letters(), texts(), policy, **({"lengths": (300,), "corpus": "letters"} | fields))
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text() -> None:
+    class NamesAStart(Letters):
+        """As those of chat models, whose start token is their template's."""
+
+        bos_token_id = 1
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return super().__call__(text, **options | {"add_special_tokens": False})
+
+    for tokenizer, first in ((Letters(), [1]), (NamesAStart(), [])):
+        found = cut_documents(tokenizer, ["a" * 700], (300,), documents=None, seed=0, local=(4, 32))
+        assert [ids.tolist() for ids in found] == [first + [99] * (300 - len(first))] * 2
 
 
 def make_inputs(length=400, *, softcap=None, sinks=False, spread=1.5) -> AttentionInputs:

@@ -28,6 +28,12 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"studies.quality.{name}")
 
 
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "calibrate"))
+    return importlib.import_module("documents")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     found = copy.deepcopy(demo.load()[1])
@@ -50,6 +56,18 @@ def test_documents_hold_what_they_ask_for(study: Any, tokenizer: Any, task: str)
         assert all(word.strip(",") in text for word in answer.split())
         assert len(ids) < documents.APPENDED
     assert 0 < one.unpredicted < len(one.following) <= documents.APPENDED
+
+
+def test_a_model_is_calibrated_on_documents_that_end_with_questions(study: Any, tokenizer: Any, recipe: Any) -> None:
+    del study
+    found = list(recipe.of_real(tokenizer, 4, [LENGTH, LENGTH // 2]))
+    assert list(map(len, found)) == [LENGTH, LENGTH // 2] * 2
+    prose, _, code, _ = (tokenizer.decode(list(ids)) for ids in found)
+    assert prose.count("Question: ") == recipe.ASKED + 2
+    assert code.count("\nassert ") >= recipe.ASKED
+    assert list(recipe.of_real(tokenizer, 2, [LENGTH, LENGTH // 2])) == found[:2]
+    facts = list(recipe.of_shipped(tokenizer, 1, [1024]))
+    assert len(facts[0]) == 1024
 
 
 def test_the_parts_of_a_chat_are_those_of_its_template(study: Any, tokenizer: Any) -> None:
@@ -100,7 +118,7 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
 
 def test_presses_read_all_of_a_context_and_then_what_they_kept(study: Any) -> None:
     presses = study("presses")
-    one = study("documents").Asked(tuple(range(100)), (((1, 2), 1), ((1, 2, 3), 2)), (7, 8, 9, 10))
+    one = study("documents").Asked(tuple(range(100)), (((1, 2), 1), ((1, 2, 3), 2)), (7, 8, 9, 10), (), 1)
     counts = presses.counts_of(one, [100, 40, 10])
     assert counts["context"] == PhaseCounts(scored_keys=3 * 5050, causal_keys=3 * 5050)
     lengths = [2, 3, 4]
@@ -113,7 +131,7 @@ def test_presses_read_all_of_a_context_and_then_what_they_kept(study: Any) -> No
 def kvpress(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the module of presses, and options that name a stand-in for the environment of kvpress."""
     presses = study("presses")
-    one = study("documents").Asked((1, 2), (((3, 4), 1),), (5, 6))
+    one = study("documents").Asked((1, 2), (((3, 4), 1),), (5, 6), (), 1)
     monkeypatch.setattr(presses, "document", lambda *_: (None, one))
     monkeypatch.setattr(presses, "dense_predictions", lambda *_: None)
     row = _row(study("measuring"), "code", "SnapKV", [1], [0.5])
@@ -133,7 +151,7 @@ def test_rows_of_presses_come_from_their_own_environment(kvpress: Any, tmp_path:
 
 def test_rows_of_other_tokens_are_refused(kvpress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     presses, options = kvpress
-    other = presses.document()[1].__class__((1, 2), (((3, 9), 1),), (5, 6))
+    other = presses.document()[1].__class__((1, 2), (((3, 9), 1),), (5, 6), (), 1)
     monkeypatch.setattr(presses, "document", lambda *_: (None, other))
     with pytest.raises(ValueError, match="reads other tokens"):
         presses.measure(importlib.import_module("context").Context(tmp_path, options), "m", 64, "code", 0)

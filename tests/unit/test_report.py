@@ -16,7 +16,7 @@ import patchattn
 from patchattn.errors import CalibrationMismatchError, MissingPackageError, ReportError
 from patchattn.policy import Policy
 from patchattn.report import GateReport, HeadShape, LayerCounts
-from patchattn.report.timeline import texts_of
+from patchattn.report.timeline import Stretches, Timeline, texts_of
 from patchattn.testing import tiny_model
 
 SHAPE = HeadShape(dim=32, value_dim=16, group_size=2, bytes_per_number=2, dtype="bfloat16")
@@ -105,6 +105,23 @@ def test_timeline_joins_calls_and_keeps_the_heads_asked_for() -> None:
     assert not REPORT.timeline_of(row=1).open.any()
     two = REPORT.timeline_of([(3, 1), (0, 0)])
     assert torch.equal(two.open, timeline.open[[3, 0]])
+
+
+def test_stretches_begin_where_heads_part() -> None:
+    opened = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 1, 1, 1, 1, 0]]).bool()
+    begin, stretches = Timeline(((0, 0), (0, 1)), ("prefill",) * 10, opened).stretches(2)
+    assert begin == 3, "after tokens that nobody and that everybody opened"
+    assert stretches.tolist() == [[1, 0, 0.5], [0, 1, 1]], "the last token fills no stretch"
+    with pytest.raises(ReportError, match="Of 10 tokens no 2 follow"):
+        Timeline(((0, 0),), ("prefill",) * 10, opened[:1]).stretches(2)
+
+
+def test_a_head_that_opens_more_and_more_does_not_swing() -> None:
+    grows, swings = torch.linspace(0, 1, 200), torch.arange(200) % 2
+    found = Stretches(0, torch.stack([grows, swings, torch.ones(200)])).swing
+    assert found[0] < 0.02 < 0.25 < grows.std()
+    assert found[1] == pytest.approx(0.5, abs=0.02)
+    assert found[2] == 0
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     yield Case("saturating", "0.6", MomentGate(threshold=0.6, estimate="saturating"))
     for threshold in (0.4, 0.9):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
-    for threshold in (0.6, 0.3):
-        yield Case("oracle", f"{threshold}", OracleGate(threshold=threshold))
+    yield Case("oracle", "0.6", OracleGate(threshold=0.6))
     if calibrated:
         for alpha in (0.02, 0.05, 0.1):
             yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))
         for fraction in (0.1, 0.2):
             target = patchattn.OpenFractionTarget(fraction=fraction)
             yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))
+    yield Case("oracle", "0.3", OracleGate(threshold=0.3))

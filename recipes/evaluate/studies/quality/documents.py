@@ -13,6 +13,7 @@ from patchattn.evaluation.facts import draw_facts
 from patchattn.evaluation.tasks.planted import interleaved
 from patchattn.evaluation.units import Units, cut, take, weave
 from patchattn.evaluation.words import draw_number
+from patchattn.hf.loading import beginning
 
 QUESTIONS, TURNS, SOLVED = 40, 20, 2
 """Questions of a document and of a chat, and how many more are solved at the end of the context."""
@@ -47,13 +48,15 @@ class Asked:
         context: Token ids.
         questions: Token ids of each question with its answer, and where in them the answer begins.
         following: Token ids of text that goes on from the context.
+        closing: Token ids of what closes an answer, where one question after another is asked.
         unpredicted: The first tokens of `following`, which are not text.
     """
 
     context: tuple[int, ...]
     questions: tuple[tuple[tuple[int, ...], int], ...]
     following: tuple[int, ...]
-    unpredicted: int = 1
+    closing: tuple[int, ...]
+    unpredicted: int
 
 
 class Writer:
@@ -66,12 +69,6 @@ class Writer:
         """Return the tokens of a text."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def begin(self) -> tuple[int, ...]:
-        """Return what stands before every document."""
-        first = self.tokenizer.bos_token_id
-        # The tokenizers of chat models name a token for the start that nothing but their template uses.
-        return () if first is None or self.tokenizer.chat_template else (first,)
-
     def question(self, item: Item) -> tuple[tuple[int, ...], int]:
         """Return the tokens of a question with its answer, and where the answer begins."""
         prompt = self.ids(item.prompt)
@@ -81,7 +78,7 @@ class Writer:
         """Plant items in text, and solve the first of them at the end of the context."""
         lines = [self.ids(line) for line in interleaved([item.planted for item in items], rng)]
         solved = [self.ids(item.prompt + item.answer + end) for item in items[:SOLVED]]
-        fixed = [*self.begin()], self.ids("\n"), *solved
+        fixed = beginning(self.tokenizer), self.ids("\n"), *solved
         size = length - sum(map(len, (*fixed, *lines)))
         units, following = self.stretch(size, rng)
         context = list(fixed[0])
@@ -90,7 +87,8 @@ class Writer:
         text = tuple(context[-1:]) + following
         for piece in fixed[1:]:
             context += piece
-        return Asked(tuple(context), tuple(map(self.question, items[SOLVED:])), self.ids("\n") + text, 2)
+        questions = tuple(map(self.question, items[SOLVED:]))
+        return Asked(tuple(context), questions, self.ids("\n") + text, self.ids(end), 2)
 
     def stretch(self, size: int, rng: random.Random) -> tuple[Units, tuple[int, ...]]:
         """Cut a stretch of text, and the tokens that follow it."""
@@ -150,7 +148,7 @@ def chat(writer: Writer, length: int, rng: random.Random) -> Asked:
     for piece in solved:
         context += piece
     questions = [writer.question(Item((), turn(fact), f" {fact.answer}")) for fact in facts[SOLVED:]]
-    return Asked(tuple(context), tuple(questions), opening + following, len(opening))
+    return Asked(tuple(context), tuple(questions), opening + following, writer.ids(f".{close}"), len(opening))
 
 
 def _turns(tokenizer: Any) -> tuple[str, str, str]:

@@ -63,7 +63,6 @@ SHORT = (
     ("log-normal", "0.6"),
     ("log-normal", "0.8"),
     ("static, answering", "30% of heads"),
-    ("oracle", "0.6"),
     ("risk, each head", "0.05"),
     ("budget", "20%"),
 )

@@ -159,7 +159,9 @@ def draw(listed: Sequence[Summary]) -> Figure:
             tidy(axes)
     grid[0, 0].set_ylabel("right answers, points above dense")
     grid[1, 0].set_ylabel("KL of text to dense, nats per token")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    drawn = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
+    known = [drawn[family] for family in STYLES if family in drawn]
+    figure.legend(handles=known, loc="outside right center", fontsize=9, frameon=False)
     return figure
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DynamicCache
 
-from patchattn import demo
-from patchattn.evaluation.agreement import Agreement
+from patchattn import ClosedGate, OpenGate, Policy, demo
+from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.documents import tokenize_text
 
@@ -182,3 +183,28 @@ def test_presses_have_nothing_that_opens(study: Any) -> None:
     assert "| SnapKV |  |  | 100% / 50% |" in table
     assert "nan" not in table
     assert set(presses.PRESSES) < set(package.STYLES)
+
+
+def test_a_context_that_is_read_densely_is_beside_the_gate(study: Any) -> None:
+    """Open gates after it change nothing, closed ones do."""
+    measuring, model = study("measuring"), demo.load()[0].float()
+    rng = random.Random(0)
+    tokens = tuple(rng.choices(range(100, 1000), k=700))
+    one = study("documents").Asked(tokens[:600], ((tokens[600:610], 6),), tokens[610:], (), 1)
+    cache = DynamicCache()
+    measuring.predicted(model, one.context, cache)
+    answers, text = (Predictions.of(logits) for logits, _ in measuring.appended(model, one, cache))
+    dense = measuring.Dense([answers], text)
+
+    def kl(gate: Any, *, densely: bool) -> float:
+        policy = Policy(sink_size=4, window_size=64, min_bulk=0, gate=gate)
+        how, more = (measuring.put_through_after, ()) if densely else (measuring.put_through, (None,))
+        found = how(model, one, dense, policy, *more)
+        assert found["context"].causal_keys == 30 * 600 * 601 // 2
+        assert (found["context"].realised_density == 1) == densely
+        assert found["appended"].asked_pairs
+        return found["text"].kl
+
+    assert kl(OpenGate(), densely=True) < 1e-6
+    assert kl(ClosedGate(), densely=True) > 1e-3
+    assert kl(ClosedGate(), densely=False) > 1e-3

@@ -15,6 +15,7 @@ Head = tuple[int, int]
 GUARDED = (0.3, 0.45, 0.6, 0.75, 0.9)
 STATIC_SHARES = (0.3, 0.15)
 DRAWN = "static, drawn"
+DENSELY = "context read densely"
 
 
 class Rankings(NamedTuple):
@@ -32,11 +33,15 @@ class Rankings(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One gate, a point of a curve: `family` and `setting` name it."""
+    """One gate, a point of a curve: `family` and `setting` name it.
+
+    Where `reads_densely` it decides about what is appended only, as presses do.
+    """
 
     family: str
     setting: str
     gate: Gate
+    reads_densely: bool = False
 
 
 def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
@@ -52,6 +57,12 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     yield Case("guarded", "0.6", MomentGate(threshold=0.6, estimate="guarded"))
     for threshold in (0.8, 0.6, 0.7):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
+    for threshold in (0.8, 0.6):
+        yield Case(f"log-normal, {DENSELY}", f"{threshold}", MomentGate(threshold=threshold), reads_densely=True)
+    most = tuple(rankings.answering[: round(STATIC_SHARES[0] * len(rankings.mass))])
+    yield Case(
+        f"static, {DENSELY}", f"{STATIC_SHARES[0]:.0%} of heads", StaticGate(open_heads=most), reads_densely=True
+    )
     tasks = sorted(rankings.by_task)
     other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
     drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
@@ -77,4 +88,3 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
         for fraction in (0.1, 0.2):
             target = patchattn.OpenFractionTarget(fraction=fraction)
             yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))
-    yield Case("oracle", "0.3", OracleGate(threshold=0.3))

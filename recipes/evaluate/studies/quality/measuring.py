@@ -178,13 +178,26 @@ def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
     return {"hits": hits, "losses": losses, "answers": nothing, "text": nothing, "context": none, "appended": none}
 
 
-def put_through(model: Any, one: Asked, dense: Dense, handle: Any) -> dict[str, Any]:
+def put_through(model: Any, one: Asked, dense: Dense, policy: Policy, measured: Calibration | None) -> dict[str, Any]:
     """Read a context, then append questions and text; returns fields of a row."""
     cache = DynamicCache()
+    with patch(model, policy, calibration=measured) as handle:
+        predicted(model, one.context, cache)
+        read = counts(handle.report())
+        handle.reset_report()
+        return asked(model, one, dense, cache) | {"context": read, "appended": counts(handle.report())}
+
+
+def put_through_after(model: Any, one: Asked, dense: Dense, policy: Policy) -> dict[str, Any]:
+    """Read a context densely, then append questions and text under a policy; returns fields of a row."""
+    cache, size = DynamicCache(), len(one.context)
     predicted(model, one.context, cache)
-    read = counts(handle.report())
-    handle.reset_report()
-    return asked(model, one, dense, cache) | {"context": read, "appended": counts(handle.report())}
+    heads = model.config.num_hidden_layers * model.config.num_attention_heads
+    pairs = heads * size * (size + 1) // 2
+    with patch(model, policy) as handle:
+        fields = asked(model, one, dense, cache)
+        read = PhaseCounts(scored_keys=pairs, causal_keys=pairs)
+        return fields | {"context": read, "appended": counts(handle.report())}
 
 
 def asked(model: Any, one: Asked, dense: Dense, cache: DynamicCache, *, begin: int | None = None) -> dict[str, Any]:
@@ -297,11 +310,12 @@ def measure(
         return Row(*row, **of_dense(one, dense))
     place = Place(name, length, window)
     rankings = RANKED.done(context)[place].rankings()
-    gate = next(case.gate for case in listed(place, rankings, task) if case[:2] == (family, setting))
-    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=gate)
+    case = next(case for case in listed(place, rankings, task) if case[:2] == (family, setting))
+    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
+    if case.reads_densely:
+        return Row(*row, **put_through_after(model, one, dense, policy))
     measured = None if name == "shipped" else calibration(window)
-    with patch(model, policy, calibration=measured) as handle:
-        return Row(*row, **put_through(model, one, dense, handle))
+    return Row(*row, **put_through(model, one, dense, policy, measured))
 
 
 KEY = ("model", "length", "window", "task", "document", "family", "setting")

@@ -59,7 +59,7 @@ class Policy(Frozen):
 
     schema_version: Literal[1] = 1
     sink_size: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 16
-    window_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1024
+    window_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 2048
     gate: Gate = MomentGate()
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})

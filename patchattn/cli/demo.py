@@ -47,7 +47,7 @@ def demo(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Last tokens that are always attended. Default: a quarter of the length, at most 1,024; "
+            help="Last tokens that are always attended. Default: a quarter of the length, at most 2,048; "
             "256 for the shipped model."
         ),
     ] = None,

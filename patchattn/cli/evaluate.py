@@ -79,7 +79,7 @@ def evaluate(
         int | None,
         typer.Option(
             help="Last tokens always attended, under short names. Default: a quarter of the shortest length, "
-            "at least 64 and at most 1,024."
+            "at least 64 and at most 2,048."
         ),
     ] = None,
     min_bulk: Annotated[

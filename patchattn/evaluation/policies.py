@@ -33,7 +33,7 @@ NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
 
 _STATIC_SHARE = 0.25
 _WINDOW_SHARE = 4
-_WINDOWS = (64, 1024)
+_WINDOWS = (64, 2048)
 _RANKING_THRESHOLD = 0.8
 
 RankedHeads = Callable[[str | None], list[tuple[int, int]]]
@@ -42,11 +42,11 @@ most first."""
 
 
 def fitting_window(length: int) -> int:
-    """Return a window for prompts of a length: a quarter of it, at least 64 and at most 1,024 tokens.
+    """Return a window for prompts of a length: a quarter of it, at least 64 and at most 2,048 tokens.
 
     Example:
         >>> fitting_window(2048), fitting_window(131072)
-        (512, 1024)
+        (512, 2048)
     """
     return min(max(length // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
 

@@ -85,7 +85,7 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (("--texts", "nothing*.txt"), "No text file fits 'nothing*.txt'"),
-        (("--texts", "{texts}", "--lengths", "64"), "no keys beyond sink 16 and window 1024"),
+        (("--texts", "{texts}", "--lengths", "64"), "no keys beyond sink 16 and window 2048"),
         (("--texts", "{texts}", "--lengths", "256", "--window", "64", "--documents", "99"), "99 were asked for"),
         (("--texts", "{texts}", "--lengths", "4097", "--window", "64"), "reads at most 4,096 tokens"),
         (("--texts", "{texts}", "--window", "0"), "window_size"),

@@ -10,6 +10,7 @@ from typing import Any
 from context import Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
+from studies.quality.cases import DENSELY
 from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
 from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, WHOLE, Place
 from studies.quality.presses import NO_PRESS, PRESSED, PRESSES, SHARES, TEXTS
@@ -22,8 +23,13 @@ MEASURED = (RANKED, SCORED, PRESSED)
 STYLES = {
     "guarded": (BLUE, "D-"),
     "log-normal": (PURPLE, "P-"),
+    "log-normal, window 2,048": (PURPLE, "P--"),
+    "log-normal, window 1,024": (PURPLE, "P-."),
+    "log-normal, window 256": (PURPLE, "P:"),
+    f"log-normal, {DENSELY}": (PURPLE, "x-"),
     "saturating": (SKY, "^-"),
     "oracle": (BLACK, "o--"),
+    f"static, {DENSELY}": (RED, "x"),
     "static, by mass": (ORANGE, "s:"),
     "static, answering": (RED, "s:"),
     "static, other task": (YELLOW, "s:"),
@@ -51,8 +57,11 @@ def page(context: Context) -> Page:
     listed = summaries(SCORED.rows(context) + rows_of_presses(context))
     places = [place for place in PLACES if any(one.place == place and one.family != "dense" for one in listed)]
     known = {(one.place, one.family, one.setting): one for one in listed}
-    full, small = PLACES[:2]
-    default = known[full, "log-normal", "0.8"]
+
+    def at(length: int, window: int, family: str, setting: str = "") -> Summary:
+        return known[Place(PLACES[0].model, length, window), family, setting]
+
+    default = at(8192, 2048, "log-normal", "0.8")
     markdown = filled(
         globals(),
         questions=QUESTIONS,
@@ -62,12 +71,19 @@ def page(context: Context) -> Page:
         shipped=DOCUMENTS["shipped"],
         default=default,
         closed=1 - default.context.open_fraction,
-        guarded=known[full, "guarded", "0.6"],
-        cheaper=known[full, "log-normal", "0.7"],
-        small=known[small, "log-normal", "0.8"],
-        wide=known[PLACES[3], "log-normal", "0.8"],
-        parted=1 - default.top1.value,
-        floor=1 - known[full, "all open", ""].top1.value,
+        shut=at(8192, 2048, "all closed"),
+        less=at(8192, 2048, "log-normal", "0.6"),
+        narrow=at(8192, 1024, "log-normal", "0.8"),
+        narrowest=at(8192, 256, "log-normal", "0.8"),
+        half=at(4096, 1024, "log-normal", "0.8"),
+        wide=at(4096, 2048, "log-normal", "0.8"),
+        small=at(4096, 256, "log-normal", "0.8"),
+        static=at(8192, 1024, "static, answering", "30% of heads"),
+        cheaper=at(8192, 1024, "log-normal", "0.7"),
+        read=at(8192, 1024, f"static, {DENSELY}", "30% of heads"),
+        snap=at(8192, 1024, "SnapKV", "50% kept"),
+        stream=at(8192, 1024, "StreamingLLM", "50% kept"),
+        duo=at(4096, 256, "DuoAttention", "50% of heads"),
         shares=", ".join(f"{share:.0%}" for share in SHARES),
         texts=TEXTS,
         missing=_missing(context, listed),
@@ -134,9 +150,13 @@ def draw(listed: Sequence[Summary]) -> Figure:
     grid: Any = figure.subplots(2, len(WHOLE))
     for place, (answers, kl) in zip(WHOLE, grid.T, strict=True):
         there = [one for one in listed if one.place == place]
-        for family, (colour, style) in STYLES.items():
-            curve = sorted((one for one in there if one.family == family), key=_paid)
-            if not curve:
+        curves = {family: [one for one in there if one.family == family] for family in STYLES}
+        for one in listed:
+            if one.place[:2] == place[:2] and one.family == "log-normal":
+                curves.get(f"log-normal, window {one.place.window:,}", []).append(one)
+        for family, found in curves.items():
+            curve, (colour, style) = sorted(found, key=_paid), STYLES[family]
+            if not curve or (family.startswith("log-normal, window") and curve[0].place == place):
                 continue
             x = [100 * _paid(one) for one in curve]
             look = {"color": colour, "label": family, "markersize": 6, "linewidth": 1.5}

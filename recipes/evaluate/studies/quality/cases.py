@@ -63,6 +63,12 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     yield Case(
         f"static, {DENSELY}", f"{STATIC_SHARES[0]:.0%} of heads", StaticGate(open_heads=most), reads_densely=True
     )
+    if calibrated:
+        for alpha in (0.05, 0.1):
+            yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))
+        for fraction in (0.1, 0.2):
+            target = patchattn.OpenFractionTarget(fraction=fraction)
+            yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))
     tasks = sorted(rankings.by_task)
     other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
     drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
@@ -82,9 +88,3 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     for threshold in (0.4, 0.9):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     yield Case("oracle", "0.6", OracleGate(threshold=0.6))
-    if calibrated:
-        for alpha in (0.02, 0.05, 0.1):
-            yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))
-        for fraction in (0.1, 0.2):
-            target = patchattn.OpenFractionTarget(fraction=fraction)
-            yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))

@@ -47,20 +47,23 @@ class Place(NamedTuple):
 
 
 PLACES = [
+    Place("SmolLM2-135M", 8192, 2048),
     Place("SmolLM2-135M", 8192, 1024),
     Place("SmolLM2-135M", 4096, 256),
     Place("shipped", 4096, 256),
     Place("SmolLM2-135M", 4096, 1024),
+    Place("SmolLM2-135M", 4096, 2048),
     Place("shipped", 4096, 1024),
     Place("SmolLM2-135M", 8192, 256),
 ]
-WHOLE = PLACES[:3]
+WHOLE = PLACES[1:4]
 """Where every gate is measured; elsewhere those of `SHORT` are, which say what the window and the length change."""
 
 SHORT = (
     ("all closed", ""),
     ("guarded", "0.6"),
     ("log-normal", "0.6"),
+    ("log-normal", "0.7"),
     ("log-normal", "0.8"),
     ("static, answering", "30% of heads"),
     ("risk, each head", "0.05"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from context import SINK, Context, Job, Measurement
-from studies.quality.measuring import PLACES, TASKS, appended, document, fractions, model_of, predicted
+from studies.quality.measuring import TASKS, WHOLE, appended, document, fractions, model_of, predicted
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,8 +19,8 @@ from patchattn.call.masses import attention_scores
 from patchattn.hf.observe import observing
 from patchattn.report.timeline import texts_of
 
-SHOWN = PLACES[:2]
-"""Of the real model: the default window at its full context, and a small window at half of it."""
+SHOWN = WHOLE[:2]
+"""Of the real model: an eighth of its full context as the window, and a small window at half of it."""
 
 DOCUMENTS = ("ranking", "0")
 """Of each task; the exact mass has decided on the first."""

@@ -18,6 +18,7 @@ import patchattn
 from patchattn import demo
 from patchattn.demo.compare import look
 from patchattn.demo.questions import make_quiz
+from patchattn.hf.loading import load_pretrained
 from patchattn.testing import assert_within_budget
 
 pytestmark = pytest.mark.real
@@ -128,3 +129,22 @@ def test_heads_that_swing_are_found(
     assert swings[0] > 0.1
     assert int(re.search(r"(\d+) of 270 heads", printed)[1]) < 100
     assert (tmp_path / "swinging_heads.png").is_file()
+
+
+def test_its_calibration_decides_for_each_head(real_folder: Path) -> None:
+    folder = Path(__file__).parents[2] / "calibrations" / "smollm2-135m-instruct"
+    model, tokenizer = load_pretrained(real_folder)
+    ids = tokenizer(demo.prose()[:12000], return_tensors="pt").input_ids[:, :2000]
+    calibration = patchattn.Calibration.from_pretrained(folder)
+    static = patchattn.StaticGate.from_calibration(calibration, heads=27)
+    assert len(static.open_heads) == 27
+    fractions = []
+    for gate in (calibration.policy.gate, static):
+        policy = calibration.policy.model_copy(update={"gate": gate, "min_bulk": 0})
+        with patchattn.patch(model, policy, calibration=calibration) as handle, torch.no_grad():
+            model(ids)
+            fractions.append(handle.report().open_fraction("prefill"))
+    assert 0.02 < fractions[0] < 0.98
+    assert fractions[1] == pytest.approx(0.1)
+    with patchattn.patch(model, calibration=str(folder)) as handle:
+        assert handle.policy.window_size == calibration.manifest.window_size

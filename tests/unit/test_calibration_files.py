@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from patchattn.calibration import Calibration, Fingerprint, Manifest, encoding, files, key_moments
 from patchattn.errors import (
@@ -26,6 +27,7 @@ from patchattn.errors import (
     CalibrationMismatchError,
     CalibrationNotFoundError,
 )
+from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -412,3 +414,19 @@ def test_a_number_of_the_rotary_embedding_is_the_same_however_it_is_written() ->
     assert difference.startswith("rope: ")
     assert of("not JSON").differences(first)
     assert of("[" * 4096).differences(first)
+
+
+def test_the_calibration_of_the_real_model_fits_the_configuration_on_the_hub() -> None:
+    """As HuggingFaceTB/SmolLM2-135M-Instruct has it; the file that was measured writes some numbers differently."""
+    fields = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    fields |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    config = LlamaConfig(**fields, rope_theta=100000, rope_scaling=None, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    calibration = Calibration.from_pretrained(Path(__file__).parents[2] / "calibrations" / "smollm2-135m-instruct")
+    calibration.check_fingerprint(fingerprint_of(model))
+    assert "4 bits" in calibration.manifest.note
+    assert calibration.manifest.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with pytest.raises(CalibrationMismatchError, match="rope"):
+        config.rope_parameters["rope_theta"] = 10000
+        calibration.check_fingerprint(fingerprint_of(model))

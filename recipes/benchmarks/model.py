@@ -42,10 +42,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "sliding_window": None}
     | _HEADS,
 }
+NARROW = "window 1,024"
 POLICIES = {
     OPEN: Policy(gate=OpenGate(), min_bulk=0),
     "default": Policy(),
     "default, `min_bulk=0`": Policy(min_bulk=0),
+    NARROW: Policy(window_size=1024),
     "threshold 0.6, `min_bulk=0`": Policy(gate=MomentGate(threshold=0.6), min_bulk=0),
     "all closed, `min_bulk=0`": Policy(gate=ClosedGate(), min_bulk=0),
 }
@@ -208,9 +210,11 @@ def timed_rows(options: argparse.Namespace, name: str, dtype: str, length: int) 
     model, tokens = load(name, longest, options.layers, dtype, options.device)
     prompt = min(length, longest - decoded(options))
     tokens = tokens[:, : prompt + decoded(options)]
-    models = {STOCK: model} | {label: _twin(model) for label in POLICIES}
-    window = {"window_size": options.window} if options.window else {}
-    policies = {label: policy.model_copy(update=window) for label, policy in POLICIES.items()}
+    policies = POLICIES
+    if options.window:
+        window = {"window_size": options.window}
+        policies = {label: policy.model_copy(update=window) for label, policy in POLICIES.items() if label != NARROW}
+    models = {STOCK: model} | {label: _twin(model) for label in policies}
     handles = {label: patchattn.patch(models[label], policy) for label, policy in policies.items()}
     for twin in models.values():
         twin(tokens[:, :WARM_UP])

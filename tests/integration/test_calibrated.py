@@ -50,7 +50,7 @@ def calibration() -> Calibration:
 
 
 def tokens(rows: int = 2) -> torch.Tensor:
-    return torch.tensor([[1, *Letters()(text)["input_ids"]][:300] for text in texts()[:rows]])
+    return torch.tensor([Letters()(text)["input_ids"][:300] for text in texts()[:rows]])
 
 
 def run(model, ids, **kwargs):
@@ -67,7 +67,7 @@ def test_the_calibration_brings_its_own_policy_and_hits_its_open_fraction(calibr
     model = tiny_model("llama")
     with patchattn.patch(model, calibration=str(tmp_path)) as handle:
         for text in texts():
-            run(model, torch.tensor([[1, *Letters()(text)["input_ids"]][:300]]), use_cache=False)
+            run(model, torch.tensor([Letters()(text)["input_ids"][:300]]), use_cache=False)
     assert handle.policy.gate == MomentGate(threshold=TARGET)
     want = calibration.expected(calibration.thresholds(TARGET)).open_fraction
     got = torch.tensor(list(handle.report().head_open_fractions("prefill").values()))

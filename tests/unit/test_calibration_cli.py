@@ -58,7 +58,7 @@ def test_calibrate_measures_the_shipped_model(texts: Path, tmp_path: Path) -> No
     assert calibration.policy.window_size == 64
     assert calibration.policy.gate.threshold == RiskTarget(alpha=0.25)
     assert not list(out.glob(".*"))
-    assert "\n\nOnly four.\n\n## What a risk costs" in (out / "README.md").read_text(encoding="utf-8")
+    assert "\n\nOnly four.\n\n```python\n" in (out / "README.md").read_text(encoding="utf-8")
     model, _ = demo.load()
     calibration.check_fingerprint(fingerprint_of(model))
 

@@ -161,7 +161,7 @@ def test_the_calibration_agrees_with_what_the_patched_model_does() -> None:
     policy = POLICY.model_copy(update={"gate": MomentGate(threshold=share), "min_bulk": 0})
     with patchattn.patch(model, policy) as handle, torch.no_grad():
         for text in texts():
-            ids = [1, *Letters()(text)["input_ids"]][:300]
+            ids = Letters()(text)["input_ids"][:300]
             model(torch.tensor([ids]), use_cache=False)
     got = torch.tensor(handle.report().head_open_fractions("prefill")[0])
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)

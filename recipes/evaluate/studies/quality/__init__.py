@@ -22,10 +22,9 @@ from patchattn.evaluation.page import number, table, with_interval
 MEASURED = (RANKED, SCORED, PRESSED)
 STYLES = {
     "guarded": (BLUE, "D-"),
-    "log-normal": (PURPLE, "P-"),
-    "log-normal, window 2,048": (PURPLE, "P--"),
-    "log-normal, window 1,024": (PURPLE, "P-."),
-    "log-normal, window 256": (PURPLE, "P:"),
+    "log-normal, window 2,048": ("#4B2E83", "P-"),
+    "log-normal, window 1,024": (PURPLE, "P-"),
+    "log-normal, window 256": ("#E3B5D2", "P-"),
     f"log-normal, {DENSELY}": (PURPLE, "x-"),
     "saturating": (SKY, "^-"),
     "oracle": (BLACK, "o--"),
@@ -78,6 +77,7 @@ def page(context: Context) -> Page:
         half=at(4096, 1024, "log-normal", "0.8"),
         wide=at(4096, 2048, "log-normal", "0.8"),
         small=at(4096, 256, "log-normal", "0.8"),
+        weak=at(4096, 256, "log-normal", "0.7"),
         static=at(8192, 1024, "static, answering", "30% of heads"),
         cheaper=at(8192, 1024, "log-normal", "0.7"),
         read=at(8192, 1024, f"static, {DENSELY}", "30% of heads"),
@@ -124,7 +124,8 @@ def _table(place: Place, listed: Sequence[Summary]) -> str:
     head = ["gate", "setting", "open", "keys read", *dense.tasks, "points", "worst task", "text loss", "agrees", "KL"]
 
     def both(one: Summary, name: str) -> str:
-        return " / ".join(filter(None, (number(getattr(part, name), ".0%") for part in (one.context, one.appended))))
+        parts = [number(getattr(part, name), ".0%") for part in (one.context, one.appended)]
+        return " / ".join(part or "-" for part in parts) if any(parts) else ""
 
     def row(one: Summary) -> list[str]:
         task, worst = one.worst
@@ -156,7 +157,7 @@ def draw(listed: Sequence[Summary]) -> Figure:
                 curves.get(f"log-normal, window {one.place.window:,}", []).append(one)
         for family, found in curves.items():
             curve, (colour, style) = sorted(found, key=_paid), STYLES[family]
-            if not curve or (family.startswith("log-normal, window") and curve[0].place == place):
+            if not curve:
                 continue
             x = [100 * _paid(one) for one in curve]
             look = {"color": colour, "label": family, "markersize": 6, "linewidth": 1.5}
@@ -170,7 +171,8 @@ def draw(listed: Sequence[Summary]) -> Figure:
                     axes.plot([100 * _paid(one)], [value], "*", color="black", markersize=10)
                     axes.annotate(f" {one.family}", (100 * _paid(one), value), fontsize=8, ha="left", va="bottom")
         answers.axhline(0, color="grey", linewidth=0.8)
-        answers.set_title(_name(place), fontsize=10, loc="left")
+        name = _name(place).replace("-Instruct", "").replace(", window", "\nwhere not said otherwise: window")
+        answers.set_title(name, fontsize=10, loc="left")
         kl.set(xlabel="keys read while answering, %")
         # Up to here on a straight scale, as all open is nearly none.
         kl.set_yscale("symlog", linthresh=1e-3)

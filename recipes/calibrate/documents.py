@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "evaluate")]
 
-from studies.quality.documents import OF_REAL, Writer
+from studies.quality.documents import OF_REAL, writers
 
 from patchattn import demo
 from patchattn.evaluation.documents import make_document, tokenize_text
@@ -44,15 +44,12 @@ def of_shipped(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "c
 
 def of_real(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "calibrate") -> Iterator[tuple[int, ...]]:
     """Make English prose, a long file of Python and a chat in turn, with facts that are asked for at the end."""
-    writers = {
-        name: Writer(tokenize_text(text, tokenizer), tokenizer)
-        for name, text in {"prose": demo.prose(), "code": demo.sample_text()}.items()
-    }
+    by_text = writers(tokenizer, OF_REAL)
     order = itertools.product(OF_REAL.values(), lengths)
     for at, ((text, make), length) in zip(range(count), itertools.cycle(order), strict=False):
         size = length
         for _ in range(2):  # The first time to see how long the questions are.
-            one = make(writers[text], size, random.Random(f"{seed}/{at}"))
+            one = make(by_text[text], size, random.Random(f"{seed}/{at}"))
             asked = [token for ids, _ in one.questions[:ASKED] for token in (*ids, *one.closing)]
             size = length - len(asked)
         yield one.context + tuple(asked)
@@ -69,9 +66,10 @@ def main() -> None:
     _, tokenizer = load_pretrained(arguments.model) if arguments.model else demo.load()
     make = of_real if arguments.model else of_shipped
     arguments.out.mkdir(parents=True, exist_ok=True)
+    begin = len(beginning(tokenizer))
     for at, ids in enumerate(make(tokenizer, arguments.count, arguments.lengths)):
         # Without what the tokenizer puts there again.
-        text = tokenizer.decode(ids[len(beginning(tokenizer)) :])
+        text = tokenizer.decode(ids[begin:])
         (arguments.out / f"{at:04}.txt").write_text(text, encoding="utf-8")
     lengths = " and ".join(f"{length:,}" for length in arguments.lengths)
     print(f"{arguments.count} documents of {lengths} tokens in {arguments.out}")

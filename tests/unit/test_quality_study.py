@@ -112,6 +112,12 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
     of_a, of_b = (list(cases.cases(rankings, task, calibrated=False)) for task in ("a", "b"))
     assert [case[:2] for case in of_a] == [case[:2] for case in of_b]
     assert len({case[:2] for case in of_a}) == len(of_a)
+    with_calibration = list(cases.cases(rankings, "a", calibrated=True))
+    more = {case.family for case in with_calibration} - {case.family for case in of_a}
+    assert more == {"risk, each head", "budget"}
+    assert {case.family for case in of_a if case.reads_densely} == {
+        f"{kind}, {cases.DENSELY}" for kind in ("log-normal", "static")
+    }
     found = {case[:2]: case.gate for case in of_a}
     assert found["static, other task", "30% of heads"].open_heads == tuple(sorted(heads[-3:])), "ranked on b"
     assert found["static, by mass", "30% of heads"].open_heads == tuple(heads[:3])
@@ -208,3 +214,30 @@ def test_a_context_that_is_read_densely_is_beside_the_gate(study: Any) -> None:
     assert kl(OpenGate(), densely=True) < 1e-6
     assert kl(ClosedGate(), densely=True) > 1e-3
     assert kl(ClosedGate(), densely=False) > 1e-3
+
+
+def test_the_page_is_made_without_presses_and_says_so(study: Any, tmp_path: Path) -> None:
+    package, measuring, presses = importlib.import_module("studies.quality"), study("measuring"), study("presses")
+    options = {"real_model": tmp_path, "families": [], "kvpress_python": None}
+    context = importlib.import_module("context").Context(tmp_path, options)
+    grid = [[0.5, 0.25, 0.0] * 2] * 5
+    for place in measuring.PLACES:
+        asked = dict.fromkeys(measuring.TASKS[place.model], grid)
+        measuring.RANKED.store(context).add(measuring.Ranked(*place, grid, asked))
+    text, counts = Agreement(4, 3, 0.1), PhaseCounts(1, 4, 30, 100)
+    for job in measuring.SCORED.jobs(context):
+        row = measuring.Row(*job, [1, 0], [1.0, 2.0], text, text, counts, counts)
+        measuring.SCORED.store(context).add(row)
+    found = package.page(context)
+    assert "Methods that shrink the cache" not in found.markdown
+    assert "*Presses not measured yet:* SmolLM2-135M-Instruct, 8,192 tokens" in found.markdown
+    assert "*Not measured yet:*" not in found.markdown
+    chosen = context._replace(options=options | {"families": ["guarded"]})
+    assert package.page(chosen).markdown == found.markdown, "all that was measured is shown"
+    for model, length, task, index in presses.jobs(context._replace(options=options | {"kvpress_python": tmp_path})):
+        window = next(place.window for place in measuring.WHOLE if place[:2] == (model, length))
+        job = model, length, window, task, index
+        names = [(name, f"50% {'of heads' if name == 'DuoAttention' else 'kept'}") for name in presses.PRESSES]
+        rows = [measuring.Row(*job, *name, [1, 0], [1.0, 2.0], text, text, counts, counts) for name in names]
+        presses.PRESSED.store(context).add(presses.Pressed(model, length, task, index, "", rows))
+    assert "- **Methods that shrink the cache** read the document densely" in package.page(context).markdown

@@ -53,7 +53,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def page(context: Context) -> Page:
     """Show a picture of quality against density, and a table for each model, length and window."""
-    listed = summaries(SCORED.rows(context) + rows_of_presses(context))
+    # Whatever was chosen to be measured, all that is there is shown.
+    context = context._replace(options={**context.options, "families": []})
+    pressed = rows_of_presses(context)
+    listed = summaries(SCORED.rows(context) + pressed)
     places = [place for place in PLACES if any(one.place == place and one.family != "dense" for one in listed)]
     known = {(one.place, one.family, one.setting): one for one in listed}
 
@@ -81,9 +84,14 @@ def page(context: Context) -> Page:
         static=at(8192, 1024, "static, answering", "30% of heads"),
         cheaper=at(8192, 1024, "log-normal", "0.7"),
         read=at(8192, 1024, f"static, {DENSELY}", "30% of heads"),
-        snap=at(8192, 1024, "SnapKV", "50% kept"),
-        stream=at(8192, 1024, "StreamingLLM", "50% kept"),
-        duo=at(4096, 256, "DuoAttention", "50% of heads"),
+        pressed=[
+            {
+                "snap": at(8192, 1024, "SnapKV", "50% kept"),
+                "stream": at(8192, 1024, "StreamingLLM", "50% kept"),
+                "duo": at(4096, 256, "DuoAttention", "50% of heads"),
+            }
+            for _ in pressed[:1]
+        ],
         shares=", ".join(f"{share:.0%}" for share in SHARES),
         texts=TEXTS,
         missing=_missing(context, listed),

@@ -6,8 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import patchattn
-from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
+from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, OracleGate, RiskTarget, StaticGate
 from patchattn.gates import Gate
 
 Head = tuple[int, int]
@@ -59,20 +58,17 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     for threshold in (0.8, 0.6):
         yield Case(f"log-normal, {DENSELY}", f"{threshold}", MomentGate(threshold=threshold), reads_densely=True)
-    most = tuple(rankings.answering[: round(STATIC_SHARES[0] * len(rankings.mass))])
-    yield Case(
-        f"static, {DENSELY}", f"{STATIC_SHARES[0]:.0%} of heads", StaticGate(open_heads=most), reads_densely=True
-    )
     if calibrated:
         for alpha in (0.05, 0.1):
-            yield Case("risk, each head", f"{alpha}", MomentGate(threshold=patchattn.RiskTarget(alpha=alpha)))
+            yield Case("risk, each head", f"{alpha}", MomentGate(threshold=RiskTarget(alpha=alpha)))
         for fraction in (0.1, 0.2):
-            target = patchattn.OpenFractionTarget(fraction=fraction)
+            target = OpenFractionTarget(fraction=fraction)
             yield Case("budget", f"{fraction:.0%}", MomentGate(threshold=target))
     tasks = sorted(rankings.by_task)
     other = rankings.by_task[tasks[(tasks.index(task) + 1) % len(tasks)]]
     drawn = random.Random(0).sample(sorted(rankings.mass), len(rankings.mass))
     for family, heads, shares in (
+        (f"static, {DENSELY}", rankings.answering, STATIC_SHARES[:1]),
         ("static, answering", rankings.answering, STATIC_SHARES),
         ("static, by mass", rankings.mass, STATIC_SHARES),
         ("static, other task", other, STATIC_SHARES[:1]),
@@ -80,7 +76,8 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
     ):
         for share in shares:
             count = round(share * len(rankings.mass))
-            yield Case(family, f"{share:.0%} of heads", StaticGate(open_heads=tuple(heads[:count])))
+            gate = StaticGate(open_heads=tuple(heads[:count]))
+            yield Case(family, f"{share:.0%} of heads", gate, reads_densely=DENSELY in family)
     for threshold in GUARDED:
         if threshold != 0.6:
             yield Case("guarded", f"{threshold}", MomentGate(threshold=threshold, estimate="guarded"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from patchattn.evaluation.documents import TokenizedText, draw_task
+from patchattn import demo
+from patchattn.evaluation.documents import TokenizedText, draw_task, tokenize_text
 from patchattn.evaluation.facts import draw_facts
 from patchattn.evaluation.tasks.planted import interleaved
 from patchattn.evaluation.units import Units, cut, take, weave
@@ -174,3 +175,9 @@ OF_SHIPPED: dict[str, tuple[str, Make]] = {
     "list": ("code", partial(trained, "list", _CHAINS)),
 }
 """What the shipped model is asked."""
+
+
+def writers(tokenizer: Any, tasks: Mapping[str, tuple[str, Make]]) -> dict[str, Writer]:
+    """Make the writers that tasks need, by the name of their text."""
+    texts = {"prose": demo.prose, "code": demo.sample_text}
+    return {text: Writer(tokenize_text(texts[text](), tokenizer), tokenizer) for text, _ in tasks.values()}

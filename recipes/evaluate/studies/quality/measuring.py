@@ -16,22 +16,22 @@ import torch
 from context import ROOT, SINK, Context, Job, Measurement, load
 from safetensors.torch import load_file, save_file
 from studies.quality.cases import Rankings, cases
-from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer
+from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer, writers
 from torch import Tensor
 from transformers import DynamicCache
 
-from patchattn import OracleGate, Policy, demo, patch
+from patchattn import OracleGate, Policy, patch
 from patchattn.calibration import Calibration
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.cells import PhaseCounts
-from patchattn.evaluation.documents import tokenize_text
 from patchattn.evaluation.loss import losses_of
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.loading import load_pretrained
 from patchattn.report import GateReport
 from patchattn.writing import made
 
-TASKS = {"SmolLM2-135M": tuple(OF_REAL), "shipped": tuple(OF_SHIPPED)}
+DRAWN_BY = {"SmolLM2-135M": OF_REAL, "shipped": OF_SHIPPED}
+TASKS = {name: tuple(tasks) for name, tasks in DRAWN_BY.items()}
 DOCUMENTS = {"SmolLM2-135M": 2, "shipped": 4}
 """Documents of each task."""
 
@@ -78,14 +78,13 @@ def model_of(name: str, folder: Path | None) -> tuple[Any, dict[str, Writer]]:
         model, tokenizer = load()
     else:
         model, tokenizer = load_pretrained(folder, dtype="bfloat16", local_files_only=True)
-    texts = {"code": demo.sample_text()} | ({} if name == "shipped" else {"prose": demo.prose()})
-    return model, {kind: Writer(tokenize_text(text, tokenizer), tokenizer) for kind, text in texts.items()}
+    return model, writers(tokenizer, DRAWN_BY[name])
 
 
 def document(context: Context, name: str, length: int, task: str, index: int | str) -> tuple[Any, Asked]:
     """Return a model, and one document for it."""
     model, writers = model_of(name, context.options["real_model"])
-    text, make = (OF_SHIPPED if name == "shipped" else OF_REAL)[task]
+    text, make = DRAWN_BY[name][task]
     return model, make(writers[text], length - APPENDED, random.Random(f"quality/{name}/{task}/{length}/{index}"))
 
 
@@ -193,14 +192,18 @@ def put_through(model: Any, one: Asked, dense: Dense, policy: Policy, measured: 
 
 def put_through_after(model: Any, one: Asked, dense: Dense, policy: Policy) -> dict[str, Any]:
     """Read a context densely, then append questions and text under a policy; returns fields of a row."""
-    cache, size = DynamicCache(), len(one.context)
+    cache = DynamicCache()
     predicted(model, one.context, cache)
     heads = model.config.num_hidden_layers * model.config.num_attention_heads
-    pairs = heads * size * (size + 1) // 2
     with patch(model, policy) as handle:
         fields = asked(model, one, dense, cache)
-        read = PhaseCounts(scored_keys=pairs, causal_keys=pairs)
-        return fields | {"context": read, "appended": counts(handle.report())}
+        return fields | {"context": read_densely(heads, len(one.context)), "appended": counts(handle.report())}
+
+
+def read_densely(heads: int, tokens: int) -> PhaseCounts:
+    """Count the keys of a context that was read without a gate."""
+    pairs = heads * tokens * (tokens + 1) // 2
+    return PhaseCounts(scored_keys=pairs, causal_keys=pairs)
 
 
 def asked(model: Any, one: Asked, dense: Dense, cache: DynamicCache, *, begin: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from context import Context, Job, Measurement
 from pydantic import TypeAdapter
 from studies.quality.documents import Asked
-from studies.quality.measuring import DOCUMENTS, TASKS, WHOLE, Row, dense_predictions, document
+from studies.quality.measuring import DOCUMENTS, TASKS, WHOLE, Row, dense_predictions, document, read_densely
 
 from patchattn.evaluation.cells import PhaseCounts
 
@@ -62,12 +62,11 @@ def counts_of(one: Asked, kept: Sequence[int]) -> dict[str, PhaseCounts]:
     def counted(before: Sequence[int], tokens: int) -> int:
         return sum(before) * tokens + len(before) * tokens * (tokens + 1) // 2
 
-    tokens, none = len(one.context), [0] * len(kept)
-    read = counted(none, tokens)
+    tokens = len(one.context)
     lengths = [*(len(ids) for ids, _ in one.questions), len(one.following)]
     scored, causal = (sum(counted(before, length) for length in lengths) for before in (kept, [tokens] * len(kept)))
     return {
-        "context": PhaseCounts(scored_keys=read, causal_keys=read),
+        "context": read_densely(len(kept), tokens),
         "appended": PhaseCounts(scored_keys=scored, causal_keys=causal),
     }
 

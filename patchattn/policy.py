@@ -15,6 +15,9 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 MOST_TOKENS = 2**31 - 1
 """The most tokens of a sequence: slots are 32-bit numbers."""
 
+DEFAULT_WINDOW = 2048
+"""Window of a policy that names none, tokens; see docs/decisions/0014-a-window-of-a-quarter.md."""
+
 
 def phase_of(query_length: int) -> Phase:
     """Name the phase of a call: decode has one query per sequence."""
@@ -59,7 +62,7 @@ class Policy(Frozen):
 
     schema_version: Literal[1] = 1
     sink_size: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 16
-    window_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 2048
+    window_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = DEFAULT_WINDOW
     gate: Gate = MomentGate()
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})

@@ -22,7 +22,7 @@ from patchattn.demo import default_policy, default_text
 from patchattn.demo.compare import Comparison, compare
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
-from patchattn.policy import Policy
+from patchattn.policy import DEFAULT_WINDOW, Policy
 from patchattn.writing import check_path
 
 _LONGEST = 4096
@@ -47,7 +47,7 @@ def demo(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Last tokens that are always attended. Default: a quarter of the length, at most 2,048; "
+            help=f"Last tokens that are always attended. Default: a quarter of the length, at most {DEFAULT_WINDOW:,}; "
             "256 for the shipped model."
         ),
     ] = None,

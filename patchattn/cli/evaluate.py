@@ -27,7 +27,7 @@ from patchattn.evaluation.policies import NAMES, fitting_window, heads_by_oracle
 from patchattn.evaluation.results import about
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks
 from patchattn.hf.weights import input_device, input_dtype
-from patchattn.policy import Policy
+from patchattn.policy import DEFAULT_WINDOW, Policy
 
 SHIPPED = "demo"
 """What the shipped model is called on the command line."""
@@ -79,7 +79,7 @@ def evaluate(
         int | None,
         typer.Option(
             help="Last tokens always attended, under short names. Default: a quarter of the shortest length, "
-            "at least 64 and at most 2,048."
+            f"at least 64 and at most {DEFAULT_WINDOW:,}."
         ),
     ] = None,
     min_bulk: Annotated[

@@ -16,7 +16,7 @@ from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.moments.gaussian import Estimate
-from patchattn.policy import Policy
+from patchattn.policy import DEFAULT_WINDOW, Policy
 
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""
@@ -33,7 +33,7 @@ NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
 
 _STATIC_SHARE = 0.25
 _WINDOW_SHARE = 4
-_WINDOWS = (64, 2048)
+_LEAST_WINDOW = 64
 _RANKING_THRESHOLD = 0.8
 
 RankedHeads = Callable[[str | None], list[tuple[int, int]]]
@@ -48,7 +48,7 @@ def fitting_window(length: int) -> int:
         >>> fitting_window(2048), fitting_window(131072)
         (512, 2048)
     """
-    return min(max(length // _WINDOW_SHARE, _WINDOWS[0]), _WINDOWS[1])
+    return min(max(length // _WINDOW_SHARE, _LEAST_WINDOW), DEFAULT_WINDOW)
 
 
 def transfer_task(name: str) -> str | None:

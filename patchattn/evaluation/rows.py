@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 from patchattn.errors import ReportError
 from patchattn.writing import made
 
-Row = TypeVar("Row")
+_Row = TypeVar("_Row")  # Not `Row`: pydantic 2.7 reads the annotations of the rows with the names of this module.
 
 
-class Store(Generic[Row]):
+class Store(Generic[_Row]):
     """Rows in one file, one JSON object a line. Several processes may add to it at the same time.
 
     Args:
@@ -25,11 +25,11 @@ class Store(Generic[Row]):
         kind: Dataclass of the rows.
     """
 
-    def __init__(self, path: str | Path, kind: type[Row]) -> None:
+    def __init__(self, path: str | Path, kind: type[_Row]) -> None:
         self.path = Path(path)
         self._kind = TypeAdapter(kind)
 
-    def add(self, *rows: Row) -> None:
+    def add(self, *rows: _Row) -> None:
         """Append rows; makes the folder.
 
         Raises:
@@ -45,7 +45,7 @@ class Store(Generic[Row]):
         except OSError as error:
             raise ReportError(f"Can't write {self.path}: {error.strerror}.", fix="Choose another place.") from error
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[_Row]:
         """Read the rows; none if there is no file. Lines that were broken off are left out.
 
         Raises:

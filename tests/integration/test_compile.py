@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
-from patchattn.backends.flex.compiled import compiled
+from patchattn.backends.flex.compiled import compiled_call
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
@@ -60,7 +60,7 @@ def _fresh_compiler():
     trace.setLevel(logging.WARNING)  # pytest would format and keep every line
     yield
     trace.setLevel(level)
-    compiled.cache_clear()
+    compiled_call.cache_clear()
     torch.compiler.reset()
 
 

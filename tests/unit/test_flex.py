@@ -6,22 +6,31 @@ several in each.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from patchattn import ClosedGate, MomentGate
 from patchattn.backends import flex, reference
 from patchattn.backends.flex import compiled
 from patchattn.backends.flex import masks as flex_masks
+from patchattn.backends.flex.call import Settings
 from patchattn.backends.flex.local import local_log_mass
+from patchattn.backends.flex.shared import Shared
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.errors import BackendError, UnsupportedCallError
+from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.moments.gaussian import CHUNK
+from patchattn.moments.prompt import PromptMoments
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -34,7 +43,7 @@ def _fresh_compiler():
     propagate, trace.propagate = trace.propagate, False  # pytest would format and keep every line
     yield
     trace.propagate = propagate
-    compiled.compiled.cache_clear()
+    compiled.compiled_call.cache_clear()
     torch.compiler.reset()
 
 
@@ -81,12 +90,55 @@ def test_closed_calls_score_fewer_keys():
 
 def test_lengths_are_dynamic():
     torch.compiler.reset()
-    compiled.compiled.cache_clear()
+    compiled.compiled_call.cache_clear()
     torch._dynamo.utils.counters.clear()
     for keys in range(200, 1000, 97):
         check(Case(queries=1, keys=keys), "eager")
         check(Case(queries=keys // 2, keys=keys), "eager")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+STEPS = {name: case for name, case in CASES.items() if name.startswith("decode")} | {
+    "long": Case(queries=1, keys=700, pads=(0, 90)),
+    "softcap": Case(queries=1, keys=700, softcap=2.0),
+    "no chunk is full": Case(queries=1, keys=100, pads=(0, 3)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("margins", [False, True])
+def test_a_step_in_one_go_equals_weighing_and_attending(name: str, margins: bool):
+    """With moments that cover all they should, one chunk less, and nothing."""
+    inputs = STEPS[name].inputs(torch.float32)
+    gate, heads = MomentGate(threshold=0.6), inputs.query.shape[1]
+    measured = MeasuredHeads(torch.linspace(-1, 1, heads)) if margins else None
+    _, whole = gate.weigh(inputs, Known())
+    earlier = replace(inputs.regions, query_slot=inputs.regions.query_slot - CHUNK)
+    _, before = gate.weigh(replace(inputs, regions=earlier), Known())
+    for moments in (whole, before, PromptMoments.empty(inputs.key)):
+        known = Known(0, moments, 1, measured)
+        found = flex.step_with(inputs, gate, known, compiler="eager")
+        assert found is not None
+        got, after = found
+        mass, then = gate.weigh(inputs, known)
+        want = flex.attend_with(inputs, mass, gate.margin, compiler="eager")
+        assert torch.equal(got.open, want.open)
+        assert got.scored_keys == want.scored_keys
+        torch.testing.assert_close(got.output, want.output, rtol=1e-6, atol=1e-6)
+        for part, expected in zip(after.parts, then.parts, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_no_decode_step_is_not_done_in_one_go():
+    gate, inputs = MomentGate(), Case(queries=1, keys=700).inputs(torch.float32)
+    moments = gate.weigh(inputs, Known())[1]
+    step = functools.partial(flex.step_with, compiler="eager")
+    assert step(inputs, gate, Known(moments=moments, max_chunks=1)) is not None
+    assert step(inputs, gate, Known(max_chunks=1)) is None
+    assert step(inputs, gate, Known(moments=moments, max_chunks=2)) is None
+    assert step(inputs, ClosedGate(), Known(moments=moments, max_chunks=1)) is None
+    assert step(Case(queries=2, keys=700).inputs(torch.float32), gate, Known(moments=moments, max_chunks=1)) is None
+    assert flex.step(inputs, gate, Known(moments=moments, max_chunks=1)) is None, "the CPU goes in one pass"
 
 
 def test_backward_is_refused():
@@ -138,21 +190,14 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     """Listed blocks hold all attended keys, full blocks nothing else, and the token mask is that of the reference."""
     case = CASES[name]
     inputs = case.inputs(torch.float32)
-    regions, group, block = inputs.regions, inputs.group_size, 128
+    regions, block = inputs.regions, 128
     opened = reference.attend(inputs, case.bulk_log_mass(inputs), 0.5).open
-    masks = flex_masks.RowMasks.of(
-        regions.valid,
-        regions.first,
-        regions.query_slots,
-        group=group,
-        sink_size=case.sink,
-        window_size=case.window,
-    )
-    ends = masks.bulk_end(compiled.rows_of(opened, case.kv_heads))
-    blocks, _ = {
-        "local": lambda: masks.local(block=block, with_full=True),
-        "bulk": lambda: masks.bulk(ends, block=block, with_full=True),
-        "both": lambda: masks.both(ends, block=block, null_key=False),
+    masks, shared = _masks_of(case)
+    ends = flex_masks.bulk_end(compiled.rows_of(opened, case.kv_heads), masks.slots, case.window)
+    blocks = {
+        "local": lambda: shared.local_mask(case.window, case.keys),
+        "bulk": lambda: shared.bulk_mask(ends, case.keys)[0],
+        "both": lambda: masks.both(ends, block=block, null_key=False)[0],
     }[part]()
 
     local = regions.local_mask()[:, None].expand(-1, case.heads, -1, -1)
@@ -165,7 +210,10 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     rows, keys = want.shape[2:]
     tile_of, block_of = torch.arange(rows) // flex_masks.ROW_TILE, torch.arange(keys) // block
     partial = _listed(blocks.kv_num_blocks, blocks.kv_indices)[:, :, tile_of][..., block_of].expand_as(want)
-    full = _listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)[:, :, tile_of][..., block_of].expand_as(want)
+    full = torch.zeros_like(partial)
+    if blocks.full_kv_num_blocks is not None:
+        lists = _listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        full = lists[:, :, tile_of][..., block_of].expand_as(want)
     assert not (partial & full).any()
     assert not (want & ~partial & ~full).any()
     # The bulk pass drops what it finds for closed rows, so they may read anything.
@@ -173,6 +221,16 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     assert not (full & ~want & kept).any()
     if "full blocks" in name and part in ("both", "local" if "window" in name else "bulk"):
         assert full.any()
+
+
+def _masks_of(case: Case) -> tuple[flex_masks.RowMasks, Shared]:
+    inputs = case.inputs(torch.float32)
+    regions, sizes = inputs.regions, {"sink_size": case.sink, "window_size": case.window}
+    tensors = regions.valid, regions.first, regions.query_slots
+    masks = flex_masks.RowMasks.of(*tensors, group=inputs.group_size, **sizes)
+    settings = Settings.of(inputs, two_passes=True)
+    asked = regions.asked, regions.unasked
+    return masks, Shared.of(settings, *tensors, *asked, heads=case.heads, kv_heads=case.kv_heads)
 
 
 def _listed(counts: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -197,16 +255,8 @@ def test_open_rows_come_first(name: str):
     ascends.scatter_(2, (n_open - 1).clamp(0, rows.shape[2] - 2), True)  # where the closed rows begin
     assert ascends.all()
 
-    regions = inputs.regions
-    masks = flex_masks.RowMasks.of(
-        regions.valid,
-        regions.first,
-        regions.query_slots,
-        group=inputs.group_size,
-        sink_size=case.sink,
-        window_size=case.window,
-    )
-    blocks, _ = masks.bulk(masks.bulk_end(opened, order), block=128, with_full=True)
+    masks, shared = _masks_of(case)
+    blocks, _ = shared.bulk_mask(flex_masks.bulk_end(opened, masks.slots, case.window, order), case.keys)
     visited = (blocks.kv_num_blocks + blocks.full_kv_num_blocks) > 0
     tiles = torch.arange(visited.shape[2])
     assert torch.equal(visited, tiles * flex_masks.ROW_TILE < n_open)

@@ -24,7 +24,7 @@ from patchattn.backends.flex import compiled
 from patchattn.backends.flex import masks as flex_masks
 from patchattn.backends.flex.call import Settings
 from patchattn.backends.flex.local import local_log_mass
-from patchattn.backends.flex.shared import Shared
+from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.errors import BackendError, UnsupportedCallError
 from patchattn.gates.base import Known
@@ -193,10 +193,12 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     regions, block = inputs.regions, 128
     opened = reference.attend(inputs, case.bulk_log_mass(inputs), 0.5).open
     masks, shared = _masks_of(case)
-    ends = flex_masks.bulk_end(compiled.rows_of(opened, case.kv_heads), masks.slots, case.window)
+    rows_open = compiled.rows_of(opened, case.kv_heads)
+    ends = flex_masks.bulk_end(rows_open, masks.slots, case.window)
+    in_place = torch.arange(rows_open.shape[2]).expand(rows_open.shape) if has_full_list(rows_open.shape[2]) else None
     blocks = {
         "local": lambda: shared.local_mask(case.window, case.keys),
-        "bulk": lambda: shared.bulk_mask(ends, case.keys)[0],
+        "bulk": lambda: shared.bulk_mask(rows_open, in_place, case.window, case.keys)[0],
         "both": lambda: masks.both(ends, block=block, null_key=False)[0],
     }[part]()
 
@@ -205,7 +207,9 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     want = compiled.rows_of({"local": local, "bulk": bulk, "both": local | bulk}[part], case.kv_heads)
     axes = [torch.arange(n) for n in want.shape]
     grid = [axis.view([-1 if i == j else 1 for j in range(4)]) for i, axis in enumerate(axes)]
-    assert torch.equal(blocks.mask_mod(*grid).expand_as(want), want)
+    # The bulk pass drops what it finds for closed rows, so they may read anything.
+    kept = rows_open[..., None] if part == "bulk" else torch.tensor(True)
+    assert torch.equal((blocks.mask_mod(*grid) & kept).expand_as(want), want)
 
     rows, keys = want.shape[2:]
     tile_of, block_of = torch.arange(rows) // flex_masks.ROW_TILE, torch.arange(keys) // block
@@ -216,8 +220,6 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
         full = lists[:, :, tile_of][..., block_of].expand_as(want)
     assert not (partial & full).any()
     assert not (want & ~partial & ~full).any()
-    # The bulk pass drops what it finds for closed rows, so they may read anything.
-    kept = compiled.rows_of(opened, case.kv_heads)[..., None] if part == "bulk" else torch.tensor(True)
     assert not (full & ~want & kept).any()
     if "full blocks" in name and part in ("both", "local" if "window" in name else "bulk"):
         assert full.any()
@@ -255,8 +257,7 @@ def test_open_rows_come_first(name: str):
     ascends.scatter_(2, (n_open - 1).clamp(0, rows.shape[2] - 2), True)  # where the closed rows begin
     assert ascends.all()
 
-    masks, shared = _masks_of(case)
-    blocks, _ = shared.bulk_mask(flex_masks.bulk_end(opened, masks.slots, case.window, order), case.keys)
+    blocks, _ = _masks_of(case)[1].bulk_mask(opened, order, case.window, case.keys)
     visited = (blocks.kv_num_blocks + blocks.full_kv_num_blocks) > 0
     tiles = torch.arange(visited.shape[2])
     assert torch.equal(visited, tiles * flex_masks.ROW_TILE < n_open)

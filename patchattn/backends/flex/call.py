@@ -70,7 +70,8 @@ def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
     outputs, opened, scored = zip(*parts, strict=True)
     if len(outputs) == 1:
         return outputs[0], opened[0], scored[0]
-    return torch.cat(outputs, dim=2), torch.cat(opened, dim=2), torch.stack(scored).sum()
+    output = torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)  # each part is laid out so
+    return output, torch.cat(opened, dim=2), torch.stack(scored).sum()
 
 
 def with_dynamic_lengths(call: Call) -> Call:

@@ -47,7 +47,9 @@ def attend_call(  # pragma: compiled
         grouped = rows_of(query, kv_heads), key, value
     gate, sink_logits = rows_of(call["gate"], kv_heads), _sink_rows(call)
     output, opened, scored = _two_passes(settings, shared, grouped, gate, margin, sink_logits)
-    return ungrouped(output, heads)[..., :value_dim], ungrouped(opened, heads), scored
+    # Laid out as the model's next layer reads it: [batch, query, heads, value_dim].
+    output = output[..., :value_dim].unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
+    return output, ungrouped(opened, heads), scored
 
 
 def step_call(  # pragma: compiled
@@ -175,7 +177,7 @@ def _two_passes(  # pragma: compiled
     order, place = open_first(reads_bulk) if has_full_list(query.shape[2]) else (None, None)
     if order is not None:  # a decode call has a single tile
         query = query.gather(2, order[..., None].expand_as(query))
-    block_mask, scored = shared.bulk_mask(bulk_end(reads_bulk, shared.slots, settings.window_size, order), keys)
+    block_mask, scored = shared.bulk_mask(reads_bulk, order, settings.window_size, keys)
     bulk_output, bulk_log_mass = one(query, block_mask)
     if place is not None:
         bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from patchattn.backends.flex.call import Settings
-from patchattn.backends.flex.masks import ROW_TILE, Lists, RowMasks, block_size, pinned
+from patchattn.backends.flex.masks import ROW_TILE, Lists, RowMasks, block_size, bulk_end, pinned
 
 
 class Shared(NamedTuple):
@@ -25,6 +25,8 @@ class Shared(NamedTuple):
         local_scored: [] int64; (query head, query, key) triples that the local pass scores.
         rows_per_tile: [tiles] int64; rows that are not padding.
         is_solid: [batch] bool; whether no bulk key of any row is padding.
+        bulk_count: [batch, 1, tiles] int32; bulk blocks that a tile with an open row visits. Of no use where rows are
+            moved.
         bulk_index: [batch, kv_heads, tiles, blocks] int32; the blocks that may be full, in order; all that may be
             visited where there is no full list.
     """
@@ -40,6 +42,7 @@ class Shared(NamedTuple):
     local_scored: Tensor
     rows_per_tile: Tensor
     is_solid: Tensor
+    bulk_count: Tensor
     bulk_index: Tensor
 
     @classmethod
@@ -76,6 +79,7 @@ class Shared(NamedTuple):
         local, rows_per_tile = masks.local(block=of_local, with_full=with_full), masks.rows_per_tile()
         n_bulk = masks.n_bulk_keys()
         begin = -(-masks.sink_end[:batch] // block) if with_full else masks.sink_end[:batch] // block
+        longest = masks.slots.unflatten(0, (-1, ROW_TILE)).amax(1) - settings.window_size
         n_blocks = -(-keys // block)
         index = begin[:, None] + torch.arange(n_blocks, device=valid.device, dtype=torch.int32)
         index = index.clamp(max=n_blocks - 1)[:, None, None].expand(-1, kv_heads, len(rows_per_tile), -1)
@@ -90,6 +94,7 @@ class Shared(NamedTuple):
             (local.n_visited() * rows_per_tile).sum() * (of_local * kv_heads),
             rows_per_tile,
             masks.bulk_is_solid(),
+            _n_blocks(longest[None, None], masks.sink_end[:batch, None, None], block),
             pinned(index),
         )
 
@@ -97,7 +102,7 @@ class Shared(NamedTuple):
         """Mark the lengths as dynamic: those of keys, and of `queries` where there are many."""
         axes = [(self.real, 1), (self.local.index, 3), (self.local.full_index, 3), (self.bulk_index, 3)]
         if queries:
-            axes += [(self.slots, 0), (self.rows_per_tile, 0), (self.bulk_index, 2)]
+            axes += [(self.slots, 0), (self.rows_per_tile, 0), (self.bulk_count, 2), (self.bulk_index, 2)]
             axes += [(x, 1) for x in (self.asked, self.unasked, self.has_local, self.has_bulk)]
             axes += [(x, 2) for x in self.local]
         for x, axis in axes:
@@ -121,34 +126,42 @@ class Shared(NamedTuple):
         batch, rows = self.asked.shape
         return self.local.block_mask(mask, block_size(batch, 1, rows, keys), (rows, keys))
 
-    def bulk_mask(self, ends: Tensor, keys: int) -> tuple[BlockMask, Tensor]:
+    def bulk_mask(
+        self, reads_bulk: Tensor, order: Tensor | None, window_size: int, keys: int
+    ) -> tuple[BlockMask, Tensor]:
         """Mask for the bulk keys of the open rows: of each tile, from the end of the sink to the last that a row reads.
 
         Args:
-            ends: [batch, kv_heads, tiles * ROW_TILE] int32; see `masks.bulk_end`.
+            reads_bulk: [batch, kv_heads, rows] bool.
+            order: [batch, kv_heads, rows] int64; the row at each place if they are moved, see `open_first`. None of a
+                call without full lists.
+            window_size: Number of last tokens that are always attended.
             keys: Number of key slots.
 
         Returns:
             The block mask; what closed rows read is undefined. And the number of scored (query head, query, key)
             triples, [] int64.
         """
-        sink_end, real = self.sink_end, self.real
-        (batch, rows), kv_heads = self.asked.shape, ends.shape[1]
+        slots, sink_end, real = self.slots, self.sink_end, self.real
+        batch, kv_heads, rows = reads_bulk.shape
         block = block_size(batch, kv_heads, rows, keys)
+        if order is None:
+            count = torch.where(reads_bulk.any(2, keepdim=True), self.bulk_count, 0)
+            lists, ends = Lists(count, self.bulk_index), None
+        else:
+            ends = bulk_end(reads_bulk, slots, window_size, order)
+            lists = self._bulk_lists(ends, block)
 
         def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            return (real[b, key] != 0) & (key >= sink_end[b]) & (key <= ends[b, h, row])
+            end = slots[row] - window_size if ends is None else ends[b, h, row]
+            return (real[b, key] != 0) & (key >= sink_end[b]) & (key <= end)
 
-        lists = self._bulk_lists(ends, block)
         return lists.block_mask(mask, block, (rows, keys)), (lists.n_visited() * self.rows_per_tile).sum() * block
 
     def _bulk_lists(self, ends: Tensor, block: int) -> Lists:
         ends = ends.unflatten(-1, (-1, ROW_TILE))
         sink_end, longest = self.sink_end[: len(self.is_solid), None, None], ends.amax(-1)
-        first = sink_end // block
-        count = torch.where(longest >= sink_end, longest // block + 1 - first, 0)
-        if not has_full_list(self.asked.shape[1]):
-            return Lists(pinned(count), self.bulk_index)
+        first, count = sink_end // block, _n_blocks(longest, sink_end, block)
         # Of the visited blocks the first may hold keys of the sink, and those behind the shortest row need the mask.
         across = (sink_end % block > 0).int()
         shortest = torch.where(ends >= 0, ends, torch.iinfo(torch.int32).max - 1).amin(-1)
@@ -157,7 +170,12 @@ class Shared(NamedTuple):
         places = torch.arange(self.bulk_index.shape[3], device=ends.device, dtype=torch.int32)
         behind = (first + n_full)[..., None] + places
         index = torch.where(places < across[..., None], first[..., None], behind).clamp(max=len(places) - 1)
-        return Lists(pinned(count - n_full), pinned(index.int()), pinned(n_full), self.bulk_index)
+        return Lists(count - n_full, index.int(), n_full, self.bulk_index)
+
+
+def _n_blocks(longest: Tensor, sink_end: Tensor, block: int) -> Tensor:
+    """Count the blocks from the end of the sink to the longest row's last bulk slot."""
+    return torch.where(longest >= sink_end, longest // block + 1 - sink_end // block, 0).int()
 
 
 def has_full_list(rows: int) -> bool:

@@ -92,6 +92,7 @@ class Regions:
     break_even: int = 0
     given: HostRegions | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _in_graph: bool = field(default_factory=torch.compiler.is_compiling, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -160,9 +161,9 @@ class Regions:
     def once(self, what: Hashable, compute: Callable[[], Value]) -> Value:
         """Return what is computed the first time that it is asked for: for a call, whose layers share it.
 
-        In a compiled graph it is computed at each use.
+        A graph that was given the regions computes it at each use: what it finds in them would be a part of the graph.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self._in_graph:
             return compute()
         if what not in self._found:
             self._found[what] = compute()

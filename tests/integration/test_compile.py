@@ -303,6 +303,28 @@ def test_the_cuda_path_of_flex_inside_a_compiled_model():
     assert torch.allclose(torch.cat(logits, 1), want, atol=1e-4)
 
 
+@pytest.mark.parametrize(("path", "of_each_layer"), [("own", 0), ("cuda", 1)])  # the order of the open rows
+def test_a_compiled_model_computes_what_its_layers_share_once(path: str, of_each_layer: int):
+    def sums(layers: int) -> int:
+        found = []
+
+        def keep(graph, _):
+            found.append(sum("cumsum" in str(node.target) for node in graph.graph.nodes))
+            return graph.forward
+
+        model = tiny_model("llama", num_hidden_layers=layers)
+        with patchattn.patch(model, policy(ClosedGate())) as handle:
+            if path == "cuda":
+                through_cuda_path(handle)
+            forward(torch.compile(model, backend=keep, fullgraph=True), tokens(100), use_cache=False)
+        assert len(found) == 1
+        return found[0]
+
+    once = sums(1) - of_each_layer
+    assert once > 0
+    assert sums(3) == once + 3 * of_each_layer
+
+
 def test_inputs_of_the_moments_helper_are_what_the_backends_get():
     """The recomputation above is on the grid that the model's calls use."""
     ids = tokens(300)

@@ -1,0 +1,151 @@
+"""What a compilation leaves behind: its graphs, kernels and launches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from faked import fake_mode
+
+_HOST_READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique", "is_nonzero")
+
+
+@dataclass
+class Kernel:
+    """A compiled Triton kernel, in one of its configurations: what a block needs."""
+
+    name: str
+    shared: int  # bytes
+    registers: int
+    spilled: int  # bytes
+
+
+@dataclass
+class Graph:
+    """A graph of Inductor: what its code launches and allocates."""
+
+    launches: Counter[str]
+    waits: list[str]  # operators that wait for the device, symbols that only the device knows
+    buffers: dict[str, int]  # numbers of elements, with the sizes of the example
+
+    @property
+    def n_pins(self) -> int:
+        return self.launches["patchattn.flex_pinned"]
+
+
+@dataclass
+class Compiled:
+    """What one case compiled, in how many seconds."""
+
+    graphs: list[Graph] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = []
+        for graph in self.graphs:
+            n_launches = graph.launches.total()
+            lines.append(f"{n_launches - graph.n_pins} launches and {graph.n_pins} pins in {self.seconds:.0f} s:")
+            for name, times in graph.launches.items():
+                of_name = [kernel for kernel in self.kernels if kernel.name == name]
+                needs = "".join(
+                    f"; {kernel.shared / 1024:.1f} KiB, {kernel.registers} registers, {kernel.spilled} B spilled"
+                    for kernel in of_name
+                )
+                lines.append(f"  {times} x {name}{needs}")
+            largest = sorted(graph.buffers.items(), key=lambda item: -item[1])[:4]
+            lines += [f"  {size:,} elements in {name}" for name, size in largest]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[Compiled]:
+    """Record what is compiled, under a fake mode; the compiled functions return fake tensors."""
+    import triton
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.virtualized import V
+
+    compiled, names = Compiled(), []
+    compile_fx, compile_triton, precompile = inductor.compile_fx, triton.compile, CachingAutotuner._precompile_config
+
+    def compile_named(autotuner: Any, config: Any) -> Any:
+        names.append(autotuner.inductor_meta.get("kernel_name") or autotuner.fn.__name__)
+        try:
+            return precompile(autotuner, config)
+        finally:
+            names.pop()
+
+    def compile_kernel(source: Any, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            binary = compile_triton(source, *args, **kwargs)
+        name = names[-1] if names else source.name
+        compiled.kernels.append(_kernel(name, binary.metadata.shared, said.getvalue()))
+        return binary
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        uncompiled = copy.deepcopy(module)
+        compile_fx(module, inputs, *args, **kwargs)
+        return uncompiled.forward  # under the fake mode: only shapes are computed
+
+    torch.compiler.reset()
+    begin = time.perf_counter()
+    with (
+        mock.patch.object(triton, "compile", compile_kernel),
+        mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True),
+        mock.patch.object(CachingAutotuner, "_precompile_config", compile_named),
+        mock.patch.object(inductor, "compile_fx", compile_graph),
+        mock.patch.object(
+            GraphLowering, "save_output_code", staticmethod(lambda code: compiled.graphs.append(_graph(code, V.graph)))
+        ),
+        fake_mode(),
+    ):
+        yield compiled
+    compiled.seconds = time.perf_counter() - begin
+
+
+def _kernel(name: str, shared: int, ptxas: str) -> Kernel:
+    """Read what ptxas says of a kernel."""
+    registers = re.search(r"Used (\d+) registers", ptxas)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
+    assert registers, f"ptxas says nothing of {name}: {ptxas}"
+    assert spilled, f"ptxas says nothing of {name}: {ptxas}"
+    return Kernel(name, shared, int(registers[1]), max(int(spilled[1]), int(spilled[2])))
+
+
+def _graph(code: str, graph: Any) -> Graph:
+    body = code.partition("def call(")[2].partition("\ndef get_args")[0]
+    body = body.partition("\ndef benchmark_compiled_module")[0]
+    launches = re.findall(r"(\w+)\.run\(|(?:torch\.ops\.|(?=extern_kernels))([\w.]+?)(?:\.default)?\(", body)
+    waits = [str(node.target) for node in graph.orig_gm.graph.nodes if _waits(node)]
+    buffers = {
+        f"{buffer.get_name()}, {buffer.get_layout()}": _n_elements(graph, buffer)
+        for buffer in graph.buffers
+        if buffer.get_name() not in graph.removed_buffers and buffer.maybe_get_layout() is not None
+    }
+    return Graph(Counter(a or b for a, b in launches), waits + sorted(set(re.findall(r"\bu\d+\b", body))), buffers)
+
+
+def _n_elements(graph: Any, buffer: Any) -> int:
+    hint = getattr(graph.sizevars, "optimization_hint", None) or graph.sizevars.size_hint  # torch 2.11 has the second
+    try:
+        return int(hint(buffer.get_numel()))
+    except NotImplementedError:  # no tensor
+        return 0
+
+
+def _waits(node: torch.fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    return name in _HOST_READS or (name == "_to_copy" and node.kwargs.get("device") == torch.device("cpu"))

@@ -1,0 +1,109 @@
+"""What the flex backend compiles to for an H100, without one: `pytest -m cuda -n0 -s tests/cuda` prints it.
+
+The numbers of launches are those of the versions in `tests/constraints.txt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from faked import SHARED_MEMORY
+from recorder import Compiled, compiling
+
+from patchattn.backends import flex
+from patchattn.backends.flex.compiled import compiled
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
+
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")]
+MOST_SPILLED = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one layer, and what it costs: launches of kernels, and pins, for a decode step or a slab."""
+
+    launches: int
+    pins: int
+    queries: int = 1
+    keys: int = 8192
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    slot: int | None = None  # of the first query; None means that the queries are the last
+    padded: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+
+    def attend(self) -> None:
+        """Attend on fake tensors."""
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=self.dtype, device="cuda")
+
+        valid = torch.ones(self.batch, self.keys, dtype=torch.bool, device="cuda")
+        if self.padded:
+            valid[0, :100] = False
+        slot = torch.full((), self.keys - self.queries if self.slot is None else self.slot, device="cuda")
+        regions = Regions.of(valid, query_length=self.queries, sink_size=4, window_size=1024, query_slot=slot)
+        inputs = AttentionInputs(
+            draw(self.batch, self.heads, self.queries, self.dim),
+            draw(self.batch, self.kv_heads, self.keys, self.dim),
+            draw(self.batch, self.kv_heads, self.keys, self.dim),
+            regions,
+            self.dim**-0.5,
+            self.softcap,
+            draw(self.heads) if self.sinks else None,
+        )
+        mass = torch.empty(self.batch, self.heads, self.queries, device="cuda")
+        flex.attend_with(inputs, mass, 0.5, compiler="inductor")
+
+
+DECODE, PREFILL = (18, 9), (30, 13)
+SLABS = {"queries": 9000, "keys": 32768}  # three slabs, the last one shorter, are one graph
+CASES = {
+    "decode": Case(*DECODE),
+    "prefill": Case(*PREFILL, **SLABS),
+    "padding, softcap, sinks": Case(*PREFILL, **SLABS, batch=2, padded=True, softcap=30.0, sinks=True),
+}
+MORE = {
+    "decode, float16": Case(*DECODE, dtype=torch.float16),
+    "decode, group of 3": Case(*DECODE, heads=9, kv_heads=3, dim=64),
+    "decode, dim 256": Case(*DECODE, heads=16, dim=256),
+    "decode, batch 8 with padding": Case(*DECODE, batch=8, padded=True),
+    "decode, softcap and sinks": Case(*DECODE, heads=64, dim=64, softcap=30.0, sinks=True),
+    "decode, static cache": Case(*DECODE, slot=5000),
+    "prefill, float16": Case(*PREFILL, **SLABS, dtype=torch.float16),
+    "prefill, group of 3": Case(*PREFILL, **SLABS, heads=9, kv_heads=3, dim=64),
+    "prefill, dim 256": Case(*PREFILL, **SLABS, heads=16, dim=256),
+    "prefill, padding": Case(*PREFILL, **SLABS, batch=2, padded=True),
+    "prefill, static cache": Case(*PREFILL, **SLABS, slot=0),
+    "prefill, softcap and sinks": Case(*PREFILL, **SLABS, heads=64, dim=64, softcap=30.0, sinks=True),
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_compiles_for_an_h100(name: str):
+    case = (CASES | MORE)[name]
+    compiled.cache_clear()
+    with compiling() as found:
+        case.attend()
+    print(f"\n{name}: {found}")
+    check(case, found)
+
+
+def check(case: Case, found: Compiled) -> None:
+    (graph,) = found.graphs
+    assert not graph.waits
+    queries = min(case.queries, flex.call.SLAB)
+    scores = queries * case.keys if queries > 1 else case.batch * case.heads * case.keys
+    assert max(graph.buffers.values()) < scores, "a tensor of queries x keys"
+    assert {kernel.name for kernel in found.kernels} >= {name for name in graph.launches if "." not in name}
+    for kernel in found.kernels:
+        assert kernel.shared <= SHARED_MEMORY, kernel
+        assert kernel.spilled <= MOST_SPILLED, kernel
+    assert (graph.launches.total() - graph.n_pins, graph.n_pins) == (case.launches, case.pins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -26,3 +27,4 @@ def h100(tmp_path_factory: pytest.TempPathFactory) -> None:
         from faked import pretend_h100
 
         pretend_h100()
+    logging.getLogger("torch.__trace").propagate = False  # pytest would format and keep every line

@@ -19,27 +19,36 @@ from faked import fake_mode
 _HOST_READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique", "is_nonzero")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kernel:
-    """A compiled Triton kernel, in one of its configurations: what a block needs."""
+    """A compiled Triton kernel, in one of its configurations: what a block and a thread need."""
 
-    name: str
     shared: int  # bytes
     registers: int
     spilled: int  # bytes
 
+    def __str__(self) -> str:
+        return f"{self.shared / 1024:.1f} KiB, {self.registers} registers, {self.spilled} bytes spilled"
 
-@dataclass
+
+@dataclass(frozen=True)
 class Graph:
     """A graph of Inductor: what its code launches and allocates."""
 
-    launches: Counter[str]
+    kernels: Counter[str]
+    operators: Counter[str]  # that Inductor calls as they are
     waits: list[str]  # operators that wait for the device, symbols that only the device knows
     buffers: dict[str, int]  # numbers of elements, with the sizes of the example
 
     @property
     def n_pins(self) -> int:
-        return self.launches["patchattn.flex_pinned"]
+        """Copies that hold a layout."""
+        return self.operators["patchattn.flex_pinned"]
+
+    @property
+    def n_launches(self) -> int:
+        """Launches apart from the pins, a kernel for each operator."""
+        return self.kernels.total() + self.operators.total() - self.n_pins
 
 
 @dataclass
@@ -47,23 +56,18 @@ class Compiled:
     """What one case compiled, in how many seconds."""
 
     graphs: list[Graph] = field(default_factory=list)
-    kernels: list[Kernel] = field(default_factory=list)
+    kernels: dict[str, list[Kernel]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        lines = []
+        lines = [f"compiled in {self.seconds:.0f} s"]
         for graph in self.graphs:
-            n_launches = graph.launches.total()
-            lines.append(f"{n_launches - graph.n_pins} launches and {graph.n_pins} pins in {self.seconds:.0f} s:")
-            for name, times in graph.launches.items():
-                of_name = [kernel for kernel in self.kernels if kernel.name == name]
-                needs = "".join(
-                    f"; {kernel.shared / 1024:.1f} KiB, {kernel.registers} registers, {kernel.spilled} B spilled"
-                    for kernel in of_name
-                )
-                lines.append(f"  {times} x {name}{needs}")
+            lines.append(f"  {graph.n_launches} launches and {graph.n_pins} pins")
+            lines += [f"    {times} x {name}" for name, times in graph.operators.items()]
+            for name, times in graph.kernels.items():
+                lines.append(f"    {times} x {name}: {' | '.join(map(str, self.kernels.get(name, [])))}")
             largest = sorted(graph.buffers.items(), key=lambda item: -item[1])[:4]
-            lines += [f"  {size:,} elements in {name}" for name, size in largest]
+            lines += [f"    {size:,} elements in {name}" for name, size in largest]
         return "\n".join(lines)
 
 
@@ -90,7 +94,7 @@ def compiling() -> Iterator[Compiled]:
         with contextlib.redirect_stdout(io.StringIO()) as said:
             binary = compile_triton(source, *args, **kwargs)
         name = names[-1] if names else source.name
-        compiled.kernels.append(_kernel(name, binary.metadata.shared, said.getvalue()))
+        compiled.kernels.setdefault(name, []).append(_kernel(name, binary.metadata.shared, said.getvalue()))
         return binary
 
     def compile_graph(module: torch.fx.GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,20 +124,22 @@ def _kernel(name: str, shared: int, ptxas: str) -> Kernel:
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
     assert registers, f"ptxas says nothing of {name}: {ptxas}"
     assert spilled, f"ptxas says nothing of {name}: {ptxas}"
-    return Kernel(name, shared, int(registers[1]), max(int(spilled[1]), int(spilled[2])))
+    return Kernel(shared, int(registers[1]), max(int(spilled[1]), int(spilled[2])))
 
 
 def _graph(code: str, graph: Any) -> Graph:
     body = code.partition("def call(")[2].partition("\ndef get_args")[0]
     body = body.partition("\ndef benchmark_compiled_module")[0]
-    launches = re.findall(r"(\w+)\.run\(|(?:torch\.ops\.|(?=extern_kernels))([\w.]+?)(?:\.default)?\(", body)
+    kernels = re.findall(r"(\w+)\.run\(", body)
+    operators = re.findall(r"(?:torch\.ops\.|(?=extern_kernels))([\w.]+?)(?:\.default)?\(", body)
     waits = [str(node.target) for node in graph.orig_gm.graph.nodes if _waits(node)]
     buffers = {
         f"{buffer.get_name()}, {buffer.get_layout()}": _n_elements(graph, buffer)
         for buffer in graph.buffers
         if buffer.get_name() not in graph.removed_buffers and buffer.maybe_get_layout() is not None
     }
-    return Graph(Counter(a or b for a, b in launches), waits + sorted(set(re.findall(r"\bu\d+\b", body))), buffers)
+    waits += sorted(set(re.findall(r"\bu\d+\b", body)))
+    return Graph(Counter(kernels), Counter(operators), waits, buffers)
 
 
 def _n_elements(graph: Any, buffer: Any) -> int:

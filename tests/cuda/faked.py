@@ -91,7 +91,7 @@ def pretend_h100() -> None:
     """Let torch, Inductor and Triton believe in an H100, for the rest of the process."""
     import triton
     from torch._dynamo import device_interface
-    from torch._inductor.runtime import triton_heuristics, triton_helpers
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch._subclasses import fake_tensor
 
     _trace_patterns()

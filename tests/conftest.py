@@ -31,7 +31,7 @@ settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and those marked `cuda` or `real` where they are not asked for."""
+    """Skip tests marked `gpu` without a CUDA device, and those marked `cuda` or `real` where they are not asked for."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"

@@ -144,7 +144,7 @@ def operators_of(layers: int, *, patched: bool) -> dict[str, Operators]:
 def test_operators_per_layer(phase: str):
     patched, stock = (per_layer(phase, patched=patched) for patched in (True, False))
     added = {name: found - stock[name] for name, found in patched.items()}
-    for name, found in patched.items():
+    for name in added:
         print(f"\n{phase}: {added[name].total():.0f} {name} more in a layer than {stock[name].total():.0f}")
         print("\n".join(f"  {count:3.0f} x {operator}" for operator, count in added[name].most_common()))
     assert {name: patched[name].total() - stock[name].total() for name in patched} == ADDED[phase]

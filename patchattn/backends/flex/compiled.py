@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -22,6 +23,7 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Run = Callable[[Call, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _SMALLEST_HEAD_DIM = 16  # of the Triton kernels
+_MOST_LINES = 16  # of a compiler's message
 
 
 def attend_call(  # pragma: compiled
@@ -213,8 +215,18 @@ def run_or_explain(settings: Settings, compiler: Compiler, call: Call, margin: T
             'backend="blockwise".',
         ) from error
     except TorchDynamoException as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        query, shapes = call["query"], (f"{name} {list(call[name].shape)}" for name in ("query", "key", "value"))
         raise BackendError(
-            f"FlexAttention could not be compiled for {call['query'].dtype} on {call['query'].device.type}: {reason}",
+            f"FlexAttention could not be compiled for {', '.join(shapes)}, {query.dtype} on {query.device.type}: "
+            f"{_reason(error)}",
             fix='Use backend="blockwise".',
         ) from error
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """Return what the compiler says: which operator or kernel, and why, without what it prints of their arguments."""
+    told = re.split(r"\n\s*(?:args\[0\]: |Found from|from user code|Set TORCHDYNAMO_VERBOSE)", str(error), maxsplit=1)
+    lines = told[0].strip().splitlines()
+    # Triton prints the source of a kernel before what is wrong with it.
+    kept = lines if len(lines) <= _MOST_LINES else [*lines[:4], "...", *lines[4 - _MOST_LINES :]]
+    return "\n".join(kept)

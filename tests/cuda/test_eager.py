@@ -116,6 +116,7 @@ def operators_of(layers: int, *, patched: bool) -> dict[str, Operators]:
         move_to_fake_device(model)
         cache = DynamicCache(config=config)
         argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        torch.compiler.reset()
         compiled.cache_clear()
         if patched:
             with mock.patch("patchattn.hf.patching.self_check"):

@@ -154,4 +154,5 @@ def _waits(node: torch.fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    return name in _HOST_READS or (name == "_to_copy" and node.kwargs.get("device") == torch.device("cpu"))
+    leaves = torch.device("cpu") in (*node.args, *node.kwargs.values()) and bool(node.all_input_nodes)
+    return leaves or name in _HOST_READS

@@ -11,6 +11,7 @@ import pytest
 import torch
 from faked import SHARED_MEMORY
 from recorder import Compiled, compiling
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from patchattn.backends import flex
 from patchattn.backends.flex.compiled import compiled
@@ -74,7 +75,7 @@ MORE = {
     "decode, float16": Case(*DECODE, dtype=torch.float16),
     "decode, group of 3": Case(*DECODE, heads=9, kv_heads=3, dim=64),
     # Both passes keep more than the 255 registers of a thread: on the device this must be measured.
-    "decode, dim 256": Case(*DECODE, heads=16, dim=256, most_spilled=188),
+    "decode, dim 256": Case(*DECODE, keys=16384, heads=16, dim=256, most_spilled=188),
     "decode, batch 8 with padding": Case(*DECODE, batch=8, padded=True),
     "decode, softcap and sinks": Case(*DECODE, heads=64, dim=64, softcap=30.0, sinks=True),
     "decode, static cache": Case(*DECODE, slot=5000),
@@ -116,3 +117,25 @@ def wrong(case: Case, found: Compiled) -> list[str]:
         if spilled > case.most_spilled:
             problems.append(f"{spilled} bytes spilled in {name}")
     return problems
+
+
+def test_the_check_can_fail():
+    """A layer that makes all scores, asks the device for numbers, and has an operator of Inductor's own choice."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = query @ key.T
+        return scores.cumsum(1), (scores > 0).nonzero(), scores.sum(1).cpu()
+
+    with compiling() as found, torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        query, key = (torch.empty(n, 64, dtype=torch.bfloat16, device="cuda") for n in (4096, 8192))
+        with pytest.raises(DynamicOutputShapeException):  # the fake device answers no questions
+            torch.compile(attend, fullgraph=True)(query, key)
+    said = "\n".join(wrong(Case(1, 1, queries=4096), found))
+    for problem in (
+        "waits for the device: aten.nonzero",
+        "waits for the device: u0",
+        "waits for the device: prims.device_put.default",
+        "as large as queries x keys",
+        "launches and 0 pins, not 1 and 1",
+    ):
+        assert problem in said

@@ -36,9 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     if "cuda" not in config.option.markexpr:
-        reasons["cuda"] = (
-            "only with -m cuda: makes torch believe in a GPU, for the rest of the process"
-        )
+        reasons["cuda"] = "only with -m cuda: makes torch believe in a GPU, for the rest of the process"
     if "real" not in config.option.markexpr:
         reasons["real"] = "only with -m real: needs the real model, which `python recipes/real_model.py` fetches"
     for item in items:

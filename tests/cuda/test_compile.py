@@ -17,6 +17,7 @@ from patchattn.backends import flex
 from patchattn.backends.flex.compiled import compiled
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
+from patchattn.errors import BackendError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")]
 
@@ -139,3 +140,16 @@ def test_the_check_can_fail():
         "launches and 0 pins, not 1 and 1",
     ):
         assert problem in said
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch):
+    def refuse(source, *args, **kwargs):
+        raise RuntimeError("too many registers")
+
+    compiled.cache_clear()
+    with compiling():
+        monkeypatch.setattr("triton.compile", refuse)
+        with pytest.raises(BackendError) as error:
+            CASES["decode"].attend()
+    for part in ("key [1, 8, 8192, 128]", "bfloat16 on cuda", "triton_poi_fused", "too many registers"):
+        assert part in str(error.value)

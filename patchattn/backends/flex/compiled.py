@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import traceback
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -229,4 +230,6 @@ def _reason(error: TorchDynamoException) -> str:
     lines = told[0].strip().splitlines()
     # Triton prints the source of a kernel before what is wrong with it.
     kept = lines if len(lines) <= _MOST_LINES else [*lines[:4], "...", *lines[4 - _MOST_LINES :]]
-    return "\n".join(kept)
+    # Where Inductor names the kernel to its log only, the frame that compiles it knows the name.
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "\n".join([*(f"{frame['kernel_name']}:" for frame in frames if "kernel_name" in frame), *kept])

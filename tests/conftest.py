@@ -31,10 +31,12 @@ settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and those marked `real` where they are not asked for."""
+    """Skip tests marked `gpu` without a CUDA device, and those marked `cuda` or `real` where they are not asked for."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
+    if "cuda" not in config.option.markexpr:
+        reasons["cuda"] = "only with -m cuda: makes torch believe in a GPU, for the rest of the process"
     if "real" not in config.option.markexpr:
         reasons["real"] = "only with -m real: needs the real model, which `python recipes/real_model.py` fetches"
     for item in items:

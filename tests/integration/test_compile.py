@@ -14,7 +14,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
-from patchattn.backends.flex.compiled import compiled_call
+from patchattn.backends.flex import compiled as flex_compiled
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
@@ -61,7 +61,7 @@ def _fresh_compiler():
     trace.setLevel(logging.WARNING)  # pytest would format and keep every line
     yield
     trace.setLevel(level)
-    compiled_call.cache_clear()
+    flex_compiled.forget()
     torch.compiler.reset()
 
 

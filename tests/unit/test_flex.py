@@ -22,7 +22,7 @@ from patchattn import ClosedGate, MomentGate
 from patchattn.backends import flex, reference
 from patchattn.backends.flex import compiled
 from patchattn.backends.flex import masks as flex_masks
-from patchattn.backends.flex.call import Settings
+from patchattn.backends.flex.call import Settings, two_pass_call
 from patchattn.backends.flex.local import local_log_mass
 from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.masses import attention_scores, masked_log_mass
@@ -43,7 +43,7 @@ def _fresh_compiler():
     propagate, trace.propagate = trace.propagate, False  # pytest would format and keep every line
     yield
     trace.propagate = propagate
-    compiled.compiled_call.cache_clear()
+    compiled.forget()
     torch.compiler.reset()
 
 
@@ -90,7 +90,7 @@ def test_closed_calls_score_fewer_keys():
 
 def test_lengths_are_dynamic():
     torch.compiler.reset()
-    compiled.compiled_call.cache_clear()
+    compiled.forget()
     torch._dynamo.utils.counters.clear()
     for keys in range(200, 1000, 97):
         check(Case(queries=1, keys=keys), "eager")
@@ -163,6 +163,41 @@ def test_nothing_runs_uncompiled():
     inputs = Case().inputs(torch.float32)
     with torch.compiler.set_stance("force_eager"), pytest.raises(BackendError, match="uncompiled"):
         flex.attend(inputs, torch.zeros(inputs.query.shape[:3]), 0.0)
+
+
+def failed_compilation(compiler) -> str:
+    """Compile the path of CUDA devices for the CPU, which fails; returns what the error says."""
+    case = Case(pads=(0,), queries=20)
+    inputs = case.inputs(torch.float32)
+    call, settings = two_pass_call(inputs, case.bulk_log_mass(inputs)), Settings.of(inputs, two_passes=True)
+    run = compiled.compiled_call(settings, compiler, ())
+    with pytest.raises(BackendError, match="blockwise") as error, compiled.explained(call):
+        run(call, _masks_of(case)[1], torch.zeros(()))
+    return str(error.value)
+
+
+def test_a_failed_compilation_says_why():
+    def refuse(module, inputs):
+        raise RuntimeError("\n".join(["kernel 7 is wrong", *map(str, range(100)), "because of its stride"]))
+
+    said = failed_compilation(refuse)
+    assert "query [1, 6, 20, 16], key [1, 2, 300, 16], value [1, 2, 300, 16], torch.float32 on cpu" in said
+    assert "kernel 7 is wrong" in said
+    assert "because of its stride" in said
+    assert len(said.splitlines()) < 20
+    assert "TORCHDYNAMO" not in said
+
+
+@pytest.mark.slow
+def test_a_failed_lowering_says_why():
+    """Inductor has no kernel for CPU that returns a log-sum-exp."""
+    said = run_in_process("""
+        from test_flex import failed_compilation
+        print(failed_compilation("inductor"))
+    """)
+    assert "`return_lse` is not supported" in said
+    assert "target: flex_attention" in said
+    assert "TensorBox" not in said
 
 
 @pytest.mark.parametrize("name", ["gqa", "holes", "static cache", "softcap", "sinks", "no sink"])
@@ -282,7 +317,7 @@ def test_block_lists_stay_small(keys: int):
 
 def run_in_process(code: str, timeout: int = 300) -> str:
     """Run code where the tests and the package can be imported; returns what it printed."""
-    tests, root = Path(__file__).parent, Path(flex.__file__).parents[2]
+    tests, root = Path(__file__).parent, Path(flex.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(root)]), "OMP_NUM_THREADS": "1"},

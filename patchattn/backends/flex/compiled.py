@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -30,6 +32,7 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 _SMALLEST_HEAD_DIM = 16  # of the Triton kernels
+_MOST_LINES = 16  # of a compiler's message
 
 
 def attend_call(  # pragma: compiled
@@ -272,6 +275,12 @@ def _compile(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | Non
 _NUMBERS = itertools.count()
 
 
+def forget() -> None:
+    """Forget every compiled function: after `torch.compiler.reset()` they would be compiled under old counts."""
+    for made in (compiled_call, compiled_step, compiled_shared):
+        made.cache_clear()
+
+
 def shared_of(settings: Settings, compiler: Compiler, call: Call, regions: Regions, rows: slice) -> Shared:
     """Compute what the layers share of a slab: once, outside of a graph.
 
@@ -313,8 +322,20 @@ def explained(call: Call) -> Iterator[None]:
             'backend="blockwise".',
         ) from error
     except TorchDynamoException as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        query, shapes = call["query"], (f"{name} {list(call[name].shape)}" for name in ("query", "key", "value"))
         raise BackendError(
-            f"FlexAttention could not be compiled for {call['query'].dtype} on {call['query'].device.type}: {reason}",
+            f"FlexAttention could not be compiled for {', '.join(shapes)}, {query.dtype} on {query.device.type}: "
+            f"{_reason(error)}",
             fix='Use backend="blockwise".',
         ) from error
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """Return what the compiler says: which operator or kernel, and why, without what it prints of their arguments."""
+    told = re.split(r"\n\s*(?:args\[0\]: |Found from|from user code|Set TORCHDYNAMO_VERBOSE)", str(error), maxsplit=1)
+    lines = told[0].strip().splitlines()
+    # Triton prints the source of a kernel before what is wrong with it.
+    kept = lines if len(lines) <= _MOST_LINES else [*lines[:4], "...", *lines[4 - _MOST_LINES :]]
+    # Where Inductor names the kernel to its log only, the frame that compiles it knows the name.
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "\n".join([*(f"{frame['kernel_name']}:" for frame in frames if "kernel_name" in frame), *kept])

@@ -112,7 +112,7 @@ def _weigh_and_attend(
         state.counters.add("rebuilt", why_rebuilt(cache, state.cache_layer))
     bound = _chunk_bound(inputs, has_state=moments is not None)
     known = Known(state.layer, moments, bound, state.measured, positions)
-    found = None if state.step is None else state.step(inputs, gate, known)
+    found = None if state.weighed is None else state.weighed(inputs, gate, known)
     if found is None:
         mass, moments = gate.weigh(inputs, known)
         attended = state.attend(inputs, mass, gate.margin)

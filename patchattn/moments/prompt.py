@@ -24,8 +24,9 @@ from patchattn.moments.gaussian import (
     log_mass_of_log_count,
 )
 
-# Chunks at a time: on a CPU what is made of them stays in the caches, elsewhere few calls count for more.
-_CHUNKS_PER_SLAB_ON_HOST, _CHUNKS_PER_SLAB = 4, 32
+# Chunks at a time: on a CPU what is made of them stays in the caches, elsewhere few calls count for more. 4,096 queries
+# have 32 chunks, and a part of one more at either end.
+_CHUNKS_PER_SLAB_ON_HOST, _CHUNKS_PER_SLAB = 4, 34
 _CHUNK_AXES = (1, 1, 2, 2, 2)  # of the parts of `PromptMoments.prefixes`
 
 
@@ -58,8 +59,9 @@ class PromptMoments:
         batch, kv_heads, _, dim = key.shape
         zeros = key.new_zeros(batch, kv_heads, dim, dtype=accumulator(key))
         nothing = torch.zeros(batch, dtype=torch.long, device=key.device)
-        outer = zeros[..., None].repeat(1, 1, 1, dim)
-        return cls(nothing, zeros[:, 0, 0].clone(), zeros, zeros.clone(), outer)
+        # In plain strides, which are a part of what a graph is compiled for.
+        outer = zeros.new_zeros(batch, kv_heads, dim, dim)
+        return cls(nothing, zeros.new_zeros(batch), zeros, zeros.clone(), outer)
 
     def select(self, rows: Tensor) -> PromptMoments:
         """Return the moments of the given batch rows, in that order."""
@@ -342,9 +344,13 @@ def _evaluate(
     divisor = moments.count.clamp(min=1)[:, None, :, None]
     shift = moments.total / divisor
     covariance = moments.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
-    both = torch.cat([covariance * (scale * scale), (moments.reference + shift).unsqueeze(-1) * scale], dim=-1)
-    along = q @ both
-    mean, variance = along[..., dim], along[..., :dim].mul_(q).sum(-1)
+    if _fuses_products(q):
+        along, mean = q @ covariance, (q * (moments.reference + shift)[..., None, :]).sum(-1) * scale
+        variance = (along * q).sum(-1) * (scale * scale)
+    else:
+        both = torch.cat([covariance * (scale * scale), (moments.reference + shift).unsqueeze(-1) * scale], dim=-1)
+        along = q @ both
+        mean, variance = along[..., dim], along[..., :dim].mul_(q).sum(-1)
     mean, variance = (x.unflatten(3, heads_apart.shape[3:5]) for x in (mean, variance))
     mass = log_mass_of_gaussian(n_bulk[:, None, :, None], mean, variance, softcap=inputs.softcap, estimate=estimate)
     return mass.transpose(2, 3).flatten(1, 2)

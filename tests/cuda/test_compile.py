@@ -22,14 +22,18 @@ from patchattn.gates.base import Known
 from patchattn.gates.moment import MomentGate
 from patchattn.moments.prompt import PromptMoments
 
-pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # sums of products of keys stay in float32
+]
 
 
 @dataclass(frozen=True)
 class Case:
     """A call of one layer, and what it costs: launches of kernels, and pins, for a decode step or a slab.
 
-    A step is weighed by the moments of the prompt in the same graph, a prefill before its graph.
+    Its queries are weighed by the moments of the prompt in the same graph.
     """
 
     launches: int
@@ -67,20 +71,17 @@ class Case:
             self.softcap,
             draw(self.heads) if self.sinks else None,
         )
-        if self.queries == 1:
-            known = Known(moments=PromptMoments.empty(inputs.key), max_chunks=1)
-            assert flex.step(inputs, MomentGate(), known) is not None
-        else:
-            flex.attend(inputs, torch.empty(self.batch, self.heads, self.queries, device="cuda"), 0.5)
+        known = Known(moments=PromptMoments.empty(inputs.key))
+        assert flex.weigh_and_attend(inputs, MomentGate(), known) is not None
 
 
-DECODE, PREFILL = (12, 0), (16, 1)
-SHARED = (16, 8)  # at most, once for all layers
+DECODE, PREFILL = (12, 0), (33, 1)
+SHARED = 24  # launches and pins for all layers together, at most
 SLABS = {"queries": 9000, "keys": 32768}  # three slabs, the last one shorter, are one graph
 CASES = {
     "decode": Case(*DECODE),
     "prefill": Case(*PREFILL, **SLABS),
-    "decode, padding, softcap and sinks": Case(*DECODE, batch=2, padded=True, softcap=30.0, sinks=True),
+    "decode, padding, softcap and sinks": Case(13, 0, batch=2, padded=True, softcap=30.0, sinks=True),
 }
 MORE = {
     "decode, float16": Case(*DECODE, dtype=torch.float16),
@@ -91,14 +92,14 @@ MORE = {
     "decode, softcap and sinks": Case(*DECODE, heads=64, dim=64, softcap=30.0, sinks=True),
     "decode, static cache": Case(*DECODE, slot=5000),
     "prefill, float16": Case(*PREFILL, **SLABS, dtype=torch.float16),
-    "prefill, group of 3": Case(*PREFILL, **SLABS, heads=9, kv_heads=3, dim=64),
+    # The tiles that Inductor has for this head dimension, with softcap and without.
+    "prefill, group of 3": Case(*PREFILL, **SLABS, heads=9, kv_heads=3, dim=64, most_spilled=1808),
     "prefill, dim 256": Case(*PREFILL, **SLABS, heads=16, dim=256),
     "prefill, padding": Case(*PREFILL, **SLABS, batch=2, padded=True),
     "prefill, padding, softcap and sinks": Case(*PREFILL, **SLABS, batch=2, padded=True, softcap=30.0, sinks=True),
     "prefill, static cache": Case(*PREFILL, **SLABS, slot=0),
-    # A softcap in the tiles that Inductor has for this head dimension, too.
     "prefill, softcap and sinks": Case(
-        *PREFILL, **SLABS, heads=64, dim=64, softcap=30.0, sinks=True, most_spilled=2300
+        *PREFILL, **SLABS, heads=64, dim=64, softcap=30.0, sinks=True, most_spilled=2308
     ),
 }
 
@@ -117,18 +118,14 @@ def wrong(case: Case, found: Compiled) -> list[str]:
     """Say what must not be."""
     queries = min(case.queries, flex.call.SLAB)
     scores = queries * case.keys if queries > 1 else case.batch * case.heads * case.keys
-    problems = (
-        [] if len(found.graphs) == 2 else [f"{len(found.graphs)} graphs, not one that layers share and one for each"]
-    )
+    problems = [] if len(found.graphs) == 2 else [f"{len(found.graphs)} graphs, not one and one for all layers"]
     for graph in found.graphs:
         problems += [f"waits for the device: {what}" for what in graph.waits]
         problems += [f"as large as queries x keys: {name}" for name, size in graph.buffers.items() if size >= scores]
         problems += [f"{name} was not compiled" for name in graph.kernels if name not in found.kernels]
-    (*_, shared), layer = [(0, 0), *((graph.n_launches, graph.n_pins) for graph in found.graphs[:-1])], found.graphs[-1]
-    if shared[0] > SHARED[0] or shared[1] > SHARED[1]:
-        problems.append(
-            f"{shared[0]} launches and {shared[1]} pins for all layers, not up to {SHARED[0]} and {SHARED[1]}"
-        )
+    *shared, layer = found.graphs
+    once = sum(graph.n_launches + graph.n_pins for graph in shared)
+    problems += [f"{once} launches and pins for all layers, over {SHARED}"] if once > SHARED else []
     if (layer.n_launches, layer.n_pins) != (case.launches, case.pins):
         problems.append(f"{layer.n_launches} launches and {layer.n_pins} pins, not {case.launches} and {case.pins}")
     for name, configurations in found.kernels.items():

@@ -3,7 +3,6 @@
 import copy
 import functools
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -227,13 +226,9 @@ def test_inductor():
 
 def through_cuda_path(handle):
     """Let a patched model attend as it would on a CUDA device: two passes of FlexAttention, merged by log-sum-exp."""
-
-    def step(inputs, gate, known):
-        bound = 1 if inputs.query.shape[2] == 1 and known.moments is not None else None  # a device does not look
-        return flex.step_with(inputs, gate, replace(known, max_chunks=bound), compiler="aot_eager")
-
     for state in handle.states.values():
-        state.attend, state.step = functools.partial(flex.attend_with, compiler="aot_eager"), step
+        state.attend = functools.partial(flex.attend_with, compiler="aot_eager")
+        state.weighed = functools.partial(flex.weigh_and_attend_with, compiler="aot_eager")
 
 
 def padded(lengths=(300, 243)):
@@ -281,8 +276,8 @@ def test_the_cuda_path_of_flex(dtype):
             if isinstance(gate, OpenGate):
                 stock = [prefill_and_decode(twin, *batch) for twin in (model, double)]
                 assert_within_budget(got, *stock, what=f"{family}, stock")
-    # Of a prefill, of a decode step whose gates are given, and of one that weighs by moments.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    # Of a prefill and of a decode step, with given gates and with such that are weighed.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.slow

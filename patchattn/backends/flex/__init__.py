@@ -15,6 +15,8 @@ CUDA lengths are dynamic and nothing is padded.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ from patchattn.backends.flex.compiled import (
     attend_at_once,
     attend_call,
     compiled_call,
-    compiled_step,
+    compiled_weighed,
     explained,
     kind_of,
     shared_of,
@@ -86,10 +88,10 @@ def attend_with(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float, *
     return _attended(inputs, *found)
 
 
-def step_with(
+def weigh_and_attend_with(
     inputs: AttentionInputs, gate: HeadGate, known: Known, *, compiler: Compiler
 ) -> tuple[Attended, PromptMoments] | None:
-    """Weigh and attend in one compiled function, where it is a decode step by the moments of the prompt.
+    """Weigh by the moments of the prompt and attend in one compiled function for each slab, where that can be done.
 
     Args:
         inputs: The attention call.
@@ -98,31 +100,33 @@ def step_with(
         compiler: As in `attend_with`.
 
     Returns:
-        What attention gives, and the moments after this step. None where the call is none of that kind.
+        What attention gives, and the moments after the last query. None for another gate, where there is no device to
+        wait for, and where moments of earlier keys are missing: those take any number of chunks to make.
     """
-    moments, measured = known.moments, known.measured
     if torch.compiler.is_compiling() or not _takes_two_passes(inputs, compiler):
         return None
-    if not isinstance(gate, MomentGate) or not gate.keeps_moments or moments is None:
-        return None
-    if inputs.query.shape[2] != 1 or known.max_chunks != 1:
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if not isinstance(gate, MomentGate) or not gate.keeps_moments or (known.moments is None and queries < keys):
         return None
     _refuse_dtype(inputs.query.dtype)
-    regions, settings = inputs.regions, Settings.of(inputs, two_passes=True)
-    call = two_pass_call(inputs, None)
+    settings, regions, call = Settings.of(inputs, two_passes=True), inputs.regions, two_pass_call(inputs, None)
+    margins = None if known.measured is None else known.measured.margins
+    moments = PromptMoments.empty(inputs.key).parts if known.moments is None else known.moments.parts
+    parts = []
     with torch.no_grad(), explained(call):
-        shared = shared_of(settings, compiler, call, regions, slice(0, 1))
-        run = compiled_step(settings, compiler, gate.estimate, kind_of(call, two_passes=True))
-        margins = None if measured is None else measured.margins
-        places = regions.once("places", lambda: places_of(regions))
-        more = shared, _at_margin(regions, gate.margin), places, moments.parts, margins
-        *found, after = run(with_dynamic_lengths(call), *more)
-    return _attended(inputs, *found), PromptMoments(*after)
+        for rows, slab in slabs_of(call):
+            shared = shared_of(settings, compiler, slab, regions, rows)
+            run = compiled_weighed(settings, compiler, gate.estimate, kind_of(slab, two_passes=True))
+            places = regions.once(("places", rows.start), partial(places_of, regions, rows.start))
+            more = shared, _at_margin(regions, gate.margin), places, moments, margins
+            *found, moments = run(with_dynamic_lengths(slab), *more)
+            parts.append(found)
+        return _attended(inputs, *joined(parts)), PromptMoments(*moments)
 
 
-def step(inputs: AttentionInputs, gate: HeadGate, known: Known) -> tuple[Attended, PromptMoments] | None:
-    """Do what `step_with` does, through Inductor."""
-    return step_with(inputs, gate, known, compiler="inductor")
+def weigh_and_attend(inputs: AttentionInputs, gate: HeadGate, known: Known) -> tuple[Attended, PromptMoments] | None:
+    """Do what `weigh_and_attend_with` does, through Inductor."""
+    return weigh_and_attend_with(inputs, gate, known, compiler="inductor")
 
 
 def _takes_two_passes(inputs: AttentionInputs, compiler: Compiler) -> bool:
@@ -187,4 +191,4 @@ def break_even(shape: CallShape, phase: Phase) -> int:
     return 4096
 
 
-BACKEND = Backend(attend, break_even=break_even, own_step=step)
+BACKEND = Backend(attend, break_even=break_even, own_weighed=weigh_and_attend)

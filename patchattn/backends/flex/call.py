@@ -36,7 +36,8 @@ class Settings:
         return cls(regions.sink_size, regions.window_size, float(inputs.scale), inputs.softcap, two_passes)
 
 
-Call = dict[str, Tensor]  # without sink_logits where there are none
+Call = dict[str, Tensor]  # without sink_logits where there are none, and without gates that are not weighed yet
+_OF_QUERIES = ("query", "gate")
 
 
 def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor | None) -> Call:
@@ -46,11 +47,11 @@ def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor | None) -> Call
     return {**tensors, **gate, **_sink_logits(inputs)}
 
 
-def places_of(regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `valid`, `first` and `query_slot` of regions, with a dynamic number of keys."""
+def places_of(regions: Regions, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `valid` and `first` of regions, and the slot of query `begin`, with a dynamic number of keys."""
     valid = regions.valid.view_as(regions.valid)  # the mark must not stay on the caller's tensor
     torch._dynamo.maybe_mark_dynamic(valid, 1)
-    return valid, regions.first, regions.query_slot
+    return valid, regions.first, regions.query_slot + begin
 
 
 def slabs_of(call: Call) -> Iterator[tuple[slice, Call]]:
@@ -62,7 +63,7 @@ def slabs_of(call: Call) -> Iterator[tuple[slice, Call]]:
     for begin in range(0, length, SLAB):
         rows = slice(begin, min(begin + SLAB, length))
         # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
-        yield rows, call | {name: call[name][:, :, rows].contiguous() for name in ("query", "gate")}
+        yield rows, call | {name: call[name][:, :, rows].contiguous() for name in _OF_QUERIES if name in call}
 
 
 def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,8 +77,8 @@ def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 def with_dynamic_lengths(call: Call) -> Call:
     """Mark the lengths of a call as dynamic, on views: the marks must not stay on the caller's tensors."""
-    names = ("key", "value", "query", "gate") if call["query"].shape[2] > 1 else ("key", "value")
-    marked = {name: call[name].view_as(call[name]) for name in names}
+    names = ("key", "value", *_OF_QUERIES) if call["query"].shape[2] > 1 else ("key", "value")
+    marked = {name: call[name].view_as(call[name]) for name in names if name in call}
     for x in marked.values():
         torch._dynamo.maybe_mark_dynamic(x, 2)
     return call | marked

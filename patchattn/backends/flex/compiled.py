@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from patchattn.backends.flex.call import Call, Settings
+from patchattn.backends.flex.call import SLAB, Call, Settings
 from patchattn.backends.flex.masks import RowMasks, block_size, bulk_end, open_first, pinned
 from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.inputs import AttentionInputs
@@ -24,7 +24,7 @@ from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
 from patchattn.gates.decision import decide
 from patchattn.gates.moment import with_margins
-from patchattn.moments.gaussian import Estimate
+from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -55,7 +55,7 @@ def attend_call(  # pragma: compiled
     return output, ungrouped(opened, heads), scored
 
 
-def step_call(  # pragma: compiled
+def weighed_call(  # pragma: compiled
     settings: Settings,
     estimate: Estimate,
     call: Call,
@@ -65,12 +65,12 @@ def step_call(  # pragma: compiled
     moments: tuple[Tensor, ...],
     margins: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Weigh one query of each sequence by its prompt moments, and attend.
+    """Weigh the queries of a slab by the prompt moments before them, and attend.
 
     Args:
         settings: Constants of the graph.
         estimate: See `MomentGate`.
-        call: The tensors of the call; its gates are what this finds.
+        call: The tensors of the slab; its gates are what this finds.
         shared: What the layers share.
         margin: [] nats.
         places: What `Regions` has of `valid`, `first` and `query_slot`.
@@ -78,11 +78,13 @@ def step_call(  # pragma: compiled
         margins: [heads] nats of a calibration; None for none.
 
     Returns:
-        Output, open pairs, scored keys, and the parts of the moments after this query.
+        Output, open pairs, scored keys, and the parts of the moments after the last query.
     """
-    regions = Regions(settings.sink_size, settings.window_size, 1, *places)
+    queries = call["query"].shape[2]
+    regions = Regions(settings.sink_size, settings.window_size, queries, *places)
     inputs = AttentionInputs(call["query"], call["key"], call["value"], regions, settings.scale, settings.softcap)
-    mass, after = bulk_log_mass_from_prompt(inputs, PromptMoments(*moments), estimate=estimate, max_chunks=1)
+    bound = 1 if queries == 1 else SLAB // CHUNK + 1
+    mass, after = bulk_log_mass_from_prompt(inputs, PromptMoments(*moments), estimate=estimate, max_chunks=bound)
     mass = mass if margins is None else with_margins(mass, margins)
     return *attend_call(settings, call | {"gate": mass}, shared, margin), after.parts
 
@@ -244,13 +246,13 @@ def compiled_call(settings: Settings, compiler: Compiler, _kind: tuple[object, .
 
 
 @functools.cache
-def compiled_step(settings: Settings, compiler: Compiler, estimate: Estimate, _kind: tuple[object, ...]) -> Any:
-    """Compile `step_call` for one kind of call; see `compiled_call`."""
+def compiled_weighed(settings: Settings, compiler: Compiler, estimate: Estimate, _kind: tuple[object, ...]) -> Any:
+    """Compile `weighed_call` for one kind of call; see `compiled_call`."""
 
-    def step(call: Call, *more: Any) -> Any:
-        return step_call(settings, estimate, call, *more)
+    def weigh(call: Call, *more: Any) -> Any:
+        return weighed_call(settings, estimate, call, *more)
 
-    return _compile(step, compiler, dynamic=None)
+    return _compile(weigh, compiler, dynamic=None)
 
 
 @functools.cache
@@ -277,7 +279,7 @@ _NUMBERS = itertools.count()
 
 def forget() -> None:
     """Forget every compiled function: after `torch.compiler.reset()` they would be compiled under old counts."""
-    for made in (compiled_call, compiled_step, compiled_shared):
+    for made in (compiled_call, compiled_weighed, compiled_shared):
         made.cache_clear()
 
 

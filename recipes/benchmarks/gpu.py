@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -29,9 +30,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMMAND = "python recipes/benchmarks/gpu.py --out FOLDER"
 ROWS, RESULT, LOG = "rows.jsonl", "gpu.json", "log.txt"
+ENVIRONMENT, PROCESS = "environment", "process"
+"""Stages of rows that no stage measures: what the machine is, and how each process ended."""
 MINUTES = 9.5
-LIMITS = {"check": 45, "together": 210, "layer": 140, "llama": 135, "profile": 40}
+LIMITS = {"check": 60, "together": 200, "layer": 135, "llama": 135, "profile": 40}
 """Seconds of each stage for `MINUTES`."""
+NEEDED = ("torch", "transformers", "pydantic", "safetensors", "numpy", "huggingface_hub", "matplotlib", "rich", "typer")
+NEEDED_BY_TESTS = ("pytest", "hypothesis")
 
 
 class Process(NamedTuple):
@@ -62,6 +67,11 @@ def main() -> None:
         "--page", type=Path, nargs="?", const=Path(), metavar="FOLDER", help="make the page, run nothing"
     )
     options = parser.parse_args()
+    missing = [name for name in (*NEEDED, *NEEDED_BY_TESTS) if importlib.util.find_spec(name) is None]
+    if set(missing) & set(NEEDED):
+        parser.error(
+            f"not installed: {', '.join(missing)}; install them into this environment, or put them on PYTHONPATH"
+        )
     if options.page is not None:
         in_project()
         from gpu_page import make_page
@@ -72,6 +82,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, RESULT, LOG):
         (options.out / name).unlink(missing_ok=True)
+    if missing:
+        print(f"not installed: {', '.join(missing)}; the tests will not run", flush=True)
     scale = 60 * options.minutes / sum(LIMITS.values())
     end = begin = time.monotonic()
     for stage in options.stages:
@@ -119,7 +131,7 @@ def run(stage: str, started: list[Process], end: float, options: argparse.Namesp
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if len(started) > 1:
-        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     with tempfile.TemporaryDirectory() as logs:
         running = [begun(process, Path(logs, f"{at}"), environment) for at, process in enumerate(started)]
         try:
@@ -128,11 +140,16 @@ def run(stage: str, started: list[Process], end: float, options: argparse.Namesp
                 for each in [each for each in running if is_late or each.process.poll() is not None]:
                     running.remove(each)
                     ended = ending(each.process)
-                    row = {"process": each.name, "ended": ended, "seconds": time.monotonic() - each.begin}
+                    row = {
+                        "within": stage,
+                        "process": each.name,
+                        "ended": ended,
+                        "seconds": time.monotonic() - each.begin,
+                    }
                     said = each.log.read_text("utf-8", "replace")
                     if each.name.startswith("tests"):
                         row |= outcomes(said)
-                    add_row(options.out, stage, row)
+                    add_row(options.out, PROCESS, row)
                     with (options.out / LOG).open("a", encoding="utf-8") as log:
                         log.write(f"\n===== {stage}: {each.name}, {ended}\n{said}")
                 time.sleep(0.1)
@@ -165,8 +182,7 @@ def outcomes(said: str) -> dict[str, Any]:
     counts = Counter(outcome.lower() for _, outcome in lines)
     found: dict[str, Any] = {name: counts[name] for name in ("passed", "failed", "error", "skipped")}
     failed = [name.rpartition("/")[2] for name, outcome in lines if outcome in ("FAILED", "ERROR")]
-    missing = re.search(r"No module named '?([\w.]+)", said)
-    return found | {"failures": "; ".join(failed)} | ({"missing": missing[1]} if missing and not lines else {})
+    return found | {"failures": "; ".join(failed)}
 
 
 def add_row(folder: Path, stage: str, row: dict[str, Any]) -> None:
@@ -179,12 +195,12 @@ def add_row(folder: Path, stage: str, row: dict[str, Any]) -> None:
 def write_result(folder: Path) -> None:
     """Put all rows so far into one file."""
     rows = [json.loads(line) for line in (folder / ROWS).read_text("utf-8").splitlines()]
-    environment = next((entry["row"] for entry in rows if entry["stage"] == "environment"), None)
+    environment = next((entry["row"] for entry in rows if entry["stage"] == ENVIRONMENT), None)
     found = {
         "benchmark": "gpu",
         "command": COMMAND,
         "environment": environment,
-        "rows": [{"stage": entry["stage"], **entry["row"]} for entry in rows if entry["stage"] != "environment"],
+        "rows": [{"stage": entry["stage"], **entry["row"]} for entry in rows if entry["stage"] != ENVIRONMENT],
     }
     (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -34,6 +34,7 @@ POLICIES: dict[str, Policy | None] = {
 }
 COMPILED = (STOCK, "default", GROUP, CLOSED)
 """Policies under which the decode step is compiled as a whole."""
+LAYERS = 32
 WARM_UP = 8192
 """Tokens of a first prompt: enough for every path, slabs and gates, to be taken."""
 STEPS = 8

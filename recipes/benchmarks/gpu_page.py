@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu import COMMAND, ROOT
-from gpu_llama import ASKED, CLOSED, COMPILED, POLICIES
+from gpu import COMMAND, PROCESS, ROOT
+from gpu_llama import ASKED, CLOSED, COMPILED, LAYERS, POLICIES
 from harness import PAGES, RESULTS, Row, described, draw_speedups
 from matplotlib.figure import Figure
 from model import OPEN
@@ -86,14 +86,14 @@ def make_page(result: Path | None, out: Path | None = None) -> Path:
 
 def summary(found: dict[str, Any]) -> str:
     """Return what is to be read at the end of a run: the page, without what only a page has."""
-    return text(Found(found)).partition("## Commands")[0].partition("\n\n")[2]
+    return text(Found(found), pictures=False).partition("## Commands")[0].partition("\n\n")[2]
 
 
-def text(found: Found) -> str:
+def text(found: Found, *, pictures: bool = True) -> str:
     """Fill the template."""
     return TEMPLATE.read_text(encoding="utf-8").format(
         environment=_environment(found.environment),
-        picture=f"![Speed-up of one layer over its length]({PICTURE})\n\n" if found.of("layer") else "",
+        picture=f"![Speed-up of one layer over its length]({PICTURE})\n\n" * (pictures and bool(found.of("layer"))),
         goals=_goals(found),
         sentences="\n".join(f"{at}. {_said(sentence, found)}" for at, sentence in enumerate(SENTENCES, 1)),
         break_even="\n".join(f"- {phase}: {_break_even(found, phase, gates)}" for phase, gates in BREAK_EVEN.items()),
@@ -104,6 +104,7 @@ def text(found: Found) -> str:
         models=_models(found),
         launches=_launches(found),
         top=_top(found),
+        checks=_checks(found),
         processes=_processes(found),
         command=COMMAND,
     )
@@ -224,7 +225,8 @@ def _whole(found: Found) -> str:
             said = f"{row['first token s']:.2f} s, {row['step ms']:.1f} ms"
             peak, opened = row["peak GiB"], row.get("open")
             said += "" if peak is None else f", {peak:.0f} GiB"
-            return said + ("" if opened is None else f", {opened:.0%} open")
+            said += "" if opened is None else f", {opened:.0%} open"
+            return said + ("" if row["layers"] == LAYERS else f", {row['layers']} layers")
 
         return cell
 
@@ -267,12 +269,17 @@ def _top(found: Found) -> str:
     return table(["phase", "kernel", "ms", "calls"], lines or [["decode", "", "", ""], ["prefill", "", "", ""]])
 
 
+def _checks(found: Found) -> str:
+    names = ("backend", "dtype", "head_dim", "group_size", "error_share")
+    made = [*found.of("check"), *found.of("doctor")]
+    return table(list(names), [[_number(row[name]) for name in names] for row in made] or [["flex", *[""] * 4]])
+
+
 def _processes(found: Found) -> str:
-    names = ("passed", "failed", "error", "skipped", "failures", "missing")
+    names = ("passed", "failed", "error", "skipped", "failures")
     lines = [
         [row["process"], row["ended"], f"{row['seconds']:.0f}", *(_number(row.get(name)) for name in names)]
-        for row in found.rows
-        if "process" in row
+        for row in found.of(PROCESS)
     ]
     problems = [
         " ".join(str(value) for key, value in row.items() if key != "problem") + f": {row['problem']}"
@@ -371,7 +378,7 @@ def _of_model(found: Found) -> str:
 
 
 def _of_decisions(found: Found) -> str:
-    rows, tests = found.of("models", model="shipped"), [row for row in found.rows if "passed" in row]
+    rows, tests = found.of("models", model="shipped"), [row for row in found.of(PROCESS) if "passed" in row]
     agreed = [f"{row['agree']:.2%} in {row['dtype']}" for row in rows]
     passed, failed = (sum(row[name] for row in tests) for name in ("passed", "failed"))
     return (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu import ROOT, add_row
-from gpu_llama import COMPILED, POLICIES, Decoder, profiled
+from gpu import ENVIRONMENT, add_row
+from gpu_llama import COMPILED, LAYERS, POLICIES, Decoder, profiled
 from harness import Row, environment
 from layer import Case, timed_rows
 from model import random_tokens, random_weights
@@ -33,6 +32,7 @@ from whole import STOCK
 import patchattn
 from patchattn import MomentGate, Policy, backends, demo
 from patchattn.backends.self_check import self_check
+from patchattn.cli.doctor import checks_of
 from patchattn.hf import patching
 from patchattn.hf.architecture import with_cache
 from patchattn.testing import recorded_gates, replay_gates
@@ -58,8 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     options.device = torch.device("cpu" if options.rehearse else "cuda")
     # What a layer is timed with.
-    options.backend, options.clock, options.repeats, options.flex = "auto", "wall", 2 if options.rehearse else 5, False
-    with torch.no_grad():
+    options.backend, options.clock, options.repeats, options.flex = "auto", "wall", 1 if options.rehearse else 5, False
+    # The self-check of `patch` compiles graphs that no model uses; the first stage makes it.
+    with torch.no_grad(), mock.patch.object(patching, "self_check", return_value=0.0):
         STAGES[options.stage](options)
 
 
@@ -89,14 +90,13 @@ def check(options: argparse.Namespace) -> None:
         properties = torch.cuda.get_device_properties(options.device)
         found |= {"capability": f"{properties.major}.{properties.minor}", "GiB": properties.total_memory / 2**30}
         found |= {"cuda": torch.version.cuda, "driver": driver()}
-    add(options, found, "environment")
-    backend = backends.resolve(options.backend, options.device)
-    for dtype, (dim, group) in itertools.product(("bf16", "fp16"), ((128, 4),)):
-        with told(options, backend=backend, dtype=dtype, head_dim=dim):
-            begin = time.perf_counter()
-            share = self_check(backend, dtype=DTYPES[dtype], head_dim=dim, group_size=group, device=options.device)
-            row = {"backend": backend, "dtype": dtype, "head_dim": dim, "group_size": group, "error_share": share}
-            add(options, row | {"seconds": time.perf_counter() - begin})
+    add(options, found, ENVIRONMENT)
+    backend, dim, group = backends.resolve(options.backend, options.device), 128, 4
+    with told(options, backend=backend):
+        begin = time.perf_counter()
+        share = self_check(backend, dtype=DTYPES["bf16"], head_dim=dim, group_size=group, device=options.device)
+        row = {"backend": backend, "dtype": "bfloat16", "head_dim": dim, "group_size": group, "error_share": share}
+        add(options, row | {"seconds": time.perf_counter() - begin})
 
 
 def driver() -> str | None:
@@ -108,14 +108,12 @@ def driver() -> str | None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Run `patchattn doctor`."""
-    command = [sys.executable, "-m", "patchattn.cli", "doctor", "--json"]
-    made = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    print(made.stdout, made.stderr)
-    found = json.loads(made.stdout)
-    add(options, {"healthy": found["healthy"], "versions": found["versions"]})
-    for row in found["checks"]:
-        add(options, row)
+    """Make the checks of `patchattn doctor` for the device, one row each, so that those made in time are kept."""
+    # FlexAttention compiles for minutes on a CPU; switched off it says so at once.
+    with torch.compiler.set_stance("force_eager" if options.rehearse else "default"):
+        for made in checks_of(str(options.device)):
+            row = vars(made)
+            add(options, row if made.problem else {name: row[name] for name in row if name != "problem"})
 
 
 def layer(options: argparse.Namespace) -> None:
@@ -248,19 +246,22 @@ def read_on(
 
 def llama(options: argparse.Namespace) -> None:
     """Time a random Llama-3.1-8B: first token and decode with each cache, and its decode step compiled."""
-    with unchecked():
-        if options.warm:
-            compile_steps(options)
-            return
-        model = big_model(options, 2 if options.rehearse else 32)
-        for length in lengths(options):
-            for policy, cache in CELLS:
-                what = {"policy": policy, "cache": cache, "tokens": length, "layers": len(model.model.layers)}
-                # One cache at a time: several of this size leave no room for anything else.
-                with told(options, **what), Decoder(options, model, policy, cache, length) as decoder:
-                    add(options, what | {"compiled": False} | decoder.timed())
-            if length == lengths(options)[0]:
-                compile_steps(options)
+    if not options.warm:
+        model = big_model(options, LAYERS)
+        read_and_decode(options, model, lengths(options)[0])
+    compile_steps(options)
+    if not options.warm:
+        # Half of the layers, or none but the first policies would be read in time.
+        del model.model.layers[len(model.model.layers) // 2 :]
+        read_and_decode(options, model, lengths(options)[1])
+
+
+def read_and_decode(options: argparse.Namespace, model: Any, length: int) -> None:
+    """Time every policy, one cache at a time: several caches of this size leave no room for anything else."""
+    for policy, cache in CELLS:
+        what = {"policy": policy, "cache": cache, "tokens": length, "layers": len(model.model.layers)}
+        with told(options, **what), Decoder(options, model, policy, cache, length) as decoder:
+            add(options, what | {"compiled": False} | decoder.timed())
 
 
 def compile_steps(options: argparse.Namespace) -> None:
@@ -276,17 +277,16 @@ def compile_steps(options: argparse.Namespace) -> None:
 
 def profiles(options: argparse.Namespace) -> None:
     """Profile one decode step and one prefill, stock and patched, of a few layers."""
-    model = big_model(options, FEW_LAYERS)
-    with unchecked():
-        for policy in (STOCK, "default"):
-            what = {"policy": policy, "tokens": lengths(options)[0], "layers": FEW_LAYERS}
-            with told(options, **what), Decoder(options, model, policy, "static", what["tokens"]) as decoder:
-                decoder.prefill()
-                for phase, call in (("decode", decoder.step), ("prefill", decoder.prefill)):
-                    row, table = profiled(options, call)
-                    add(options, what | {"phase": phase} | row)
-                    with (options.out / PROFILES).open("a", encoding="utf-8") as file:
-                        file.write(f"{phase}, {policy}, {FEW_LAYERS} layers, {what['tokens']:,} tokens\n{table}\n")
+    model, length = big_model(options, FEW_LAYERS), lengths(options)[0]
+    for policy in (STOCK, "default"):
+        what = {"policy": policy, "tokens": length, "layers": FEW_LAYERS}
+        with told(options, **what), Decoder(options, model, policy, "static", length) as decoder:
+            decoder.prefill()
+            for phase, call in (("decode", decoder.step), ("prefill", decoder.prefill)):
+                row, table = profiled(options, call)
+                add(options, what | {"phase": phase} | row)
+                with (options.out / PROFILES).open("a", encoding="utf-8") as file:
+                    file.write(f"{phase}, {policy}, {FEW_LAYERS} layers, {length:,} tokens\n{table}\n")
 
 
 def lengths(options: argparse.Namespace) -> tuple[int, ...]:
@@ -298,15 +298,8 @@ def big_model(options: argparse.Namespace, layers: int) -> Any:
     """Make Llama-3.1-8B with random weights on the device, or a tiny one for a rehearsal."""
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "vocab_size": 128256, "max_position_embeddings": 2 * LONGER}
     if options.rehearse:
-        sizes |= TINY | {"vocab_size": 128}
+        sizes |= TINY | {"vocab_size": 128, "num_hidden_layers": min(layers, 4)}
     return random_weights("llama-3.1-8b", DTYPES["bf16"], options.device, **sizes)
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Leave out the self-check of `patch`: it compiles graphs that no model uses, and the first stage has made it."""
-    with mock.patch.object(patching, "self_check", return_value=0.0):
-        yield
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMMAND = "python recipes/benchmarks/gpu.py --out FOLDER"
-ROWS, RESULT, LOG = "rows.jsonl", "gpu.json", "log.txt"
+ROWS, RESULT, LOG, PROFILES = "rows.jsonl", "gpu.json", "log.txt", "profiles.txt"
 ENVIRONMENT, PROCESS = "environment", "process"
 """Stages of rows that no stage measures: what the machine is, and how each process ended."""
 MINUTES = 9.5
@@ -69,18 +69,20 @@ def main() -> None:
     options = parser.parse_args()
     missing = [name for name in (*NEEDED, *NEEDED_BY_TESTS) if importlib.util.find_spec(name) is None]
     if set(missing) & set(NEEDED):
-        parser.error(
-            f"not installed: {', '.join(missing)}; install them into this environment, or put them on PYTHONPATH"
-        )
-    if options.page is not None:
-        in_project()
-        from gpu_page import make_page
+        parser.error(f"not installed: {', '.join(missing)}; install them, or put them on PYTHONPATH")
+    # Let modules of the project and of this folder be imported, installed or not.
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    import torch
+    from gpu_page import make_page, summary
 
+    if options.page is not None:
         make_page(options.page / RESULT if options.page != Path() else None)
         return
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; --rehearse goes the same way on a CPU")
     options.out = (options.out or Path(os.environ.get("OUT", "runs/gpu"))).resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS, RESULT, LOG):
+    for name in (ROWS, RESULT, LOG, PROFILES):
         (options.out / name).unlink(missing_ok=True)
     if missing:
         print(f"not installed: {', '.join(missing)}; the tests will not run", flush=True)
@@ -91,15 +93,7 @@ def main() -> None:
         print(f"{stage}: until {end - begin:.0f} s", flush=True)
         run(stage, processes(stage, options), end, options)
         write_result(options.out)
-    in_project()
-    from gpu_page import summary
-
     print(summary(json.loads((options.out / RESULT).read_text(encoding="utf-8"))))
-
-
-def in_project() -> None:
-    """Let modules of the project and of this folder be imported, installed or not."""
-    sys.path[:0] = [str(ROOT), str(HERE)]
 
 
 def processes(stage: str, options: argparse.Namespace) -> list[Process]:

@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu import ENVIRONMENT, add_row
+from gpu import ENVIRONMENT, PROFILES, add_row
 from gpu_llama import COMPILED, LAYERS, POLICIES, Decoder, profiled
 from harness import Row, environment
 from layer import Case, timed_rows
@@ -44,7 +44,6 @@ SHARES = (0.15, 0.5, 0.3, 0.05)
 FEW_LAYERS = 2
 """Layers of what is compiled as a whole, which takes long, and of what is profiled."""
 CELLS = [(policy, "dynamic") for policy in POLICIES] + [(policy, "static") for policy in (STOCK, "default")]
-PROFILES = "profiles.txt"
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -152,7 +151,7 @@ def shaped(options: argparse.Namespace, length: int, phase: str, batch: int) -> 
     sizes = {"batch": batch} | ({"window": 64} if options.rehearse else {})
     shape = Shape(**{**vars(shape), **sizes})
     closed = torch.zeros(batch, shape.heads, queries, dtype=torch.bool)
-    gates = {f"{share:.0%} open": iid_gates(shape, share) for share in SHARES}
+    gates = {f"{share:.0%} open": iid_gates(shape, share) for share in SHARES[: 1 if options.rehearse else None]}
     if phase == "decode":
         group = closed.clone()
         group[:, : shape.heads // shape.kv_heads] = True

@@ -89,7 +89,7 @@ def test_what_is_left_of_a_stage_goes_to_the_next_and_processes_share_the_cores(
     names: dict[str, list[str]] = {}
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", "4.75"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", "4.75", "--rehearse"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     gpu.main()
     assert list(ends) == list(gpu.LIMITS)
@@ -98,6 +98,18 @@ def test_what_is_left_of_a_stage_goes_to_the_next_and_processes_share_the_cores(
     assert sum(gpu.LIMITS.values()) == 60 * gpu.MINUTES < 600
     assert [name for name in names["together"] if name.startswith("tests")][-1] == "tests 12/12"
     assert "## Checks and tests" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit):
+        module("gpu").main()
+    assert "--rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_packages_are_named_before_anything_runs(

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ COMMAND = "python recipes/benchmarks/gpu.py --out FOLDER"
 ROWS, RESULT, LOG, PROFILES = "rows.jsonl", "gpu.json", "log.txt", "profiles.txt"
 ENVIRONMENT, PROCESS = "environment", "process"
 """Stages of rows that no stage measures: what the machine is, and how each process ended."""
-MINUTES = 9.5
-LIMITS = {"check": 60, "together": 200, "layer": 135, "llama": 135, "profile": 40}
+MINUTES = 9.0
+LIMITS = {"check": 55, "together": 190, "layer": 130, "llama": 130, "profile": 35}
 """Seconds of each stage for `MINUTES`."""
 NEEDED = ("torch", "transformers", "pydantic", "safetensors", "numpy", "huggingface_hub", "matplotlib", "rich", "typer")
 NEEDED_BY_TESTS = ("pytest", "hypothesis")
@@ -126,7 +127,7 @@ def run(stage: str, started: list[Process], end: float, options: argparse.Namesp
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if len(started) > 1:
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
-    with tempfile.TemporaryDirectory() as logs:
+    with terminable(), tempfile.TemporaryDirectory() as logs:
         running = [begun(process, Path(logs, f"{at}"), environment) for at, process in enumerate(started)]
         try:
             while running:
@@ -150,6 +151,16 @@ def run(stage: str, started: list[Process], end: float, options: argparse.Namesp
         finally:
             for each in running:
                 ending(each.process)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let a request to terminate end what was started too, which would otherwise go on."""
+    before = signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def begun(process: Process, log: Path, environment: dict[str, str]) -> Running:

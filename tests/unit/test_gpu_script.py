@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,23 @@ time.sleep(60)
     assert {"stage": "slow", "tokens": 1} in found["rows"]
 
 
+def test_a_run_that_is_terminated_leaves_nothing_running(tmp_path: Path) -> None:
+    gpu = module("gpu")
+    command = f"""
+import os, signal, time
+from pathlib import Path
+Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        gpu.run("layer", [gpu.Process("slow", [sys.executable, "-c", command])], math.inf, Namespace(out=tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_what_is_left_of_a_stage_goes_to_the_next_and_processes_share_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,12 +107,14 @@ def test_what_is_left_of_a_stage_goes_to_the_next_and_processes_share_the_cores(
     names: dict[str, list[str]] = {}
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", "4.75", "--rehearse"])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", str(gpu.MINUTES / 2), "--rehearse"]
+    )
     monkeypatch.setattr(sys, "path", list(sys.path))
     gpu.main()
     assert list(ends) == list(gpu.LIMITS)
     assert ends["layer"] == pytest.approx(sum(gpu.LIMITS[name] for name in ("check", "together", "layer")) / 2, abs=2)
-    assert ends["profile"] == pytest.approx(4.75 * 60, abs=2)
+    assert ends["profile"] == pytest.approx(30 * gpu.MINUTES, abs=2)
     assert sum(gpu.LIMITS.values()) == 60 * gpu.MINUTES < 600
     assert [name for name in names["together"] if name.startswith("tests")][-1] == "tests 12/12"
     assert "## Checks and tests" in capsys.readouterr().out

@@ -37,10 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a CUDA device and those marked `real` unless asked for; keep one part of all."""
+    """Skip tests marked `gpu` without a CUDA device and `cuda` or `real` where not asked for; keep one part of all."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
+    if "cuda" not in config.option.markexpr:
+        reasons["cuda"] = "only with -m cuda: makes torch believe in a GPU, for the rest of the process"
     if "real" not in config.option.markexpr:
         reasons["real"] = "only with -m real: needs the real model, which `python recipes/real_model.py` fetches"
     for item in items:

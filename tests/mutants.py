@@ -256,17 +256,17 @@ MUTANTS = (
     Mutant(
         "flex_reads_padding",
         "flex attends padding among the bulk keys",
-        "backends/flex/masks.py",
-        "return (valid[b, key] != 0) & (key >= sink_end[b])",
+        "backends/flex/shared.py",
+        "return (real[b, key] != 0) & (key >= sink_end[b])",
         "return (key >= sink_end[b])",
         FLEX,
     ),
     Mutant(
         "flex_block_missing",
         "flex leaves out the last block of a tile's bulk keys",
-        "backends/flex/masks.py",
-        "return self.some & (self.end >= self.sink_end) & (self.begin <= longest)",
-        "return self.some & (self.end >= self.sink_end) & (self.end <= longest)",
+        "backends/flex/shared.py",
+        "longest // block + 1 - first, 0)",
+        "longest // block - first, 0)",
         FLEX,
     ),
     Mutant(

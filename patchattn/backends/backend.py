@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.gates.base import HeadGate, Known
 from patchattn.gates.decision import all_open
+from patchattn.moments.prompt import PromptMoments
 from patchattn.policy import MOST_TOKENS, MinBulk, Phase
 
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
@@ -51,12 +53,15 @@ class Backend:
         break_even: What `min_bulk="auto"` means, from the shape of a call and its phase alone: the number of bulk keys
             below which asking a query is not expected to be faster than dense attention, or `NOT_ASKED` where asking
             any query of the call is not; see docs/decisions/0003-break-even.md.
+        own_step: Weighs and attends in one go, where it can and that is faster: what `weigh` of the gate and `attend`
+            would give, or None.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
     """
 
     attend: Attend
     break_even: Callable[[CallShape, Phase], int]
+    own_step: Callable[[AttentionInputs, HeadGate, Known], tuple[Attended, PromptMoments] | None] | None = None
     own_dense: Callable[[AttentionInputs], Tensor] | None = None
 
     def least_asked(self, sink_size: int, window_size: int) -> MinBulk:

@@ -12,10 +12,10 @@ Words used here and everywhere else:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,15 +58,10 @@ class Counts:
 
 
 def _once(compute: Callable[[Regions], Value]) -> Value:
-    """Make a property that is computed once for a call, whose layers share it; in a compiled graph at each use."""
-    name = f"_{compute.__name__}"
+    """Make a property of `Regions.once`."""
 
     def read(self: Regions) -> Value:
-        if torch.compiler.is_compiling():
-            return compute(self)
-        if name not in self.__dict__:
-            self.__dict__[name] = compute(self)
-        return self.__dict__[name]
+        return self.once(compute.__name__, partial(compute, self))
 
     return property(read, doc=compute.__doc__)  # pyright: ignore[reportReturnType]
 
@@ -96,6 +91,8 @@ class Regions:
     query_slot: Tensor
     break_even: int = 0
     given: HostRegions | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _in_graph: bool = field(default_factory=torch.compiler.is_compiling, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -160,6 +157,17 @@ class Regions:
             query_slot=self.query_slot + begin,
             given=given,
         )
+
+    def once(self, what: Hashable, compute: Callable[[], Value]) -> Value:
+        """Return what is computed the first time that it is asked for: for a call, whose layers share it.
+
+        A graph that was given the regions computes it at each use: what it finds in them would be a part of the graph.
+        """
+        if torch.compiler.is_compiling() and not self._in_graph:
+            return compute()
+        if what not in self._found:
+            self._found[what] = compute()
+        return self._found[what]
 
     @property
     def key_length(self) -> int:

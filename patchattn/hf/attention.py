@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.call.inputs import AttentionInputs
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import host_may_read
 from patchattn.errors import UnsupportedCallError
 from patchattn.gates.base import Known
@@ -87,27 +87,40 @@ def attention(
 
 
 def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None) -> Tensor:
-    gate, counters = state.policy.gate, state.counters
+    counters = state.counters
     counters.add("gated_calls", phase)
     if state.replay is not None:
-        mass = forced(state.replay.pop(0), inputs)
+        attended = state.attend(inputs, forced(state.replay.pop(0), inputs), state.policy.gate.margin)
     else:
-        grid = (inputs.regions.sink_size, inputs.regions.window_size)
-        moments = load_moments(cache, state.cache_layer, inputs.key, grid) if gate.keeps_moments else None
-        # Before the first chunk is full there is nothing to take moments from.
-        is_late = phase == "decode" and inputs.key.shape[2] >= sum(grid) + CHUNK
-        if gate.keeps_moments and moments is None and is_late:
-            counters.add("rebuilt", why_rebuilt(cache, state.cache_layer))
-        bound = _chunk_bound(inputs, has_state=moments is not None)
-        mass, moments = gate.weigh(inputs, Known(state.layer, moments, bound, state.measured, positions))
-        if moments is not None:
-            store_moments(cache, state.cache_layer, moments, grid)
-    attended = state.attend(inputs, mass, gate.margin)
+        attended = _weigh_and_attend(state, inputs, phase, cache, positions)
     if state.record is not None:
         counters.count(phase, inputs.regions, attended)
     if state.record == "timeline":
         state.keep(phase, attended.open | inputs.regions.below[:, None])
     return attended.output
+
+
+def _weigh_and_attend(
+    state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None
+) -> Attended:
+    gate = state.policy.gate
+    grid = (inputs.regions.sink_size, inputs.regions.window_size)
+    moments = load_moments(cache, state.cache_layer, inputs.key, grid) if gate.keeps_moments else None
+    # Before the first chunk is full there is nothing to take moments from.
+    is_late = phase == "decode" and inputs.key.shape[2] >= sum(grid) + CHUNK
+    if gate.keeps_moments and moments is None and is_late:
+        state.counters.add("rebuilt", why_rebuilt(cache, state.cache_layer))
+    bound = _chunk_bound(inputs, has_state=moments is not None)
+    known = Known(state.layer, moments, bound, state.measured, positions)
+    found = None if state.step is None else state.step(inputs, gate, known)
+    if found is None:
+        mass, moments = gate.weigh(inputs, known)
+        attended = state.attend(inputs, mass, gate.margin)
+    else:
+        attended, moments = found
+    if moments is not None:
+        store_moments(cache, state.cache_layer, moments, grid)
+    return attended
 
 
 def _chunk_bound(inputs: AttentionInputs, *, has_state: bool) -> int | None:

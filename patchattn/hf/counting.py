@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from patchattn.call.inputs import Attended
-from patchattn.call.regions import Regions, host_may_read
+from patchattn.call.regions import Regions
 from patchattn.hf.cache import REBUILD_REASONS
 from patchattn.policy import PHASES, Phase
 from patchattn.report import LayerCounts
@@ -29,9 +30,9 @@ _MOST_WAITING = 64
 class Counters(nn.Module):
     """Counters of one layer.
 
-    A compiled graph and a device count in tensors: integers would recompile the graph, or wait for the device. Eager
-    calls on a CPU count in integers, which costs a third, and sum the decisions of many decode steps at once. The
-    buffers follow the module's device, are not cast by `model.to(dtype)` and stay out of the state dict.
+    A compiled graph counts in tensors, for integers would recompile it. Elsewhere what the host knows is counted in
+    integers, and what it would have to wait for is kept until many calls can be added up at once. The buffers follow
+    the module's device, are not cast by `model.to(dtype)` and stay out of the state dict.
 
     Args:
         heads: Number of query heads on this device.
@@ -45,15 +46,18 @@ class Counters(nn.Module):
         self.register_buffer("opened", torch.zeros(len(PHASES), heads, dtype=torch.long), persistent=False)
         self.register_buffer("counts", torch.zeros(len(_PLACES), dtype=torch.long), persistent=False)
         self.on_host = [0] * len(_PLACES)
-        self.waiting: tuple[list[Tensor], ...] = tuple([] for _ in PHASES)
+        self.waiting: tuple[list[Tensor], ...] = tuple([] for _ in _PLACES)
+        self.waiting_open: tuple[list[Tensor], ...] = tuple([] for _ in PHASES)
 
     def add(self, name: str, which: str, amount: int | Tensor = 1) -> None:
         """Add to a counter; `which` is a phase or a reason."""
         place = _PLACE[name, which]
-        if host_may_read(self.counts):
-            self.on_host[place] += int(amount)
-        else:
+        if torch.compiler.is_compiling():
             self.counts[place].add_(amount)
+        elif isinstance(amount, int):
+            self.on_host[place] += amount
+        else:
+            self._wait(self.waiting[place], amount)
 
     def count(self, phase: Phase, regions: Regions, attended: Attended) -> None:
         """Add one gated call."""
@@ -62,22 +66,34 @@ class Counters(nn.Module):
         self.add("asked", phase, counts.n_asked)
         self.add("below", phase, counts.n_below)
         self.add("scored", phase, attended.scored_keys)
-        self.add("causal", phase, counts.n_causal * attended.open.shape[1])
+        self.add("causal", phase, counts.n_causal)
 
     def _add_open(self, phase: Phase, opened: Tensor) -> None:
         row = PHASES.index(phase)
-        if not host_may_read(opened) or opened.shape[2] != 1:
+        if torch.compiler.is_compiling() or opened.shape[2] != 1:
             self.opened[row].add_(opened.sum((0, 2)))
-            return
-        self.waiting[row].append(opened)
-        if len(self.waiting[row]) >= _MOST_WAITING:
+        else:
+            self._wait(self.waiting_open[row], opened)
+
+    def _wait(self, waiting: list[Tensor], amount: Tensor) -> None:
+        waiting.append(amount)
+        if len(waiting) >= _MOST_WAITING:
             self._settle()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Counters:  # noqa: FBT001, FBT002
+        """Move the buffers, as `nn.Module` does; what was counted so far is on one device."""
+        self._settle()
+        return super()._apply(fn, recurse)
+
     def _settle(self) -> None:
-        for row, calls in enumerate(self.waiting):
+        for row, calls in enumerate(self.waiting_open):
             if calls:
                 self.opened[row].add_(torch.cat(calls).sum((0, 2)).to(self.opened.device))
                 calls.clear()
+        for place, amounts in enumerate(self.waiting):
+            if amounts:
+                self.counts[place].add_(torch.stack(amounts).sum().to(self.counts.device))
+                amounts.clear()
 
     def reset(self) -> None:
         """Set every counter back to zero."""
@@ -88,14 +104,15 @@ class Counters(nn.Module):
 
     def of_phase(self, phase: Phase) -> LayerCounts:
         """Return what the gates did in one phase."""
-        self._settle()
         totals = self._totals()
         opened = self.opened[PHASES.index(phase)].tolist()
-        return LayerCounts(tuple(opened), *(totals[name, phase] for name in _BY_PHASE))
+        asked, below, scored, causal, calls = (totals[name, phase] for name in _BY_PHASE)
+        return LayerCounts(tuple(opened), asked, below, scored, causal * len(opened), calls)
 
     def by_reason(self, name: Literal["dense_calls", "rebuilt"]) -> dict[str, int]:
         """Return how many calls did not go through the gate, or rebuilt prompt moments, by reason; none with 0."""
         return {reason: count for (counter, reason), count in self._totals().items() if counter == name and count}
 
     def _totals(self) -> dict[tuple[str, str], int]:
+        self._settle()
         return {what: a + b for what, a, b in zip(_PLACES, self.counts.tolist(), self.on_host, strict=True)}

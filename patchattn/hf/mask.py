@@ -51,6 +51,7 @@ class CausalMask(BlockMask):
         self.stock, self.arguments, self.sizes, self.query_slot = stock, arguments, sizes, query_slot
         self.valid, self.first, self.cut = valid, first, cut
         self.known: dict[tuple[int, int, int], Regions] = {}
+        self.in_graph = torch.compiler.is_compiling()
 
     @property
     def shape(self) -> Shape:
@@ -175,7 +176,7 @@ class CausalMask(BlockMask):
         return whole[:, :, self.cut : self.cut + self.sizes[2], : self.sizes[3]]
 
     def regions(self, sink_size: int, window_size: int, query: Tensor, key: Tensor, break_even: int = 0) -> Regions:
-        """Return the regions of an attention call; all layers of a forward pass share them outside of a graph.
+        """Return the regions of an attention call; all layers of a forward pass share them.
 
         Args:
             sink_size: Number of first tokens that are always attended.
@@ -196,7 +197,7 @@ class CausalMask(BlockMask):
                 f"Expected an attention call of the sizes of its mask, {self.sizes} (batch, 1, queries, keys), got "
                 f"{given}: the model changes queries or keys in a way that is not known. Unpatch it for this call."
             )
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.in_graph:
             return self._read(*local, query.device)
         if local not in self.known:
             self.known[local] = self._read(*local, query.device)

@@ -25,14 +25,14 @@ def observing(handle: PatchHandle, observer: Observer) -> Iterator[PatchHandle]:
     Yields:
         The handle; the observer is gone on exit, also where the model was unpatched meanwhile.
     """
-    before = {layer: state.attend for layer, state in handle.states.items()}
+    before = {layer: (state.attend, state.step) for layer, state in handle.states.items()}
     for layer, state in handle.states.items():
-        state.attend = partial(_shown, observer, layer, state.attend)
+        state.attend, state.step = partial(_shown, observer, layer, state.attend), None
     try:
         yield handle
     finally:
         for layer, state in handle.states.items():
-            state.attend = before[layer]
+            state.attend, state.step = before[layer]
 
 
 def _shown(

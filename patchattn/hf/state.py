@@ -76,7 +76,7 @@ class LayerState(nn.Module):
         self.attend_originally, self.effects, self.is_local = attend_originally, effects, is_local
         self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record, self.register = cache_layer, gated, record, register
-        self.attend, self.dense = load(backend).attend, load(backend).dense
+        self.attend, self.step, self.dense = load(backend).attend, load(backend).own_step, load(backend).dense
         self.break_even = load(backend).break_even if judges_calls else None
         local = policy.sink_size + policy.window_size
         self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}

@@ -63,18 +63,24 @@ class PromptMoments:
 
     def select(self, rows: Tensor) -> PromptMoments:
         """Return the moments of the given batch rows, in that order."""
-        return PromptMoments(*(part.index_select(0, rows.to(part.device)) for part in self._parts()))
+        return PromptMoments(*(part.index_select(0, rows.to(part.device)) for part in self.parts))
 
     def to(self, device: torch.device) -> PromptMoments:
         """Return the moments on a device."""
-        return PromptMoments(*(part.to(device) for part in self._parts()))
+        return PromptMoments(*(part.to(device) for part in self.parts))
 
-    def _parts(self) -> tuple[Tensor, ...]:
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order in which they are given."""
         return self.chunks, self.count, self.reference, self.total, self.outer
 
     @cached_property
     def key_moments(self) -> KeyMoments:
-        """Count, mean and covariance of the covered keys, computed once; not for compiled code."""
+        """What `as_key_moments` returns, computed once; not for compiled code."""
+        return self.as_key_moments()
+
+    def as_key_moments(self) -> KeyMoments:
+        """Return count, mean and covariance of the covered keys."""
         divisor = self.count.clamp(min=1)[:, None, None]
         shift = self.total / divisor
         covariance = self.outer / divisor[..., None] - shift[..., :, None] * shift[..., None, :]
@@ -104,7 +110,7 @@ class PromptMoments:
     def rewound(self, chunks: Tensor) -> PromptMoments:
         """Start afresh in the rows that cover more than `chunks` [batch] chunks: their keys may have been replaced."""
         keep = self.chunks <= chunks
-        return PromptMoments(*(torch.where(keep.view(-1, *[1] * (p.dim() - 1)), p, 0) for p in self._parts()))
+        return PromptMoments(*(torch.where(keep.view(-1, *[1] * (p.dim() - 1)), p, 0) for p in self.parts))
 
     def prefixes(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
         """Continue the sums chunk by chunk.
@@ -119,6 +125,27 @@ class PromptMoments:
             Moments whose parts have a further axis of length `n_chunks + 1` at the end of the leading ones
             (after batch, or after batch and KV heads): entry `g` covers `min(chunks + g, upto)` chunks.
         """
+        reference, real, x = self._next_keys(key, regions, upto, n_chunks)
+
+        def running(start: Tensor, steps: Tensor, axis: int) -> Tensor:
+            return torch.cat([start.unsqueeze(axis), steps], dim=axis).cumsum(axis)
+
+        steps = torch.arange(n_chunks + 1, device=key.device)
+        return PromptMoments(
+            chunks=torch.minimum(self.chunks[:, None] + steps, torch.maximum(upto, self.chunks)[:, None]),
+            count=running(self.count, real.sum(-1).to(self.count.dtype), 1),
+            reference=reference[:, :, None].expand(-1, -1, n_chunks + 1, -1),
+            total=running(self.total, x.sum(3), 2),
+            outer=running(self.outer, x.mT @ x, 2),
+        )
+
+    def _next_keys(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the keys of the next chunks.
+
+        Returns:
+            The reference [batch, kv_heads, dim]; which keys count [batch, chunks, CHUNK] bool; the keys relative to the
+            reference [batch, kv_heads, chunks, CHUNK, dim], zero where they do not count.
+        """
         first_bulk = regions.first + regions.sink_size
         first_bulk_key = _take(key, first_bulk[:, None])[:, :, 0].to(self.total.dtype)
         fresh = (self.chunks == 0)[:, None, None]
@@ -131,19 +158,7 @@ class PromptMoments:
         x = _span(key, begin, n_chunks * CHUNK) - reference[:, :, None]
         if not (host_may_read(key) and bool(real.all())):
             x = torch.where(real[:, None, :, None], x, 0)
-        x = x.unflatten(2, (n_chunks, CHUNK))
-
-        def running(start: Tensor, steps: Tensor, axis: int) -> Tensor:
-            return torch.cat([start.unsqueeze(axis), steps], dim=axis).cumsum(axis)
-
-        steps = torch.arange(n_chunks + 1, device=key.device)
-        return PromptMoments(
-            chunks=torch.minimum(self.chunks[:, None] + steps, torch.maximum(upto, self.chunks)[:, None]),
-            count=running(self.count, real.unflatten(1, (n_chunks, CHUNK)).sum(-1).to(self.count.dtype), 1),
-            reference=reference[:, :, None].expand(-1, -1, n_chunks + 1, -1),
-            total=running(self.total, x.sum(3), 2),
-            outer=running(self.outer, x.mT @ x, 2),
-        )
+        return reference, real.unflatten(1, (n_chunks, CHUNK)), x.unflatten(2, (n_chunks, CHUNK))
 
     def with_chunk_axis(self) -> PromptMoments:
         """Add the axis that `prefixes` adds, with one entry."""
@@ -161,14 +176,30 @@ class PromptMoments:
         return self._along_chunks(lambda part, axis: part.select(axis, -1).clone(memory_format=plain))
 
     def _along_chunks(self, change: Callable[[Tensor, int], Tensor]) -> PromptMoments:
-        return PromptMoments(*(change(part, axis) for part, axis in zip(self._parts(), _CHUNK_AXES, strict=True)))
+        return PromptMoments(*(change(part, axis) for part, axis in zip(self.parts, _CHUNK_AXES, strict=True)))
 
     def advanced(self, key: Tensor, regions: Regions, upto: Tensor, n_chunks: int) -> PromptMoments:
         """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""
         moments = self
         for _, step in _slabs(n_chunks, key):
-            moments = moments.prefixes(key, regions, upto, step).last()
+            whole = step > 1
+            moments = (
+                moments.prefixes(key, regions, upto, step).last() if whole else moments._by_one(key, regions, upto)
+            )
         return moments
+
+    def _by_one(self, key: Tensor, regions: Regions, upto: Tensor) -> PromptMoments:
+        """Do what `prefixes` does for one chunk, in fewer operations."""
+        reference, real, x = self._next_keys(key, regions, upto, 1)
+        x = x[:, :, 0]
+        products = (x[..., :, None] * x[..., None, :]).sum(2) if _fuses_products(x) else x.mT @ x
+        return PromptMoments(
+            chunks=torch.minimum(self.chunks + 1, torch.maximum(upto, self.chunks)),
+            count=self.count + real[:, 0].sum(-1).to(self.count.dtype),
+            reference=reference,
+            total=self.total + x.sum(2),
+            outer=self.outer + products,
+        )
 
 
 def bulk_log_mass_from_prompt(
@@ -212,7 +243,11 @@ def bulk_log_mass_from_prompt(
         state = state.advanced(key, regions, upto, max_chunks)
         if free and state.is_complete(regions):
             return _decode_step(inputs, state, estimate), state
-        mass = _evaluate(inputs, inputs.query[:, :, None], state.with_chunk_axis(), n_bulk[:, None], estimate)[:, :, 0]
+        if _fuses_products(key):
+            mass = _evaluate_one(inputs, state, n_bulk, estimate)[..., None]
+        else:
+            grouped, groups = inputs.query[:, :, None], state.with_chunk_axis()
+            mass = _evaluate(inputs, grouped, groups, n_bulk[:, None], estimate)[:, :, 0]
         known = (state.chunks == upto)[:, None] & (needed > 0)
     else:
         mass, state, known = _prefill(inputs, state, max_chunks, estimate)
@@ -258,6 +293,31 @@ def _prefill(
     column = column.clamp(0, CHUNK * (max_chunks + 1) - 1)
     mass = torch.cat(masses, dim=2).gather(2, column[:, None].expand(-1, query.shape[1], -1))
     return mass, state, known
+
+
+def _evaluate_one(inputs: AttentionInputs, moments: PromptMoments, n_bulk: Tensor, estimate: Estimate) -> Tensor:
+    """Evaluate one query per sequence against its moments, [batch, heads] nats, without a product of matrices.
+
+    Args:
+        inputs: The call.
+        moments: What `PromptMoments.advanced` returned.
+        n_bulk: [batch, 1].
+        estimate: See `log_mass_of_gaussian`.
+    """
+    kv_heads, scale = moments.total.shape[1], inputs.scale
+    q = inputs.query[:, :, 0].unflatten(1, (kv_heads, -1)).to(moments.total.dtype)
+    known = moments.as_key_moments()
+    along = (q[..., None, :] * known.covariance[:, :, None]).sum(-1)
+    mean, variance = (
+        (q * x).sum(-1) * factor for x, factor in ((known.mean[:, :, None], scale), (along, scale * scale))
+    )
+    mass = log_mass_of_gaussian(n_bulk[..., None], mean, variance, softcap=inputs.softcap, estimate=estimate)
+    return mass.flatten(1, 2)
+
+
+def _fuses_products(x: Tensor) -> bool:
+    """Say whether a product that is written as a sum becomes one kernel with what is around it."""
+    return torch.compiler.is_compiling() and x.device.type != "cpu"
 
 
 def _evaluate(

@@ -136,6 +136,8 @@ def in_turn(
 ) -> Timed:
     """Repeat calls in turn until there are enough quiet repeats or the time is spent.
 
+    Every other repeat goes backwards: what is called late in a repeat may find the machine warmer or fuller.
+
     Args:
         names: The variants.
         timed: Makes the calls of a variant that are one sample and returns its milliseconds.
@@ -146,17 +148,17 @@ def in_turn(
     """
     quiet: list[dict[Any, float]] = []
     every: list[dict[Any, float]] = []
-    end = time.perf_counter() + budget
+    forwards, end = list(names), time.perf_counter() + budget
     while len(quiet) < repeats and len(every) < 2 * repeats and (len(every) < least or time.perf_counter() < end):
         before, begin = _foreign_seconds(), time.perf_counter()
-        sample = {name: timed(name) for name in names}
+        sample = {name: timed(name) for name in forwards[:: -1 if len(every) % 2 else 1]}
         foreign = _foreign_seconds() - before
         every.append(sample)
         if clock == "cpu" or foreign <= _BUSY * (time.perf_counter() - begin) * (os.cpu_count() or 1):
             quiet.append(sample)
     is_quiet = len(quiet) >= min(3, repeats, len(every))
     chosen = quiet if is_quiet else every
-    return Timed({name: [sample[name] for sample in chosen] for name in names}, is_quiet)
+    return Timed({name: [sample[name] for sample in chosen] for name in forwards}, is_quiet)
 
 
 def milliseconds(

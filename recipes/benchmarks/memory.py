@@ -58,7 +58,7 @@ def row_of(options: argparse.Namespace, length: int) -> Row:
     shape = shape_on(options.device, length, length)
     key = torch.empty(1, shape.kv_heads, length, shape.dim, dtype=torch.bfloat16, device="meta")
     cache = 2 * key.nbytes
-    kept = sum(part.nbytes for part in PromptMoments.empty(key)._parts())
+    kept = sum(part.nbytes for part in PromptMoments.empty(key).parts)
     return row | {"KV cache MiB": cache / MIB, "kept MiB": kept / MIB, "kept / KV cache": kept / cache}
 
 

@@ -106,7 +106,8 @@ def check_files(words: list[str]) -> None:
             assert (ROOT / value).is_file(), f"there is no {value}"
         if option == "-m" and value:
             markers = [marker.split(":")[0] for marker in project["tool"]["pytest"]["ini_options"]["markers"]]
-            assert value.removeprefix("not ") in markers, f"there is no marker {value}"
+            for marker in value.split(" and "):
+                assert marker.removeprefix("not ") in markers, f"there is no marker {marker}"
     for extra in re.findall(r"(?:\.|patchattn)\[([\w,]+)\]", " ".join(words)):
         missing = set(extra.split(",")) - project["project"]["optional-dependencies"].keys()
         assert not missing, f"there is no extra {missing}"

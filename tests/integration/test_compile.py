@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.backends import flex
-from patchattn.backends.flex.compiled import compiled
+from patchattn.backends.flex import compiled as flex_compiled
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.hf.architecture import with_cache
@@ -60,7 +61,7 @@ def _fresh_compiler():
     trace.setLevel(logging.WARNING)  # pytest would format and keep every line
     yield
     trace.setLevel(level)
-    compiled.cache_clear()
+    flex_compiled.forget()
     torch.compiler.reset()
 
 
@@ -226,8 +227,13 @@ def test_inductor():
 
 def through_cuda_path(handle):
     """Let a patched model attend as it would on a CUDA device: two passes of FlexAttention, merged by log-sum-exp."""
+
+    def step(inputs, gate, known):
+        bound = 1 if inputs.query.shape[2] == 1 and known.moments is not None else None  # a device does not look
+        return flex.step_with(inputs, gate, replace(known, max_chunks=bound), compiler="aot_eager")
+
     for state in handle.states.values():
-        state.attend = functools.partial(flex.attend_with, compiler="aot_eager")
+        state.attend, state.step = functools.partial(flex.attend_with, compiler="aot_eager"), step
 
 
 def padded(lengths=(300, 243)):
@@ -275,7 +281,8 @@ def test_the_cuda_path_of_flex(dtype):
             if isinstance(gate, OpenGate):
                 stock = [prefill_and_decode(twin, *batch) for twin in (model, double)]
                 assert_within_budget(got, *stock, what=f"{family}, stock")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    # Of a prefill, of a decode step whose gates are given, and of one that weighs by moments.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.slow
@@ -294,6 +301,28 @@ def test_the_cuda_path_of_flex_inside_a_compiled_model():
         assert_gated(handle.report())
     assert counter.frame_count == 1
     assert torch.allclose(torch.cat(logits, 1), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("path", "of_each_layer"), [("own", 0), ("cuda", 1)])  # the order of the open rows
+def test_a_compiled_model_computes_what_its_layers_share_once(path: str, of_each_layer: int):
+    def sums(layers: int) -> int:
+        found = []
+
+        def keep(graph, _):
+            found.append(sum("cumsum" in str(node.target) for node in graph.graph.nodes))
+            return graph.forward
+
+        model = tiny_model("llama", num_hidden_layers=layers)
+        with patchattn.patch(model, policy(ClosedGate())) as handle:
+            if path == "cuda":
+                through_cuda_path(handle)
+            forward(torch.compile(model, backend=keep, fullgraph=True), tokens(100), use_cache=False)
+        assert len(found) == 1
+        return found[0]
+
+    once = sums(1) - of_each_layer
+    assert once > 0
+    assert sums(3) == once + 3 * of_each_layer
 
 
 def test_inputs_of_the_moments_helper_are_what_the_backends_get():

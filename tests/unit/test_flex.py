@@ -6,22 +6,31 @@ several in each.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from patchattn import ClosedGate, MomentGate
 from patchattn.backends import flex, reference
 from patchattn.backends.flex import compiled
 from patchattn.backends.flex import masks as flex_masks
+from patchattn.backends.flex.call import Settings, two_pass_call
 from patchattn.backends.flex.local import local_log_mass
+from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.errors import BackendError, UnsupportedCallError
+from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.moments.gaussian import CHUNK
+from patchattn.moments.prompt import PromptMoments
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -34,7 +43,7 @@ def _fresh_compiler():
     propagate, trace.propagate = trace.propagate, False  # pytest would format and keep every line
     yield
     trace.propagate = propagate
-    compiled.compiled.cache_clear()
+    compiled.forget()
     torch.compiler.reset()
 
 
@@ -81,12 +90,55 @@ def test_closed_calls_score_fewer_keys():
 
 def test_lengths_are_dynamic():
     torch.compiler.reset()
-    compiled.compiled.cache_clear()
+    compiled.forget()
     torch._dynamo.utils.counters.clear()
     for keys in range(200, 1000, 97):
         check(Case(queries=1, keys=keys), "eager")
         check(Case(queries=keys // 2, keys=keys), "eager")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+STEPS = {name: case for name, case in CASES.items() if name.startswith("decode")} | {
+    "long": Case(queries=1, keys=700, pads=(0, 90)),
+    "softcap": Case(queries=1, keys=700, softcap=2.0),
+    "no chunk is full": Case(queries=1, keys=100, pads=(0, 3)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("margins", [False, True])
+def test_a_step_in_one_go_equals_weighing_and_attending(name: str, margins: bool):
+    """With moments that cover all they should, one chunk less, and nothing."""
+    inputs = STEPS[name].inputs(torch.float32)
+    gate, heads = MomentGate(threshold=0.6), inputs.query.shape[1]
+    measured = MeasuredHeads(torch.linspace(-1, 1, heads)) if margins else None
+    _, whole = gate.weigh(inputs, Known())
+    earlier = replace(inputs.regions, query_slot=inputs.regions.query_slot - CHUNK)
+    _, before = gate.weigh(replace(inputs, regions=earlier), Known())
+    for moments in (whole, before, PromptMoments.empty(inputs.key)):
+        known = Known(0, moments, 1, measured)
+        found = flex.step_with(inputs, gate, known, compiler="eager")
+        assert found is not None
+        got, after = found
+        mass, then = gate.weigh(inputs, known)
+        want = flex.attend_with(inputs, mass, gate.margin, compiler="eager")
+        assert torch.equal(got.open, want.open)
+        assert got.scored_keys == want.scored_keys
+        torch.testing.assert_close(got.output, want.output, rtol=1e-6, atol=1e-6)
+        for part, expected in zip(after.parts, then.parts, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_no_decode_step_is_not_done_in_one_go():
+    gate, inputs = MomentGate(), Case(queries=1, keys=700).inputs(torch.float32)
+    moments = gate.weigh(inputs, Known())[1]
+    step = functools.partial(flex.step_with, compiler="eager")
+    assert step(inputs, gate, Known(moments=moments, max_chunks=1)) is not None
+    assert step(inputs, gate, Known(max_chunks=1)) is None
+    assert step(inputs, gate, Known(moments=moments, max_chunks=2)) is None
+    assert step(inputs, ClosedGate(), Known(moments=moments, max_chunks=1)) is None
+    assert step(Case(queries=2, keys=700).inputs(torch.float32), gate, Known(moments=moments, max_chunks=1)) is None
+    assert flex.step(inputs, gate, Known(moments=moments, max_chunks=1)) is None, "the CPU goes in one pass"
 
 
 def test_backward_is_refused():
@@ -111,6 +163,41 @@ def test_nothing_runs_uncompiled():
     inputs = Case().inputs(torch.float32)
     with torch.compiler.set_stance("force_eager"), pytest.raises(BackendError, match="uncompiled"):
         flex.attend(inputs, torch.zeros(inputs.query.shape[:3]), 0.0)
+
+
+def failed_compilation(compiler) -> str:
+    """Compile the path of CUDA devices for the CPU, which fails; returns what the error says."""
+    case = Case(pads=(0,), queries=20)
+    inputs = case.inputs(torch.float32)
+    call, settings = two_pass_call(inputs, case.bulk_log_mass(inputs)), Settings.of(inputs, two_passes=True)
+    run = compiled.compiled_call(settings, compiler, ())
+    with pytest.raises(BackendError, match="blockwise") as error, compiled.explained(call):
+        run(call, _masks_of(case)[1], torch.zeros(()))
+    return str(error.value)
+
+
+def test_a_failed_compilation_says_why():
+    def refuse(module, inputs):
+        raise RuntimeError("\n".join(["kernel 7 is wrong", *map(str, range(100)), "because of its stride"]))
+
+    said = failed_compilation(refuse)
+    assert "query [1, 6, 20, 16], key [1, 2, 300, 16], value [1, 2, 300, 16], torch.float32 on cpu" in said
+    assert "kernel 7 is wrong" in said
+    assert "because of its stride" in said
+    assert len(said.splitlines()) < 20
+    assert "TORCHDYNAMO" not in said
+
+
+@pytest.mark.slow
+def test_a_failed_lowering_says_why():
+    """Inductor has no kernel for CPU that returns a log-sum-exp."""
+    said = run_in_process("""
+        from test_flex import failed_compilation
+        print(failed_compilation("inductor"))
+    """)
+    assert "`return_lse` is not supported" in said
+    assert "target: flex_attention" in said
+    assert "TensorBox" not in said
 
 
 @pytest.mark.parametrize("name", ["gqa", "holes", "static cache", "softcap", "sinks", "no sink"])
@@ -138,21 +225,16 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     """Listed blocks hold all attended keys, full blocks nothing else, and the token mask is that of the reference."""
     case = CASES[name]
     inputs = case.inputs(torch.float32)
-    regions, group, block = inputs.regions, inputs.group_size, 128
+    regions, block = inputs.regions, 128
     opened = reference.attend(inputs, case.bulk_log_mass(inputs), 0.5).open
-    masks = flex_masks.RowMasks.of(
-        regions.valid,
-        regions.first,
-        regions.query_slots,
-        group=group,
-        sink_size=case.sink,
-        window_size=case.window,
-    )
-    ends = masks.bulk_end(compiled.rows_of(opened, case.kv_heads))
-    blocks, _ = {
-        "local": lambda: masks.local(block=block, with_full=True),
-        "bulk": lambda: masks.bulk(ends, block=block, with_full=True),
-        "both": lambda: masks.both(ends, block=block, null_key=False),
+    masks, shared = _masks_of(case)
+    rows_open = compiled.rows_of(opened, case.kv_heads)
+    ends = flex_masks.bulk_end(rows_open, masks.slots, case.window)
+    in_place = torch.arange(rows_open.shape[2]).expand(rows_open.shape) if has_full_list(rows_open.shape[2]) else None
+    blocks = {
+        "local": lambda: shared.local_mask(case.window, case.keys),
+        "bulk": lambda: shared.bulk_mask(rows_open, in_place, case.window, case.keys)[0],
+        "both": lambda: masks.both(ends, block=block, null_key=False)[0],
     }[part]()
 
     local = regions.local_mask()[:, None].expand(-1, case.heads, -1, -1)
@@ -160,19 +242,32 @@ def test_block_lists_cover_the_token_mask(name: str, part: str):
     want = compiled.rows_of({"local": local, "bulk": bulk, "both": local | bulk}[part], case.kv_heads)
     axes = [torch.arange(n) for n in want.shape]
     grid = [axis.view([-1 if i == j else 1 for j in range(4)]) for i, axis in enumerate(axes)]
-    assert torch.equal(blocks.mask_mod(*grid).expand_as(want), want)
+    # The bulk pass drops what it finds for closed rows, so they may read anything.
+    kept = rows_open[..., None] if part == "bulk" else torch.tensor(True)
+    assert torch.equal((blocks.mask_mod(*grid) & kept).expand_as(want), want)
 
     rows, keys = want.shape[2:]
     tile_of, block_of = torch.arange(rows) // flex_masks.ROW_TILE, torch.arange(keys) // block
     partial = _listed(blocks.kv_num_blocks, blocks.kv_indices)[:, :, tile_of][..., block_of].expand_as(want)
-    full = _listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)[:, :, tile_of][..., block_of].expand_as(want)
+    full = torch.zeros_like(partial)
+    if blocks.full_kv_num_blocks is not None:
+        lists = _listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        full = lists[:, :, tile_of][..., block_of].expand_as(want)
     assert not (partial & full).any()
     assert not (want & ~partial & ~full).any()
-    # The bulk pass drops what it finds for closed rows, so they may read anything.
-    kept = compiled.rows_of(opened, case.kv_heads)[..., None] if part == "bulk" else torch.tensor(True)
     assert not (full & ~want & kept).any()
     if "full blocks" in name and part in ("both", "local" if "window" in name else "bulk"):
         assert full.any()
+
+
+def _masks_of(case: Case) -> tuple[flex_masks.RowMasks, Shared]:
+    inputs = case.inputs(torch.float32)
+    regions, sizes = inputs.regions, {"sink_size": case.sink, "window_size": case.window}
+    tensors = regions.valid, regions.first, regions.query_slots
+    masks = flex_masks.RowMasks.of(*tensors, group=inputs.group_size, **sizes)
+    settings = Settings.of(inputs, two_passes=True)
+    asked = regions.asked, regions.unasked
+    return masks, Shared.of(settings, *tensors, *asked, heads=case.heads, kv_heads=case.kv_heads)
 
 
 def _listed(counts: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -197,16 +292,7 @@ def test_open_rows_come_first(name: str):
     ascends.scatter_(2, (n_open - 1).clamp(0, rows.shape[2] - 2), True)  # where the closed rows begin
     assert ascends.all()
 
-    regions = inputs.regions
-    masks = flex_masks.RowMasks.of(
-        regions.valid,
-        regions.first,
-        regions.query_slots,
-        group=inputs.group_size,
-        sink_size=case.sink,
-        window_size=case.window,
-    )
-    blocks, _ = masks.bulk(masks.bulk_end(opened, order), block=128, with_full=True)
+    blocks, _ = _masks_of(case)[1].bulk_mask(opened, order, case.window, case.keys)
     visited = (blocks.kv_num_blocks + blocks.full_kv_num_blocks) > 0
     tiles = torch.arange(visited.shape[2])
     assert torch.equal(visited, tiles * flex_masks.ROW_TILE < n_open)
@@ -231,7 +317,7 @@ def test_block_lists_stay_small(keys: int):
 
 def run_in_process(code: str, timeout: int = 300) -> str:
     """Run code where the tests and the package can be imported; returns what it printed."""
-    tests, root = Path(__file__).parent, Path(flex.__file__).parents[2]
+    tests, root = Path(__file__).parent, Path(flex.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(root)]), "OMP_NUM_THREADS": "1"},

@@ -20,10 +20,32 @@ from torch import Tensor
 
 from patchattn.backends.backend import Backend, CallShape
 from patchattn.backends.flex.backward import forward_only
-from patchattn.backends.flex.call import Settings, joined, one_pass_call, slabs_of, two_pass_call, with_dynamic_lengths
-from patchattn.backends.flex.compiled import Compiler, attend_call, run_or_explain
+from patchattn.backends.flex.call import (
+    Call,
+    Settings,
+    joined,
+    one_pass_call,
+    places_of,
+    slabs_of,
+    two_pass_call,
+    with_dynamic_lengths,
+)
+from patchattn.backends.flex.compiled import (
+    Compiler,
+    attend_at_once,
+    attend_call,
+    compiled_call,
+    compiled_step,
+    explained,
+    kind_of,
+    shared_of,
+)
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
+from patchattn.gates.base import HeadGate, Known
+from patchattn.gates.moment import MomentGate
+from patchattn.moments.prompt import PromptMoments
 from patchattn.policy import Phase
 
 
@@ -57,25 +79,99 @@ def attend_with(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float, *
     """
     _refuse_dtype(inputs.query.dtype)
     with torch.no_grad():
-        two_passes = compiler != "inductor" or inputs.query.device.type != "cpu"
-        call = two_pass_call(inputs, bulk_log_mass) if two_passes else one_pass_call(inputs, bulk_log_mass, margin)
-        margin_tensor = torch.full((), margin, device=inputs.query.device, dtype=torch.float32)
-        settings = Settings.of(inputs, two_passes=two_passes)
-        queries = inputs.query.shape[2]
-        if torch.compiler.is_compiling():
-            # A loop over slabs would make a graph for each length.
-            output, opened, scored = attend_call(settings, call, margin_tensor)
-        elif two_passes:
-            output, opened, scored = joined(
-                run_or_explain(settings, compiler, with_dynamic_lengths(slab), margin_tensor) for slab in slabs_of(call)
-            )
+        if _takes_two_passes(inputs, compiler):
+            found = _in_two_passes(compiler, inputs, bulk_log_mass, margin)
         else:
-            output, opened, scored = run_or_explain(settings, compiler, call, margin_tensor)
-        output, opened = output[:, :, :queries], opened[:, :, :queries]
+            found = _at_once(compiler, inputs, bulk_log_mass, margin)
+    return _attended(inputs, *found)
+
+
+def step_with(
+    inputs: AttentionInputs, gate: HeadGate, known: Known, *, compiler: Compiler
+) -> tuple[Attended, PromptMoments] | None:
+    """Weigh and attend in one compiled function, where it is a decode step by the moments of the prompt.
+
+    Args:
+        inputs: The attention call.
+        gate: The gate.
+        known: What the gate may use.
+        compiler: As in `attend_with`.
+
+    Returns:
+        What attention gives, and the moments after this step. None where the call is none of that kind.
+    """
+    moments, measured = known.moments, known.measured
+    if torch.compiler.is_compiling() or not _takes_two_passes(inputs, compiler):
+        return None
+    if not isinstance(gate, MomentGate) or not gate.keeps_moments or moments is None:
+        return None
+    if inputs.query.shape[2] != 1 or known.max_chunks != 1:
+        return None
+    _refuse_dtype(inputs.query.dtype)
+    regions, settings = inputs.regions, Settings.of(inputs, two_passes=True)
+    call = two_pass_call(inputs, None)
+    with torch.no_grad(), explained(call):
+        shared = shared_of(settings, compiler, call, regions, slice(0, 1))
+        run = compiled_step(settings, compiler, gate.estimate, kind_of(call, two_passes=True))
+        margins = None if measured is None else measured.margins
+        places = regions.once("places", lambda: places_of(regions))
+        more = shared, _at_margin(regions, gate.margin), places, moments.parts, margins
+        *found, after = run(with_dynamic_lengths(call), *more)
+    return _attended(inputs, *found), PromptMoments(*after)
+
+
+def step(inputs: AttentionInputs, gate: HeadGate, known: Known) -> tuple[Attended, PromptMoments] | None:
+    """Do what `step_with` does, through Inductor."""
+    return step_with(inputs, gate, known, compiler="inductor")
+
+
+def _takes_two_passes(inputs: AttentionInputs, compiler: Compiler) -> bool:
+    return compiler != "inductor" or inputs.query.device.type != "cpu"
+
+
+def _attended(inputs: AttentionInputs, output: Tensor, opened: Tensor, scored: Tensor) -> Attended:
     sources = (inputs.query, inputs.key, inputs.value, inputs.sink_logits)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources):
         output = forward_only(output, *sources)
     return Attended(output, opened, scored)
+
+
+def _at_margin(regions: Regions, margin: float) -> Tensor:
+    """Return the margin in a tensor, so that another one is not another graph; all layers share it."""
+    device = regions.valid.device
+    return regions.once(("margin", margin), lambda: torch.full((), margin, device=device, dtype=torch.float32))
+
+
+def _in_two_passes(
+    compiler: Compiler, inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings, regions = Settings.of(inputs, two_passes=True), inputs.regions
+    call, at_margin = two_pass_call(inputs, bulk_log_mass), _at_margin(regions, margin)
+    if torch.compiler.is_compiling():
+        # A loop over slabs would make a graph for each length.
+        shared = shared_of(settings, compiler, call, regions, slice(0, inputs.query.shape[2]))
+        return attend_call(settings, call, shared, at_margin)
+
+    def attended(rows: slice, slab: Call) -> tuple[Tensor, Tensor, Tensor]:
+        shared = shared_of(settings, compiler, slab, regions, rows)
+        run = compiled_call(settings, compiler, kind_of(slab, two_passes=True))
+        return run(with_dynamic_lengths(slab), shared, at_margin)
+
+    with explained(call):
+        return joined(attended(*slab) for slab in slabs_of(call))
+
+
+def _at_once(
+    compiler: Compiler, inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings, call = Settings.of(inputs, two_passes=False), one_pass_call(inputs, bulk_log_mass, margin)
+    if torch.compiler.is_compiling():
+        output, opened, scored = attend_at_once(settings, call)
+    else:
+        with explained(call):
+            output, opened, scored = compiled_call(settings, compiler, kind_of(call, two_passes=False))(call)
+    queries = inputs.query.shape[2]
+    return output[:, :, :queries], opened[:, :, :queries], scored
 
 
 def _refuse_dtype(dtype: torch.dtype) -> None:
@@ -91,4 +187,4 @@ def break_even(shape: CallShape, phase: Phase) -> int:
     return 4096
 
 
-BACKEND = Backend(attend, break_even=break_even)
+BACKEND = Backend(attend, break_even=break_even, own_step=step)

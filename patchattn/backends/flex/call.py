@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchattn.backends.flex.local import local_log_mass
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.gates.decision import decide
 
 _SMALLEST_KEY_BUCKET = 512
@@ -36,39 +37,32 @@ class Settings:
 
 
 Call = dict[str, Tensor]  # without sink_logits where there are none
-_QUERY_AXES = {"query": 2, "slots": 0, "asked": 1, "unasked": 1, "gate": 2}
 
 
-def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor) -> Call:
-    """Collect the tensors of a call whose lengths are dynamic."""
-    query, key, value, regions = inputs.query, inputs.key, inputs.value, inputs.regions
-    return {
-        "query": query.detach(),
-        "key": key.detach(),
-        "value": value.detach(),
-        "valid": regions.valid,
-        "first": regions.first,
-        "slots": regions.query_slots,
-        "asked": regions.asked,
-        "unasked": regions.unasked,
-        "gate": bulk_log_mass.detach(),
-        **_sink_logits(inputs),
-    }
+def two_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor | None) -> Call:
+    """Collect the tensors of a call whose lengths are dynamic; None leaves the gates to be found."""
+    gate = {} if bulk_log_mass is None else {"gate": bulk_log_mass.detach()}
+    tensors = {"query": inputs.query.detach(), "key": inputs.key.detach(), "value": inputs.value.detach()}
+    return {**tensors, **gate, **_sink_logits(inputs)}
 
 
-def slabs_of(call: Call) -> list[Call]:
-    """Cut a call along its queries, `SLAB` of them at a time."""
+def places_of(regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `valid`, `first` and `query_slot` of regions, with a dynamic number of keys."""
+    valid = regions.valid.view_as(regions.valid)  # the mark must not stay on the caller's tensor
+    torch._dynamo.maybe_mark_dynamic(valid, 1)
+    return valid, regions.first, regions.query_slot
+
+
+def slabs_of(call: Call) -> Iterator[tuple[slice, Call]]:
+    """Cut a call along its queries, `SLAB` of them at a time; the queries of each part, and the part."""
     length = call["query"].shape[2]
     if length <= SLAB:
-        return [call]
-
-    def cut(name: str, axis: int, begin: int) -> Tensor:
+        yield slice(0, length), call
+        return
+    for begin in range(0, length, SLAB):
+        rows = slice(begin, min(begin + SLAB, length))
         # Contiguous, because strides that come from the whole length are part of what a graph is compiled for.
-        return call[name].narrow(axis, begin, min(SLAB, length - begin)).contiguous()
-
-    return [
-        call | {name: cut(name, axis, begin) for name, axis in _QUERY_AXES.items()} for begin in range(0, length, SLAB)
-    ]
+        yield rows, call | {name: call[name][:, :, rows].contiguous() for name in ("query", "gate")}
 
 
 def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,15 +70,16 @@ def joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
     outputs, opened, scored = zip(*parts, strict=True)
     if len(outputs) == 1:
         return outputs[0], opened[0], scored[0]
-    return torch.cat(outputs, dim=2), torch.cat(opened, dim=2), torch.stack(scored).sum()
+    output = torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)  # each part is laid out so
+    return output, torch.cat(opened, dim=2), torch.stack(scored).sum()
 
 
 def with_dynamic_lengths(call: Call) -> Call:
     """Mark the lengths of a call as dynamic, on views: the marks must not stay on the caller's tensors."""
-    axes = {"key": 2, "value": 2, "valid": 1} | (_QUERY_AXES if call["query"].shape[2] > 1 else {})
-    marked = {name: call[name].view_as(call[name]) for name in axes}
-    for name, axis in axes.items():
-        torch._dynamo.maybe_mark_dynamic(marked[name], axis)
+    names = ("key", "value", "query", "gate") if call["query"].shape[2] > 1 else ("key", "value")
+    marked = {name: call[name].view_as(call[name]) for name in names}
+    for x in marked.values():
+        torch._dynamo.maybe_mark_dynamic(x, 2)
     return call | marked
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Literal, cast
+import itertools
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +17,120 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from patchattn.backends.flex.call import Call, Settings
-from patchattn.backends.flex.masks import ROW_TILE, RowMasks, block_size, open_first, pinned
+from patchattn.backends.flex.masks import RowMasks, block_size, bulk_end, open_first, pinned
+from patchattn.backends.flex.shared import Shared, has_full_list
+from patchattn.call.inputs import AttentionInputs
+from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
 from patchattn.gates.decision import decide
+from patchattn.gates.moment import with_margins
+from patchattn.moments.gaussian import Estimate
+from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
-Run = Callable[[Call, Tensor], tuple[Tensor, Tensor, Tensor]]
+Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 _SMALLEST_HEAD_DIM = 16  # of the Triton kernels
+_MOST_LINES = 16  # of a compiler's message
 
 
 def attend_call(  # pragma: compiled
-    settings: Settings, call: Call, margin: Tensor
+    settings: Settings, call: Call, shared: Shared, margin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend inside a compiled graph; returns output, open pairs and scored keys."""
-    if not torch.compiler.is_compiling():
-        # Uncompiled FlexAttention makes the queries x keys tensor.
-        raise BackendError(
-            "FlexAttention was about to run uncompiled: torch.compile is switched off.",
-            fix='Unset TORCHDYNAMO_DISABLE and torch.compiler.set_stance, or use backend="blockwise".',
-        )
+    """Attend in two passes inside a compiled graph; returns output, open pairs and scored keys."""
+    _refuse_uncompiled()
     query, key, value = call["query"], call["key"], call["value"]
-    batch, heads, queries, _ = query.shape
-    kv_heads, value_dim = key.shape[1], value.shape[3]
-    group = heads // kv_heads
+    heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[3]
     if query.device.type == "cpu":
         # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
         grouped = pinned(rows_of(query, kv_heads)), pinned(key), pinned(value)
     else:
         query, key, value = (F.pad(x, (0, max(0, _SMALLEST_HEAD_DIM - x.shape[3]))) for x in (query, key, value))
         grouped = rows_of(query, kv_heads), key, value
+    gate, sink_logits = rows_of(call["gate"], kv_heads), _sink_rows(call)
+    output, opened, scored = _two_passes(settings, shared, grouped, gate, margin, sink_logits)
+    # Laid out as the model's next layer reads it: [batch, query, heads, value_dim].
+    output = output[..., :value_dim].unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
+    return output, ungrouped(opened, heads), scored
+
+
+def step_call(  # pragma: compiled
+    settings: Settings,
+    estimate: Estimate,
+    call: Call,
+    shared: Shared,
+    margin: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
+    moments: tuple[Tensor, ...],
+    margins: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Weigh one query of each sequence by its prompt moments, and attend.
+
+    Args:
+        settings: Constants of the graph.
+        estimate: See `MomentGate`.
+        call: The tensors of the call; its gates are what this finds.
+        shared: What the layers share.
+        margin: [] nats.
+        places: What `Regions` has of `valid`, `first` and `query_slot`.
+        moments: The parts of `PromptMoments`.
+        margins: [heads] nats of a calibration; None for none.
+
+    Returns:
+        Output, open pairs, scored keys, and the parts of the moments after this query.
+    """
+    regions = Regions(settings.sink_size, settings.window_size, 1, *places)
+    inputs = AttentionInputs(call["query"], call["key"], call["value"], regions, settings.scale, settings.softcap)
+    mass, after = bulk_log_mass_from_prompt(inputs, PromptMoments(*moments), estimate=estimate, max_chunks=1)
+    mass = mass if margins is None else with_margins(mass, margins)
+    return *attend_call(settings, call | {"gate": mass}, shared, margin), after.parts
+
+
+def attend_at_once(settings: Settings, call: Call) -> tuple[Tensor, Tensor, Tensor]:  # pragma: compiled
+    """Do the same in one pass, for a call whose decisions are made."""
+    _refuse_uncompiled()
+    kv_heads, heads = call["key"].shape[1], call["query"].shape[1]
     masks = RowMasks.of(
         call["valid"],
         call["first"],
         call["slots"],
-        group=group,
+        group=heads // kv_heads,
         sink_size=settings.sink_size,
         window_size=settings.window_size,
     )
-    asked, unasked = (call[name][:, :, None].expand(-1, -1, group).flatten(1) for name in ("asked", "unasked"))
-    sink_logits = None
-    if "sink_logits" in call:
-        sinks = call["sink_logits"].float().view(1, kv_heads, 1, group)
-        sink_logits = sinks.expand(batch, -1, queries, -1).flatten(2)
-    gate = rows_of(call["gate"], kv_heads)
-    if settings.two_passes:
-        output, opened, scored = _two_passes(settings, masks, grouped, asked, unasked, gate, margin, sink_logits)
-    else:
-        output, opened, scored = _one_pass(settings, masks, grouped, gate, unasked, sink_logits)
+    # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
+    query, key, value = pinned(rows_of(call["query"], kv_heads)), pinned(call["key"]), pinned(call["value"])
+    opened = rows_of(call["gate"], kv_heads)
+    reads_bulk = rows_of((call["gate"] | call["unasked"][:, None]), kv_heads)
+    batch, _, rows, _ = query.shape
+    size, sinks = block_size(batch, kv_heads, rows, key.shape[2]), _sink_rows(call)
+    ends = bulk_end(reads_bulk, masks.slots, settings.window_size)
+    block_mask, count = masks.both(ends, block=size, null_key=sinks is not None)
+    null = None
+    if sinks is not None:
+        null = key.shape[2] - 1, pinned(F.pad(sinks, (0, masks.slots.shape[0] - rows)))
+    score_mod = _score_mod(settings.softcap, null)
+    # Nothing pointwise may follow the kernel: it takes no epilogue on CPU (torch 2.13).
+    output = flex_attention(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=settings.scale)
+    return ungrouped(output, heads), ungrouped(opened, heads), count.expand(-1, kv_heads).sum()
 
-    def ungrouped(x: Tensor) -> Tensor:
-        return x.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
-    return ungrouped(output)[..., :value_dim], ungrouped(opened), scored
+def _refuse_uncompiled() -> None:
+    if not torch.compiler.is_compiling():
+        # Uncompiled FlexAttention makes the queries x keys tensor.
+        raise BackendError(
+            "FlexAttention was about to run uncompiled: torch.compile is switched off.",
+            fix='Unset TORCHDYNAMO_DISABLE and torch.compiler.set_stance, or use backend="blockwise".',
+        )
+
+
+def _sink_rows(call: Call) -> Tensor | None:
+    """Return the sink logits by row, [batch, kv_heads, rows] float32."""
+    if "sink_logits" not in call:
+        return None
+    batch, _, queries, _ = call["query"].shape
+    return call["sink_logits"].float().view(1, call["key"].shape[1], 1, -1).expand(batch, -1, queries, -1).flatten(2)
 
 
 def rows_of(x: Tensor, kv_heads: int) -> Tensor:
@@ -74,24 +138,24 @@ def rows_of(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
 
 
+def ungrouped(x: Tensor, heads: int) -> Tensor:
+    """Undo `rows_of`."""
+    return x.unflatten(2, (-1, heads // x.shape[1])).transpose(2, 3).flatten(1, 2)
+
+
 def _two_passes(  # pragma: compiled
     settings: Settings,
-    masks: RowMasks,
+    shared: Shared,
     grouped: tuple[Tensor, Tensor, Tensor],
-    asked: Tensor,
-    unasked: Tensor,
     bulk_log_mass: Tensor,
     margin: Tensor,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to local keys, decide, attend to bulk keys, merge."""
     query, key, value = grouped
-    batch, kv_heads, rows, _ = query.shape
-    # Flex decoding splits a full list by the length of all keys and a partial list by its own.
-    with_full = rows >= ROW_TILE
+    keys = key.shape[2]
 
-    def one(query: Tensor, mask_and_count: tuple[BlockMask, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        block_mask, count = mask_and_count
+    def one(query: Tensor, block_mask: BlockMask) -> tuple[Tensor, Tensor]:
         output, aux = flex_attention(
             query,
             key,
@@ -101,58 +165,32 @@ def _two_passes(  # pragma: compiled
             scale=settings.scale,
             return_aux=AuxRequest(lse=True),
         )
-        return output.float(), cast(Tensor, aux.lse), count.expand(-1, kv_heads).sum()
+        return output.float(), cast(Tensor, aux.lse)
 
-    size = block_size(batch, 1, rows, key.shape[2])
-    output, log_mass, scored = one(query, masks.local(block=size, with_full=with_full))
+    output, log_mass = one(query, shared.local_mask(settings.window_size, keys))
     # What the kernels return for a row without keys differs between devices.
-    log_mass = torch.where(masks.n_local_keys()[:, None] > 0, log_mass, -torch.inf)
+    log_mass = torch.where(shared.has_local[:, None], log_mass, -torch.inf)
     if sink_logits is not None:
         output = output * torch.sigmoid(log_mass - sink_logits)[..., None]
         log_mass = torch.logaddexp(log_mass, sink_logits)
     # A tensor, so that another margin is not another graph.
-    opened = decide(log_mass, bulk_log_mass, asked, margin)
-    reads_bulk = opened | unasked[:, None]
+    opened = decide(log_mass, bulk_log_mass, shared.asked, margin)
+    reads_bulk = opened | shared.unasked[:, None]
 
-    size = block_size(batch, kv_heads, rows, key.shape[2])
-    order, place = open_first(reads_bulk) if with_full else (None, None)
+    order, place = open_first(reads_bulk) if has_full_list(query.shape[2]) else (None, None)
     if order is not None:  # a decode call has a single tile
         query = query.gather(2, order[..., None].expand_as(query))
-    reach = masks.bulk_end(reads_bulk, order)
-    bulk_output, bulk_log_mass, bulk_scored = one(query, masks.bulk(reach, block=size, with_full=with_full))
+    block_mask, scored = shared.bulk_mask(reads_bulk, order, settings.window_size, keys)
+    bulk_output, bulk_log_mass = one(query, block_mask)
     if place is not None:
         bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))
         bulk_log_mass = bulk_log_mass.gather(2, place)
-    has_bulk = reads_bulk & (masks.n_bulk_keys()[:, None] > 0)
+    has_bulk = reads_bulk & shared.has_bulk[:, None]
     share = torch.where(has_bulk, torch.sigmoid(bulk_log_mass - log_mass), 0)[..., None]
     has_local = (log_mass > -torch.inf) | log_mass.isnan()
     output = torch.where(has_local[..., None], output * (1 - share), 0)
     output = output + torch.where(has_bulk[..., None], bulk_output * share, 0)
-    return output.to(query.dtype), opened, scored + bulk_scored
-
-
-def _one_pass(  # pragma: compiled
-    settings: Settings,
-    masks: RowMasks,
-    grouped: tuple[Tensor, Tensor, Tensor],
-    opened: Tensor,
-    unasked: Tensor,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend to local and open bulk keys at once; the sink logits are the scores of a last key without a value."""
-    query, key, _ = grouped
-    batch, kv_heads, rows, _ = query.shape
-    size = block_size(batch, kv_heads, rows, key.shape[2])
-    block_mask, count = masks.both(
-        masks.bulk_end(opened | unasked[:, None]), block=size, null_key=sink_logits is not None
-    )
-    null = None
-    if sink_logits is not None:
-        null = key.shape[2] - 1, pinned(F.pad(sink_logits, (0, masks.slots.shape[0] - rows)))
-    score_mod = _score_mod(settings.softcap, null)
-    # Nothing pointwise may follow the kernel: it takes no epilogue on CPU (torch 2.13).
-    output = flex_attention(*grouped, score_mod=score_mod, block_mask=block_mask, scale=settings.scale)
-    return output, opened, count.expand(-1, kv_heads).sum()
+    return output.to(query.dtype), opened, shared.local_scored + scored
 
 
 def _score_mod(softcap: float | None, null: tuple[int, Tensor] | None = None) -> Callable[..., Tensor] | None:
@@ -175,7 +213,7 @@ def _score_mod(softcap: float | None, null: tuple[int, Tensor] | None = None) ->
     return modify
 
 
-def _kind(call: Call, *, two_passes: bool) -> tuple[object, ...]:
+def kind_of(call: Call, *, two_passes: bool) -> tuple[object, ...]:
     """Everything a call is compiled for except its dynamic lengths."""
     query, key, value = call["query"], call["key"], call["value"]
     batch, heads, queries, dim = query.shape
@@ -184,7 +222,7 @@ def _kind(call: Call, *, two_passes: bool) -> tuple[object, ...]:
 
 
 @functools.cache
-def compiled(settings: Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Run:
+def compiled_call(settings: Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Run:
     """Compile for one kind of call; each has its own count towards the recompile limit.
 
     Args:
@@ -192,19 +230,90 @@ def compiled(settings: Settings, compiler: Compiler, _kind: tuple[object, ...]) 
         compiler: Backend of torch.compile.
         _kind: Only tells functions apart.
     """
+    if settings.two_passes:
 
-    def run(call: Call, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_call(settings, call, margin)
+        def run(call: Call, shared: Shared, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return attend_call(settings, call, shared, margin)
 
+    else:
+
+        def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+            return attend_at_once(settings, call)
+
+    return _compile(run, compiler, dynamic=None if settings.two_passes else False)
+
+
+@functools.cache
+def compiled_step(settings: Settings, compiler: Compiler, estimate: Estimate, _kind: tuple[object, ...]) -> Any:
+    """Compile `step_call` for one kind of call; see `compiled_call`."""
+
+    def step(call: Call, *more: Any) -> Any:
+        return step_call(settings, estimate, call, *more)
+
+    return _compile(step, compiler, dynamic=None)
+
+
+@functools.cache
+def compiled_shared(
+    settings: Settings, compiler: Compiler, heads: int, kv_heads: int, _kind: tuple[object, ...]
+) -> Callable[..., Shared]:
+    """Compile what the layers share for one kind of call; see `compiled_call`."""
+
+    def share(*tensors: Tensor) -> Shared:
+        return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)
+
+    # It has no kernel that has to be compiled, so that the compilers for tests leave it as it is.
+    return _compile(share, compiler, dynamic=None) if compiler == "inductor" else share
+
+
+def _compile(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | None) -> Callable[..., Any]:
     # Dynamo counts compilations per code object, and closures share theirs.
-    run.__code__ = run.__code__.replace(co_name=f"run_{compiled.cache_info().misses}")
-    return torch.compile(run, fullgraph=True, backend=compiler, dynamic=None if settings.two_passes else False)
+    run.__code__ = run.__code__.replace(co_name=f"{run.__name__}_{next(_NUMBERS)}")
+    return torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
 
 
-def run_or_explain(settings: Settings, compiler: Compiler, call: Call, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a call compiled; what goes wrong in compiling it becomes a `BackendError`."""
+_NUMBERS = itertools.count()
+
+
+def forget() -> None:
+    """Forget every compiled function: after `torch.compiler.reset()` they would be compiled under old counts."""
+    for made in (compiled_call, compiled_step, compiled_shared):
+        made.cache_clear()
+
+
+def shared_of(settings: Settings, compiler: Compiler, call: Call, regions: Regions, rows: slice) -> Shared:
+    """Compute what the layers share of a slab: once, outside of a graph.
+
+    Args:
+        settings: Sink and window.
+        compiler: Backend of torch.compile.
+        call: The slab, for its sizes.
+        regions: Those of the whole call.
+        rows: Which of its queries the slab has.
+    """
+    (_, heads, queries, _), kv_heads = call["query"].shape, call["key"].shape[1]
+
+    def compute() -> Shared:
+        of_rows = regions.query_slots[rows], regions.asked[:, rows], regions.unasked[:, rows]
+        tensors = regions.valid, regions.first, *of_rows
+        if torch.compiler.is_compiling():
+            return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)
+        views = [x.view_as(x) for x in tensors]  # the marks must not stay on the caller's tensors
+        for x, axis in zip(views, (1, None, 0, 1, 1), strict=True):
+            if axis is not None and (queries > 1 or x is views[0]):
+                torch._dynamo.maybe_mark_dynamic(x, axis)
+        kind = len(regions.first), min(queries, 2), regions.valid.device
+        shared = compiled_shared(settings, compiler, heads, kv_heads, kind)(*views)
+        return shared.mark_dynamic(queries=queries > 1)
+
+    return regions.once((Shared, heads, kv_heads, rows.start), compute)
+
+
+@contextmanager
+def explained(call: Call) -> Iterator[None]:
+    """Turn what goes wrong in compiling a call into a `BackendError`."""
     try:
-        return compiled(settings, compiler, _kind(call, two_passes=settings.two_passes))(call, margin)
+        yield
     except FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         raise BackendError(
@@ -213,8 +322,20 @@ def run_or_explain(settings: Settings, compiler: Compiler, call: Call, margin: T
             'backend="blockwise".',
         ) from error
     except TorchDynamoException as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        query, shapes = call["query"], (f"{name} {list(call[name].shape)}" for name in ("query", "key", "value"))
         raise BackendError(
-            f"FlexAttention could not be compiled for {call['query'].dtype} on {call['query'].device.type}: {reason}",
+            f"FlexAttention could not be compiled for {', '.join(shapes)}, {query.dtype} on {query.device.type}: "
+            f"{_reason(error)}",
             fix='Use backend="blockwise".',
         ) from error
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """Return what the compiler says: which operator or kernel, and why, without what it prints of their arguments."""
+    told = re.split(r"\n\s*(?:args\[0\]: |Found from|from user code|Set TORCHDYNAMO_VERBOSE)", str(error), maxsplit=1)
+    lines = told[0].strip().splitlines()
+    # Triton prints the source of a kernel before what is wrong with it.
+    kept = lines if len(lines) <= _MOST_LINES else [*lines[:4], "...", *lines[4 - _MOST_LINES :]]
+    # Where Inductor names the kernel to its log only, the frame that compiles it knows the name.
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "\n".join([*(f"{frame['kernel_name']}:" for frame in frames if "kernel_name" in frame), *kept])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,41 @@ ROW_TILE = 128
 _SMALLEST_BLOCK = 128
 _LARGEST_LIST = 8 * 2**20  # bytes; a pass has two lists of blocks, so 16 MiB together
 _BEYOND = 2**30  # larger than any slot
+
+
+class Lists(NamedTuple):
+    """The blocks that each tile reads: counts [batch, heads, tiles] and indices [batch, heads, tiles, blocks], int32.
+
+    Args:
+        count, index: Of the partial list.
+        full_count, full_index: Of the full list; None where all blocks are in the partial one.
+    """
+
+    count: Tensor
+    index: Tensor
+    full_count: Tensor | None = None
+    full_index: Tensor | None = None
+
+    @classmethod
+    def of(cls, partly: Tensor, fully: Tensor, *, with_full: bool) -> Lists:
+        """List blocks in their order.
+
+        Args:
+            partly: [batch, heads, tiles, blocks] bool; the blocks that are visited.
+            fully: The same shape; those that need no mask.
+            with_full: Make a full list.
+        """
+        return cls(*_listed(partly & ~fully), *_listed(partly & fully)) if with_full else cls(*_listed(partly))
+
+    def block_mask(self, mask: Callable[..., Tensor], block: int, lengths: tuple[int, int]) -> BlockMask:
+        """Make the block mask for `lengths`, rows and keys."""
+        return BlockMask.from_kv_blocks(
+            *self, BLOCK_SIZE=(ROW_TILE, block), mask_mod=mask, seq_lengths=lengths, compute_q_blocks=False
+        )
+
+    def n_visited(self) -> Tensor:
+        """Count the blocks of both lists, [batch, heads, tiles] int32."""
+        return self.count if self.full_count is None else self.count + self.full_count
 
 
 @dataclass(frozen=True)
@@ -80,56 +116,40 @@ class RowMasks:
         index = self.sink_end[: self.valid.shape[0]].clamp(max=self.valid.shape[1]).long()
         return self.n_before.gather(1, index[:, None])
 
-    def bulk_end(self, opened: Tensor, order: Tensor | None = None) -> Tensor:
-        """Find the last bulk slot that each row reads, [batch, kv_heads, tiles * ROW_TILE] int32; -1 where closed.
+    def local(self, *, block: int, with_full: bool) -> Lists:
+        """List the blocks of the local keys."""
+        return Lists.of(*_Blocks.of(self, block).local(), with_full=with_full)
 
-        Args:
-            opened: [batch, kv_heads, rows] bool.
-            order: [batch, kv_heads, rows] int64; the row at each place if they are moved, see `open_first`.
-        """
-        ends = torch.where(opened, self.slots[: self.n_rows] - self.window_size, -1)
-        ends = ends if order is None else ends.gather(2, order)
-        return pinned(F.pad(ends, (0, self.slots.shape[0] - self.n_rows), value=-1))
+    def real(self, block: int) -> Tensor:
+        """Return `valid` as kernels read it, [batch, keys in whole blocks] int32."""
+        keys = self.valid.shape[1]
+        return pinned(F.pad(self.valid.int(), (0, _up_to_multiple(keys, block) - keys)))
 
-    def local(self, *, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
-        """Mask for the local keys of all rows; see `_assemble`."""
-        blocks = _Blocks.of(self, block)
-        slots, sink_end, valid, window = self.slots, self.sink_end, self._captured_valid(block), self.window_size
+    def rows_per_tile(self) -> Tensor:
+        """Count the rows of each tile that are not padding, [tiles] int64."""
+        return (self.slots >= 0).unflatten(0, (-1, ROW_TILE)).sum(1)
 
-        def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            near = (key < sink_end[b]) | (key > slots[row] - window)
-            return (valid[b, key] != 0) & (key <= slots[row]) & near
-
-        partly, fully = blocks.local()
-        return self._assemble(mask, partly, fully, block, with_full=with_full)
-
-    def bulk(self, bulk_end: Tensor, *, block: int, with_full: bool) -> tuple[BlockMask, Tensor]:
-        """Mask for the bulk keys of the open rows; see `_assemble`. What closed rows read is undefined.
-
-        Args:
-            bulk_end: What `bulk_end` returned.
-            block: Keys per block.
-            with_full: Make a list of full blocks too.
-        """
-        blocks = _Blocks.of(self, block)
-        sink_end, valid = self.sink_end, self._captured_valid(block)
-
-        def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            return (valid[b, key] != 0) & (key >= sink_end[b]) & (key <= bulk_end[b, h, row])
-
-        partly, fully = blocks.bulk(bulk_end)
-        return self._assemble(mask, partly, fully, block, with_full=with_full)
+    def bulk_is_solid(self) -> Tensor:
+        """Say of which sequences no bulk key of any row is padding, [batch] bool."""
+        last = (self.slots.amax() - self.window_size).clamp(-1, self.valid.shape[1] - 1).long()
+        begin = self._before_sink_end()[:, 0]
+        n_slots = last + 1 - self.sink_end[: self.valid.shape[0]]
+        return self.n_before.index_select(1, last[None] + 1)[:, 0] - begin == n_slots.clamp(min=0)
 
     def both(self, bulk_end: Tensor, *, block: int, null_key: bool) -> tuple[BlockMask, Tensor]:
-        """Mask for the local keys of all rows and the bulk keys of the open ones; see `_assemble`.
+        """Mask for the local keys of all rows and the bulk keys of the open ones.
 
         Args:
             bulk_end: What `bulk_end` returned.
             block: Keys per block.
             null_key: Let every row read the last key, whatever it is: the one that stands for the sink logits.
+
+        Returns:
+            The block mask, and the number of scored (query head, query, key) triples per mask head, [batch, kv_heads]
+            int64: whole blocks for each row that is not padding.
         """
         blocks = _Blocks.of(self, block)
-        slots, sink_end, valid, window = self.slots, self.sink_end, self._captured_valid(block), self.window_size
+        slots, sink_end, valid, window = self.slots, self.sink_end, self.real(block), self.window_size
         null = self.valid.shape[1] - 1
 
         def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -141,34 +161,9 @@ class RowMasks:
         if null_key:
             last = torch.arange(partly.shape[-1], device=partly.device) == null // block
             partly = partly | last & (blocks.last >= 0)[:, None]
-        return self._assemble(mask, partly, fully, block, with_full=True)
-
-    def _captured_valid(self, block: int) -> Tensor:
-        keys = self.valid.shape[1]
-        return pinned(F.pad(self.valid.int(), (0, _up_to_multiple(keys, block) - keys)))
-
-    def _assemble(
-        self, mask: Callable[..., Tensor], partly: Tensor, fully: Tensor, block: int, *, with_full: bool
-    ) -> tuple[BlockMask, Tensor]:
-        """Turn visited and full blocks into a block mask.
-
-        Returns:
-            The block mask, and the number of scored (query head, query, key) triples per mask head, [batch, mask_heads]
-            int64: whole blocks for each row that is not padding.
-        """
-        if with_full:
-            lists = (*_lists(partly & ~fully), *_lists(partly & fully))
-        else:
-            lists = (*_lists(partly), None, None)
-        mask_of_blocks = BlockMask.from_kv_blocks(
-            *lists,
-            BLOCK_SIZE=(ROW_TILE, block),
-            mask_mod=mask,
-            seq_lengths=(self.n_rows, self.valid.shape[1]),
-            compute_q_blocks=False,
-        )
-        rows_per_tile = (self.slots >= 0).unflatten(0, (-1, ROW_TILE)).sum(1)
-        return mask_of_blocks, (partly.sum(-1) * rows_per_tile).sum(-1) * block
+        lists = Lists.of(partly, fully, with_full=True)
+        scored = (partly.sum(-1) * self.rows_per_tile()).sum(-1) * block
+        return lists.block_mask(mask, block, (self.n_rows, self.valid.shape[1])), scored
 
 
 @dataclass(frozen=True)
@@ -211,30 +206,34 @@ class _Blocks:
         all_near = (self.end < self.sink_end) | (self.begin > last - window)
         return self.some & (self.begin <= last) & near, self.whole & (self.end <= first) & all_near
 
-    def bulk(self, bulk_end: Tensor) -> tuple[Tensor, Tensor]:
-        """Visited and full blocks of the bulk keys, [batch, kv_heads, tiles, blocks] bool."""
-        some, shortest = self._some_bulk(bulk_end), self._shortest(bulk_end, counted=bulk_end >= 0)
-        return some, self.whole & (self.begin >= self.sink_end) & (self.end <= shortest)
-
     def both(self, bulk_end: Tensor) -> tuple[Tensor, Tensor]:
         """Visited and full blocks of local and open bulk keys, [batch, kv_heads, tiles, blocks] bool."""
         local, all_local = self.local()
+        ends = bulk_end.unflatten(-1, (-1, ROW_TILE))
+        bulk = self.some & (self.end >= self.sink_end) & (self.begin <= ends.amax(-1, keepdim=True))
         # Closed rows must not read a block of the full list either; padded rows may.
-        shortest = self._shortest(bulk_end, counted=self.masks.slots >= 0)
+        counted = (self.masks.slots >= 0).unflatten(-1, (-1, ROW_TILE))
+        shortest = torch.where(counted, ends, _BEYOND).amin(-1, keepdim=True)
         all_bulk = self.whole & (self.begin >= self.sink_end) & (self.end <= shortest)
         # A block may be visible as a whole although it lies across the borders of sink, bulk and window.
         opened = (shortest >= 0) & (shortest == (self.first - self.masks.window_size)[:, None])
         fully = all_local | all_bulk | (self.whole & opened & (self.end <= self.first[:, None]))
-        return local | self._some_bulk(bulk_end), fully
+        return local | bulk, fully
 
-    def _some_bulk(self, bulk_end: Tensor) -> Tensor:
-        longest = bulk_end.unflatten(-1, (-1, ROW_TILE)).amax(-1, keepdim=True)
-        return self.some & (self.end >= self.sink_end) & (self.begin <= longest)
 
-    def _shortest(self, bulk_end: Tensor, *, counted: Tensor) -> Tensor:
-        """Smallest bulk end of each tile's rows that count, [batch, kv_heads, tiles, 1]."""
-        ends = torch.where(counted, bulk_end, _BEYOND)
-        return ends.unflatten(-1, (-1, ROW_TILE)).amin(-1, keepdim=True)
+def bulk_end(opened: Tensor, slots: Tensor, window_size: int, order: Tensor | None = None) -> Tensor:
+    """Find the last bulk slot that each row reads, [batch, kv_heads, tiles * ROW_TILE] int32; -1 where closed.
+
+    Args:
+        opened: [batch, kv_heads, rows] bool.
+        slots: [tiles * ROW_TILE] int32; see `RowMasks`.
+        window_size: Number of last tokens that are always attended.
+        order: [batch, kv_heads, rows] int64; the row at each place if they are moved, see `open_first`.
+    """
+    n_rows = opened.shape[2]
+    ends = torch.where(opened, slots[:n_rows] - window_size, -1)
+    ends = ends if order is None else ends.gather(2, order)
+    return pinned(F.pad(ends, (0, slots.shape[0] - n_rows), value=-1))
 
 
 def open_first(opened: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +278,7 @@ def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _lists(listed: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(listed: Tensor) -> tuple[Tensor, Tensor]:
     """Count and list the True blocks of each tile, in order: [..., tiles] and [..., tiles, blocks] int32."""
     blocks = listed.shape[-1]
     place = torch.where(listed, listed.cumsum(-1, dtype=torch.int32) - 1, blocks).long()

@@ -30,8 +30,14 @@ settings.register_profile("deep", _common, max_examples=500)
 settings.load_profile("fixed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let processes share the tests without a plugin; `recipes/benchmarks/gpu.py` does."""
+    parser.addoption("--part", default="1/1", metavar="K/N", help="run each N-th of the chosen tests, from the K-th on")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a CUDA device, and those marked `cuda` or `real` where they are not asked for."""
+    """Skip tests marked `gpu` without a CUDA device and `cuda` or `real` where not asked for; keep one part of all."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
@@ -43,3 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # Tests that -m and -k leave out are gone by now.
+    part, parts = map(int, config.option.part.split("/"))
+    config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % parts != part - 1])
+    items[:] = items[part - 1 :: parts]

@@ -76,7 +76,7 @@ def doctor(*, json: Json = False) -> None:
     versions = {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL_PACKAGES)}
     devices = _devices()
     with Console(stderr=True).status("checking backends; compiling can take a minute"):
-        checks = [check for device in devices for check in _checks(device)]
+        checks = [check for device in devices for check in checks_of(device)]
     healthy = all(versions[name] for name in _PACKAGES) and not any(c.matters and c.problem for c in checks)
     if json:
         found = {"healthy": healthy, "python": platform.python_version(), "versions": versions, "devices": devices}
@@ -105,7 +105,7 @@ def _devices() -> dict[str, str]:
     return found
 
 
-def _checks(device: str) -> Iterator[Check]:
+def checks_of(device: str) -> Iterator[Check]:
     """Check every backend on common heads, and the one that `auto` chooses on others too."""
     chosen = backends.resolve("auto", torch.device(device))
     for backend in get_args(BackendName):

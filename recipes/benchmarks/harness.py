@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -276,7 +277,12 @@ def _cell(content: Any) -> str:
 def speedup_figure(rows: list[Row], series: Sequence[str], title: str) -> Figure:
     """Draw the speed-up over the tokens, a line for each value of `series`, and the limit dotted where there is one."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    draw_speedups(figure.add_subplot(), rows, series, title)
+    return figure
+
+
+def draw_speedups(axes: Axes, rows: list[Row], series: Sequence[str], title: str) -> None:
+    """Draw `speedup_figure` into a panel of another figure."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(", ".join(row[name] for name in series), []).append(row)
@@ -293,4 +299,3 @@ def speedup_figure(rows: list[Row], series: Sequence[str], title: str) -> Figure
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45 if len(lengths) > 4 else 0)
     axes.minorticks_off()
     axes.legend(fontsize=8)
-    return figure

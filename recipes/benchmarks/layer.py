@@ -98,15 +98,18 @@ def replayed_cases(options: argparse.Namespace) -> Iterator[Case]:
         yield Case(options.dtypes[0], Shape(length, 1, 6, 2, 32), {"shipped model": recorded[len(recorded) // 2]})
 
 
-def timed_rows(options: argparse.Namespace, case: Case) -> list[Row]:
-    """Time gates and baselines in turn; each row has the fastest dense kernel and the arithmetic limit."""
+def timed_rows(options: argparse.Namespace, case: Case, *, in_graph: bool = True) -> list[Row]:
+    """Time gates and baselines in turn; each row has the fastest dense kernel and the arithmetic limit.
+
+    Decode steps on CUDA are launched from a CUDA graph, dense and gated alike, unless `in_graph` is False: otherwise
+    launches are what is timed.
+    """
     on_cuda, shape = options.device.type == "cuda", case.shape
     inputs = make_inputs(shape, DTYPES[case.dtype], options.device)
     dense = dense_baselines(inputs, compiled_flex=options.flex or on_cuda)
     calls = {name: gated(inputs, opened, options.backend) for name, opened in case.gates.items()}
     timed_calls = dense | calls
-    if on_cuda and shape.queries == 1:
-        # A decode step is launched from a CUDA graph, dense and gated alike; otherwise launches are what is timed.
+    if on_cuda and shape.queries == 1 and in_graph:
         timed_calls = {name: graphed(call) for name, call in timed_calls.items()}
     timed = measure(timed_calls, device=options.device, repeats=options.repeats, clock=options.clock)
     best = min(dense, key=timed.ms)

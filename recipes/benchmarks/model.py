@@ -25,7 +25,7 @@ import torch
 from harness import CLOCKS, RESULTS, Row, Timed, arguments, command_line, in_turn, milliseconds, prepare, progress, save
 from peak import resident_peak
 from problems import DTYPES, prose, shipped_model
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from whole import CACHES, NOTES, OPEN, PHASES, STOCK, amdahl, compared, faster_stock, whole_model_figure
 
@@ -33,7 +33,7 @@ import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
 from patchattn.evaluation.rows import Store
 from patchattn.hf.architecture import with_cache
-from patchattn.hf.loading import load_pretrained
+from patchattn.hf.loading import load_pretrained, random_model
 
 _HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,6 +41,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288} | _HEADS,
     "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "sliding_window": None}
     | _HEADS,
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
 }
 NARROW = "window 1,024"
 POLICIES = {
@@ -140,14 +147,24 @@ def load(name: str, longest: int, layers: int, dtype: str, device: torch.device)
         model, tokens = shipped_model(longest)
     elif name in SHAPES:
         sizes = {"num_hidden_layers": layers, "vocab_size": 4096, "max_position_embeddings": longest}
-        config = AutoConfig.for_model(**SHAPES[name], **sizes)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model, tokens = AutoModelForCausalLM.from_config(config).eval(), torch.randint(4096, (1, longest))
+        model = random_weights(name, DTYPES[dtype], device, **sizes)
+        tokens = random_tokens(longest, sizes["vocab_size"])
     else:
         model, tokenizer = load_pretrained(name, dtype=DTYPES[dtype], local_files_only=True)
         tokens = prose(tokenizer, longest)
     return model.to(device, DTYPES[dtype]), tokens.to(device)
+
+
+def random_weights(name: str, dtype: torch.dtype, device: torch.device, **fields: Any) -> Any:
+    """Make a model of a real shape with random weights, on the device, in evaluation mode."""
+    shape = {**SHAPES[name], **fields}
+    with device:
+        return random_model(shape.pop("model_type"), shape, has_images=False, seed=0, dtype=dtype).to(device)
+
+
+def random_tokens(length: int, vocabulary: int) -> torch.Tensor:
+    """Draw tokens [1, length]."""
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 class Readers:

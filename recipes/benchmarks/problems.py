@@ -13,6 +13,7 @@ import torch
 from harness import milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import patchattn
@@ -22,12 +23,15 @@ from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.evaluation.documents import check_longest
 from patchattn.gates.decision import forced
+from patchattn.policy import DEFAULT_WINDOW
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLASH_PACKAGES = {"flash-attn 3": "flash_attn_interface", "flash-attn": "flash_attn"}
 # The math kernel makes the whole score matrix.
 _LONGEST_MATH = 4096
 # Baselines slower than this times the fastest are tried once and left out.
 _WORTH_TIMING = 2.0
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Atten
 
 def shape_on(device: torch.device, length: int, queries: int) -> Shape:
     """Choose the layer of a small model for a CPU, and that of an 8B model for CUDA."""
-    return Shape(length, queries, 32, 8, 128, window=1024) if device.type == "cuda" else Shape(length, queries)
+    is_cuda = device.type == "cuda"
+    return Shape(length, queries, 32, 8, 128, window=DEFAULT_WINDOW) if is_cuda else Shape(length, queries)
 
 
 def iid_gates(shape: Shape, open_fraction: float) -> Tensor:
@@ -94,7 +99,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def dense_baselines(inputs: AttentionInputs, *, compiled_flex: bool) -> dict[str, Callable[[], Any]]:
-    """Try every dense kernel - SDPA's, compiled FlexAttention, flash-attn if it is installed - and keep the fast ones.
+    """Try every dense kernel - SDPA's, compiled FlexAttention, flash-attn where installed - and keep the fast ones.
 
     SDPA kernels are tried with grouped keys ("gqa") and with keys repeated beforehand.
     """
@@ -116,23 +121,45 @@ def dense_baselines(inputs: AttentionInputs, *, compiled_flex: bool) -> dict[str
         if inputs.group_size > 1:
             found[f"{name} gqa"] = partial(sdpa, kernel, (key, value), enable_gqa=True)
     if compiled_flex:
-        found["flex"] = _dense_flex(inputs)
-    if query.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        flash = importlib.import_module("flash_attn").flash_attn_func
-        found["flash-attn"] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=causal)
+        found["flex"] = dense_flex(inputs)
+    for name, package in FLASH_PACKAGES.items():
+        if query.device.type == "cuda" and importlib.util.find_spec(package):
+            flash = importlib.import_module(package).flash_attn_func
+            found[name] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=causal)
     once = {name: _milliseconds(call, query.device) for name, call in found.items()}
     return {name: call for name, call in found.items() if once[name] <= _WORTH_TIMING * min(once.values())}
 
 
-def _dense_flex(inputs: AttentionInputs) -> Callable[[], Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def dense_flex(inputs: AttentionInputs) -> Callable[[], Any]:
+    """Make a call of FlexAttention with a causal mask, compiled for its lengths."""
+    mask = causal_mask(inputs.query.shape[2], inputs.key.shape[2], inputs.query.device)
 
-    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    causal = lambda batch, head, row, column: column <= row + keys - queries  # noqa: E731
-    mask = create_block_mask(causal, None, None, queries, keys, device=inputs.query.device.type)
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    call = inputs.query, inputs.key, inputs.value
-    return lambda: compiled(*call, block_mask=mask, enable_gqa=inputs.group_size > 1)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=inputs.group_size > 1)
+
+    # Dynamo counts compilations per code object, and each shape is one: a code object for each keeps below its limit.
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{inputs.query.shape[0]}_{mask.shape[2]}_{mask.shape[3]}")
+    compiled = torch.compile(attend, dynamic=False, fullgraph=True)
+    return lambda: compiled(inputs.query, inputs.key, inputs.value)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """List the blocks that the last `queries` of `keys` tokens read: `create_block_mask` makes queries x keys bytes."""
+    offset = keys - queries
+    tiles, blocks = -(-queries // _TILE), -(-keys // _TILE)
+    first = torch.arange(tiles, device=device, dtype=torch.int32) * _TILE + offset
+    last = (first + _TILE).clamp(max=keys) - 1
+    visited, full = last // _TILE + 1, (first + 1) // _TILE
+    every = torch.arange(blocks, device=device, dtype=torch.int32).expand(tiles, blocks)
+    partly = (every + full[:, None]).clamp(max=blocks - 1)
+    lists = ((visited - full), partly, full, every)
+    return BlockMask.from_kv_blocks(
+        *(part.int().contiguous()[None, None] for part in lists),
+        BLOCK_SIZE=_TILE,
+        mask_mod=lambda b, h, row, key: key <= row + offset,
+        seq_lengths=(queries, keys),
+        compute_q_blocks=False,
+    )
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:

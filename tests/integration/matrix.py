@@ -42,6 +42,8 @@ CACHES = {
 }
 ON_CUDA_ONLY = ("offloaded", "offloaded_static")
 """Caches that transformers itself can't make without a CUDA device."""
+COMPILED_ON_CUDA = ("llama", "gpt_oss", "deepseek_v3")
+"""Families that run through `flex` there: groups, sink logits, values of another size. The rest share its kernels."""
 
 TENSOR_PARALLEL = ("qwen3", "olmo2", "gpt_oss", "deepseek_v3", "gpt_neox")
 """Families that two processes share: with heads cut in slices, and with plans that gather them again."""
@@ -57,6 +59,8 @@ BIDIRECTIONAL_IMAGES = ("gemma3",)
 
 class Case:
     """One tiny model, its inputs and how the stock model answers them."""
+
+    backend = "auto"
 
     def __init__(self, family: str) -> None:
         self.family, self.model = family, tiny_model(family)
@@ -100,7 +104,7 @@ class Case:
 
     def open(self, call):
         """Run with every gate open and check that all of it went through the gates."""
-        with patchattn.patch(self.model, policy(OpenGate())) as handle:
+        with patchattn.patch(self.model, policy(OpenGate()), backend=self.backend) as handle:
             got = call()
         report = handle.report()
         assert report.open_fraction() == 1.0
@@ -110,7 +114,7 @@ class Case:
     def mixed(self, call, *, model=None):
         """Run with gates of both kinds; return what the call returns, the decisions and the report."""
         model = self.model if model is None else model
-        with patchattn.patch(model, policy(MIXED), record="timeline") as handle:
+        with patchattn.patch(model, policy(MIXED), backend=self.backend, record="timeline") as handle:
             got = call()
         report = handle.report()
         gates = recorded_gates(handle)

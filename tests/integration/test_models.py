@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from matrix import (
     BIDIRECTIONAL_IMAGES,
     CACHES,
+    COMPILED_ON_CUDA,
     GENERATION,
     IGNORES_PACKING,
     MATRIX,
@@ -107,10 +108,21 @@ def test_caches(case, cache):
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ON_CUDA_ONLY)
 def test_offloaded_caches(case, cache):
-    on_device = copy.copy(case)
-    on_device.model = copy.deepcopy(case.model).cuda()
-    on_device.ids, on_device.mask = case.ids.cuda(), case.mask.cuda()
-    check_generation(on_device, {"cache_implementation": cache})
+    # What a cache does to its tensors is the same with each backend, and this one compiles nothing.
+    check_generation(on_cuda(case, "blockwise"), {"cache_implementation": cache})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", COMPILED_ON_CUDA, indirect=True)
+def test_compiled_attention(case):
+    check_generation(on_cuda(case, "flex"), {"cache_implementation": "static"})
+
+
+def on_cuda(case, backend):
+    moved = copy.copy(case)
+    moved.model, moved.backend = copy.deepcopy(case.model).cuda(), backend
+    moved.ids, moved.mask = case.ids.cuda(), case.mask.cuda()
+    return moved
 
 
 def check_generation(case, kwargs):

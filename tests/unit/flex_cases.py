@@ -33,6 +33,12 @@ class Case:
     sink_logits: bool = False
     gates: Literal["mixed", "open", "closed", "blocks", "decided"] = "mixed"
 
+    @property
+    def graph(self) -> tuple[object, ...]:
+        """What a graph is compiled for: cases that agree in it share one, whatever their lengths, padding and gates."""
+        sizes = len(self.pads), self.heads, self.kv_heads, self.dim, self.value_dim, min(self.queries, 2)
+        return *sizes, self.sink, self.window, self.softcap, self.sink_logits
+
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> AttentionInputs:
         """Draw the tensors, the same values for every dtype and device."""
         generator = torch.Generator().manual_seed(7)

@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant(
         "reference_key_dropped",
         "sums are not taken from the first bulk key",
-        "moments/prompt.py",
+        "moments/running.py",
         "n_chunks * CHUNK) - reference[:, :, None]",
         "n_chunks * CHUNK)",
         MOMENTS,
@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "chunk_dropped",
         "the last full chunk of bulk keys is never counted",
-        "moments/prompt.py",
+        "moments/running.py",
         "inside = slots < (first_bulk + CHUNK * upto)[:, None]",
         "inside = slots < (first_bulk + CHUNK * (upto - 1))[:, None]",
         MOMENTS,
@@ -176,7 +176,7 @@ MUTANTS = (
     Mutant(
         "stale_moments",
         "moments survive keys that were replaced",
-        "moments/prompt.py",
+        "moments/running.py",
         "keep = self.chunks <= chunks",
         "keep = self.chunks >= 0",
         f"{MOMENTS} {PATCHING}",

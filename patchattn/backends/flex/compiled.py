@@ -232,15 +232,9 @@ def compiled_call(settings: Settings, compiler: Compiler, _kind: tuple[object, .
         compiler: Backend of torch.compile.
         _kind: Only tells functions apart.
     """
-    if settings.two_passes:
 
-        def run(call: Call, shared: Shared, margin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return attend_call(settings, call, shared, margin)
-
-    else:
-
-        def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-            return attend_at_once(settings, call)
+    def run(call: Call, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return attend_call(settings, call, *more) if settings.two_passes else attend_at_once(settings, call)
 
     return _compile(run, compiler, dynamic=None if settings.two_passes else False)
 

@@ -27,14 +27,14 @@ class Lists(NamedTuple):
     """The blocks that each tile reads: counts [batch, heads, tiles] and indices [batch, heads, tiles, blocks], int32.
 
     Args:
-        count, index: Of the partial list.
-        full_count, full_index: Of the full list; None where all blocks are in the partial one.
+        counts, indices: Of the partial list.
+        full_counts, full_indices: Of the full list; None where all blocks are in the partial one.
     """
 
-    count: Tensor
-    index: Tensor
-    full_count: Tensor | None = None
-    full_index: Tensor | None = None
+    counts: Tensor
+    indices: Tensor
+    full_counts: Tensor | None = None
+    full_indices: Tensor | None = None
 
     @classmethod
     def of(cls, partly: Tensor, fully: Tensor, *, with_full: bool) -> Lists:
@@ -55,7 +55,7 @@ class Lists(NamedTuple):
 
     def n_visited(self) -> Tensor:
         """Count the blocks of both lists, [batch, heads, tiles] int32."""
-        return self.count if self.full_count is None else self.count + self.full_count
+        return self.counts if self.full_counts is None else self.counts + self.full_counts
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Shared(NamedTuple):
         with_full, block = has_full_list(masks.n_rows), block_size(batch, kv_heads, masks.n_rows, keys)
         of_local = block_size(batch, 1, masks.n_rows, keys)
         local, rows_per_tile = masks.local(block=of_local, with_full=with_full), masks.rows_per_tile()
-        n_bulk = masks.n_bulk_keys()
+        n_bulk, by_row = masks.n_bulk_keys(), [x[:, :, None].expand(-1, -1, group).flatten(1) for x in (asked, unasked)]
         begin = -(-masks.sink_end[:batch] // block) if with_full else masks.sink_end[:batch] // block
         longest = masks.slots.unflatten(0, (-1, ROW_TILE)).amax(1) - settings.window_size
         n_blocks = -(-keys // block)
@@ -87,7 +87,8 @@ class Shared(NamedTuple):
             masks.slots,
             masks.sink_end,
             masks.real(block),
-            *(x[:, :, None].expand(-1, -1, group).flatten(1) for x in (asked, unasked)),
+            by_row[0],
+            by_row[1],
             masks.n_local_keys() > 0,
             n_bulk > 0,
             local,
@@ -100,7 +101,7 @@ class Shared(NamedTuple):
 
     def mark_dynamic(self, *, queries: bool) -> Shared:
         """Mark the lengths as dynamic: those of keys, and of `queries` where there are many."""
-        axes = [(self.real, 1), (self.local.index, 3), (self.local.full_index, 3), (self.bulk_index, 3)]
+        axes = [(self.real, 1), (self.local.indices, 3), (self.local.full_indices, 3), (self.bulk_index, 3)]
         if queries:
             axes += [(self.slots, 0), (self.rows_per_tile, 0), (self.bulk_count, 2), (self.bulk_index, 2)]
             axes += [(x, 1) for x in (self.asked, self.unasked, self.has_local, self.has_bulk)]

@@ -265,8 +265,8 @@ MUTANTS = (
         "flex_block_missing",
         "flex leaves out the last block of a tile's bulk keys",
         "backends/flex/shared.py",
-        "longest // block + 1 - first, 0)",
-        "longest // block - first, 0)",
+        "longest // block + 1 - sink_end // block, 0)",
+        "longest // block - sink_end // block, 0)",
         FLEX,
     ),
     Mutant(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from context import ROOT, SINK, Context, Job, Measurement, load
 from safetensors.torch import load_file, save_file
-from studies.quality.cases import Rankings, cases
+from studies.quality.cases import DRAWN, Rankings, cases
 from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer, writers
 from torch import Tensor
 from transformers import DynamicCache
@@ -27,6 +27,7 @@ from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.loss import losses_of
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.loading import load_pretrained
+from patchattn.policy import DEFAULT_WINDOW
 from patchattn.report import GateReport
 from patchattn.writing import made
 
@@ -69,6 +70,13 @@ SHORT = (
     ("risk, each head", "0.05"),
     ("budget", "20%"),
 )
+AT_DEFAULT = (
+    ("static, answering", "15% of heads"),
+    ("static, by mass", "30% of heads"),
+    ("static, other task", "30% of heads"),
+    (DRAWN, "30% of heads"),
+)
+"""What is measured with the default window besides `SHORT`, for what it says of static heads is another thing."""
 
 
 @cache
@@ -293,7 +301,8 @@ def jobs(context: Context) -> list[Job]:
         for index, task in itertools.product(range(DOCUMENTS[place.model]), TASKS[place.model]):
             found.append((-1, (*place, task, index, "dense", "")))
             for at, case in enumerate(listed(place, ranked[place].rankings(), task)):
-                known = place in WHOLE or case[:2] in SHORT
+                short = (*SHORT, *AT_DEFAULT) if place.window == DEFAULT_WINDOW else SHORT
+                known = place in WHOLE or case[:2] in short
                 if known and (not chosen or case.family in chosen):
                     found.append((at, (*place, task, index, case.family, case.setting)))
     return [job for _, job in sorted(found, key=lambda one: one[0])]

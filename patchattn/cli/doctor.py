@@ -18,6 +18,7 @@ from rich.table import Table
 from patchattn import backends
 from patchattn.backends import BackendName
 from patchattn.backends.self_check import self_check
+from patchattn.cli.gpus import Machine
 from patchattn.cli.options import Json
 from patchattn.errors import BackendError
 from patchattn.version import VERSION
@@ -74,15 +75,18 @@ def doctor(*, json: Json = False) -> None:
     """
     console = Console()
     versions = {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL_PACKAGES)}
-    devices = _devices()
+    devices, hints = _devices(), list(Machine.found().hints())
     with Console(stderr=True).status("checking backends; compiling can take a minute"):
         checks = [check for device in devices for check in checks_of(device)]
     healthy = all(versions[name] for name in _PACKAGES) and not any(c.matters and c.problem for c in checks)
     if json:
         found = {"healthy": healthy, "python": platform.python_version(), "versions": versions, "devices": devices}
+        found["hints"] = hints
         console.print_json(dumps({**found, "checks": [asdict(check) for check in checks]}))
     else:
         _print(console, versions, devices, checks, healthy=healthy)
+        for hint in hints:
+            console.print(hint, markup=False)
     raise typer.Exit(0 if healthy else 1)
 
 

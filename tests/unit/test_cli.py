@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import patchattn
 from patchattn import demo
 from patchattn.cli import doctor
 from patchattn.cli.app import app
+from patchattn.cli.gpus import Gpu, Machine
 from patchattn.errors import BackendError
 from patchattn.gates import ClosedGate, OpenGate
 from patchattn.policy import Policy
@@ -184,6 +186,45 @@ def test_doctor_says_what_is_broken(broken: str, code: int, monkeypatch: pytest.
     assert found["healthy"] == (code == 0)
     problems = {check["backend"] for check in found["checks"] if check["problem"]}
     assert problems == {broken}
+
+
+CARD = Gpu("NVIDIA L4", (8, 9), 20 * 2**30, 24 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (Machine([CARD], "12.8", has_card=True, has_triton=True), None),
+        (Machine([], None, has_card=False, has_triton=False), None),
+        (Machine([], "12.8", has_card=False, has_triton=True), None),
+        (Machine([], None, has_card=True, has_triton=False), "torch is built without CUDA"),
+        (Machine([], "13.0", has_card=True, has_triton=True, refusal="driver too old"), "(driver too old): update the"),
+        (Machine([CARD], "12.8", has_card=True, has_triton=False), "pip install triton"),
+        (Machine([replace(CARD, capability=(7, 5))], "12.8", has_card=True, has_triton=True), "capability 7.5"),
+        (
+            Machine([CARD, replace(CARD, free=2**29)], "12.8", has_card=True, has_triton=True),
+            "cuda:1, NVIDIA L4, has 0.5",
+        ),
+    ],
+)
+def test_doctor_says_what_keeps_a_gpu_from_being_used(
+    machine: Machine, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "self_check", check_passes)
+    monkeypatch.setattr(doctor.Machine, "found", lambda: machine)
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    hints = json.loads(result.stdout)["hints"]
+    assert len(hints) == (said is not None)
+    assert said is None or said in hints[0]
+    shown = run("doctor").stdout
+    assert " ".join(hints) in " ".join(shown.split())
+
+
+def test_doctor_looks_at_this_machine() -> None:
+    machine = Machine.found()
+    assert len(machine.gpus) == torch.cuda.device_count()
+    assert machine.built_for == torch.version.cuda
 
 
 def test_doctor_shows_heads_and_dtypes_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -253,7 +254,7 @@ def compiled_weighed(settings: Settings, compiler: Compiler, estimate: Estimate,
 def compiled_shared(
     settings: Settings, compiler: Compiler, heads: int, kv_heads: int, _kind: tuple[object, ...]
 ) -> Callable[..., Shared]:
-    """Compile what the layers share for one kind of call; see `compiled_call`."""
+    """Compile what the layers share for one kind of call; see `compiled_call`. It depends on no scale and no softcap."""
 
     def share(*tensors: Tensor) -> Shared:
         return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)
@@ -299,7 +300,8 @@ def shared_of(settings: Settings, compiler: Compiler, call: Call, regions: Regio
             if axis is not None and (queries > 1 or x is views[0]):
                 torch._dynamo.maybe_mark_dynamic(x, axis)
         kind = len(regions.first), min(queries, 2), regions.valid.device
-        shared = compiled_shared(settings, compiler, heads, kv_heads, kind)(*views)
+        local = replace(settings, scale=1.0, softcap=None)
+        shared = compiled_shared(local, compiler, heads, kv_heads, kind)(*views)
         return shared.mark_dynamic(queries=queries > 1)
 
     return regions.once((Shared, heads, kv_heads, rows.start), compute)

@@ -254,7 +254,7 @@ def compiled_weighed(settings: Settings, compiler: Compiler, estimate: Estimate,
 def compiled_shared(
     settings: Settings, compiler: Compiler, heads: int, kv_heads: int, _kind: tuple[object, ...]
 ) -> Callable[..., Shared]:
-    """Compile what the layers share for one kind of call; see `compiled_call`. It depends on no scale and no softcap."""
+    """Compile what layers share for one kind of call, whatever scale and softcap; see `compiled_call`."""
 
     def share(*tensors: Tensor) -> Shared:
         return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)

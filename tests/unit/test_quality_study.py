@@ -228,7 +228,10 @@ def test_the_page_is_made_without_presses_and_says_so(study: Any, tmp_path: Path
     for job in measuring.SCORED.jobs(context):
         row = measuring.Row(*job, [1, 0], [1.0, 2.0], text, text, counts, counts)
         measuring.SCORED.store(context).add(row)
+    of_before = measuring.Row(*job[:5], "risk of before", "0.5", [1, 0], [1.0, 2.0], text, text, counts, counts)
+    measuring.SCORED.store(context).add(of_before)
     found = package.page(context)
+    assert "risk of before" not in found.markdown
     assert "Methods that shrink the cache" not in found.markdown
     assert "*Presses not measured yet:* SmolLM2-135M-Instruct, 8,192 tokens" in found.markdown
     assert "*Not measured yet:*" not in found.markdown

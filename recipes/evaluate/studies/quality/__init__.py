@@ -31,10 +31,11 @@ STYLES = {
     f"static, {DENSELY}": (RED, "x"),
     "static, by mass": (ORANGE, "s:"),
     "static, answering": (RED, "s:"),
+    "static, answering, window 2,048": ("#7A3B00", "D:"),
     "static, other task": (YELLOW, "s:"),
     "static, drawn": (GREY, "v:"),
-    "risk, each head": (GREEN, ">-"),
-    "budget": (GREEN, "h-"),
+    "risk, each head, window 2,048": (GREEN, ">-"),
+    "budget, window 2,048": (GREEN, "h-"),
     "StreamingLLM": ("#B0A090", "s--"),
     "SnapKV": ("#7A5230", "o--"),
     "ExpectedAttention": ("#A87B4F", "^--"),
@@ -89,6 +90,7 @@ def page(context: Context) -> Page:
         guarded=at(8192, 2048, "guarded", "0.6"),
         lean=at(8192, 2048, "static, answering", "15% of heads"),
         elsewhere=at(8192, 2048, "static, other task", "30% of heads"),
+        promised=[{"risk": one} for name, one in known.items() if name == (default.place, "risk, each head", "0.05")],
         pressed=[
             {
                 "snap": at(8192, 1024, "SnapKV", "50% kept"),
@@ -166,8 +168,8 @@ def draw(listed: Sequence[Summary]) -> Figure:
         there = [one for one in listed if one.place == place]
         curves = {family: [one for one in there if one.family == family] for family in STYLES}
         for one in listed:
-            if one.place[:2] == place[:2] and one.family == "log-normal":
-                curves.get(f"log-normal, window {one.place.window:,}", []).append(one)
+            if one.place[:2] == place[:2]:
+                curves.get(f"{one.family}, window {one.place.window:,}", []).append(one)
         for family, found in curves.items():
             curve, (colour, style) = sorted(found, key=_paid), STYLES[family]
             if not curve:

@@ -79,6 +79,19 @@ def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[in
     setattr(entry, _CROPPED, 0)
 
 
+def make_places(cache: Any, layer: int, key: Tensor) -> None:
+    """Make places for moments in a static cache, in a call that keeps none: a compiled step after it may.
+
+    Args:
+        cache: The call's cache, or None.
+        layer: Index of the layer.
+        key: [batch, kv_heads, keys, dim]; the keys of the call.
+    """
+    entry = _entry(cache, layer)
+    if _stays_in_place(entry) and not hasattr(entry, _PLACES) and not torch.compiler.is_compiling():
+        _hold(entry, PromptMoments.empty(key).parts)
+
+
 def prepare() -> None:
     """Make the tracking classes of the cache entries that transformers has, which a compiled graph can't do."""
     from transformers import cache_utils
@@ -167,19 +180,27 @@ def _keep(entry: Any, moments: PromptMoments) -> None:
     """Keep moments with a cache entry, in place if it is one of a static cache; a reset leaves their places."""
     if moments is getattr(entry, _ATTRIBUTE, None):
         return
-    if getattr(entry, "is_compileable", False):
+    if _stays_in_place(entry):
         places = getattr(entry, _PLACES, None)
         if places is None or not all(map(_fits, places, moments.parts)):
-            places = moments.parts
-            if not torch.compiler.is_compiling():
-                for place in places:
-                    torch._dynamo.mark_static_address(place)
+            places = _hold(entry, moments.parts)
         else:
             for place, part in zip(places, moments.parts, strict=True):
                 place.copy_(part)
-        setattr(entry, _PLACES, places)
         moments = PromptMoments(*places)  # not the one before, which keeps what it made of their content
     setattr(entry, _ATTRIBUTE, moments)
+
+
+def _stays_in_place(entry: Any) -> bool:
+    return getattr(entry, "is_compileable", False)
+
+
+def _hold(entry: Any, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not torch.compiler.is_compiling():  # a graph can't mark tensors of its own
+        for place in places:
+            torch._dynamo.mark_static_address(place)
+    setattr(entry, _PLACES, places)
+    return places
 
 
 def _fits(place: Tensor, part: Tensor) -> bool:

@@ -166,6 +166,22 @@ def test_moments_of_a_static_cache_stay_in_place():
     assert all(a is b for after in kept[1:] for a, b in zip(kept[0], after, strict=True))
 
 
+@needs_tracking_in_graphs
+def test_moments_of_a_static_cache_have_a_place_before_the_first_compiled_step():
+    ids, model = tokens(432), tiny_model("llama", num_hidden_layers=1).double()
+    with patchattn.patch(model, policy(MOMENTS, phases=("decode",))) as handle:
+        cache, step = make_cache("static", model), torch.compile(model, backend="eager", fullgraph=True)
+        forward(model, ids[:, :412], **with_cache(model, cache))
+        assert handle.report().dense_calls[0] == {"phase": 1}
+        places = cache.layers[0]._patchattn_places
+        for at in range(412, 432):
+            forward(step, ids[:, at : at + 1], **with_cache(model, cache))
+        assert_moments_equal_recomputation(cache, 432)
+        assert handle.report().rebuilt[0] == {"never kept": 1}
+    assert all(a is b for a, b in zip(places, parts_of(cache), strict=True))
+    assert all(place._dynamo_static_input_type == "unguarded" for place in places)
+
+
 def parts_of(cache):
     return [part for entry in cache.layers for part in moments_of(entry).parts]
 

@@ -13,7 +13,7 @@ from patchattn.errors import UnsupportedCallError
 from patchattn.gates.base import Known
 from patchattn.gates.decision import forced
 from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
-from patchattn.hf.cache import load_moments, prepare, store_moments, why_rebuilt
+from patchattn.hf.cache import load_moments, make_places, prepare, store_moments, why_rebuilt
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.mask import CausalMask, mask
 from patchattn.hf.state import LayerState
@@ -82,6 +82,8 @@ def attention(
         output = _attend(state, inputs, phase, cache, kwargs.get("position_ids"))
     else:
         state.counters.add("dense_calls", reason)
+        if reason != "layer" and policy.gate.keeps_moments:
+            make_places(cache, state.cache_layer, key)
         output = state.dense(inputs)
     return output.transpose(1, 2).contiguous(), None
 

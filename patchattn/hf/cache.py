@@ -3,6 +3,9 @@
 The moments of a layer live on that layer's entry in the key-value cache. The entry is replaced by one of a subclass,
 of the same name, that carries the moments through everything a cache can be asked to do: beams are reordered, rows
 selected or repeated, tokens cropped, the cache reset, copied and pickled. Appending keys never invalidates them.
+
+A static cache holds them in place, like its keys. A CUDA graph may change tensors whose addresses stay, but what it
+returns is gone by its next replay, which can't be given it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from patchattn.moments.prompt import PromptMoments
 
 _ATTRIBUTE = "_patchattn_moments"
+_PLACES = "_patchattn_places"
 _GRID = "_patchattn_grid"
 _CROPPED = "_patchattn_cropped"
 
@@ -70,9 +74,22 @@ def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[in
         if entry is None:
             return
         cache.layers[layer] = entry
-    setattr(entry, _ATTRIBUTE, moments)
+    _keep(entry, moments)
     setattr(entry, _GRID, grid)
     setattr(entry, _CROPPED, 0)
+
+
+def make_places(cache: Any, layer: int, key: Tensor) -> None:
+    """Make places for moments in a static cache, in a call that keeps none: a compiled step after it may.
+
+    Args:
+        cache: The call's cache, or None.
+        layer: Index of the layer.
+        key: [batch, kv_heads, keys, dim]; the keys of the call.
+    """
+    entry = _entry(cache, layer)
+    if _stays_in_place(entry) and not hasattr(entry, _PLACES) and not torch.compiler.is_compiling():
+        _hold(entry, PromptMoments.empty(key).parts)
 
 
 def prepare() -> None:
@@ -133,7 +150,7 @@ def _make_tracking(base: type) -> type:
             moments = getattr(self, _ATTRIBUTE)
             if moments is not None:
                 rows = torch.arange(moments.chunks.shape[0], device=moments.chunks.device)
-                setattr(self, _ATTRIBUTE, moments.select(rows.repeat_interleave(repeats)))
+                _keep(self, moments.select(rows.repeat_interleave(repeats)))
 
         def crop(self, tokens_to_remove: int) -> None:
             before = self.get_seq_length()
@@ -159,12 +176,43 @@ def _make_tracking(base: type) -> type:
     return Tracking
 
 
+def _keep(entry: Any, moments: PromptMoments) -> None:
+    """Keep moments with a cache entry, in place if it is one of a static cache; a reset leaves their places."""
+    if moments is getattr(entry, _ATTRIBUTE, None):
+        return
+    if _stays_in_place(entry):
+        places = getattr(entry, _PLACES, None)
+        if places is None or not all(map(_fits, places, moments.parts)):
+            places = _hold(entry, moments.parts)
+        else:
+            for place, part in zip(places, moments.parts, strict=True):
+                place.copy_(part)
+        moments = PromptMoments(*places)  # not the one before, which keeps what it made of their content
+    setattr(entry, _ATTRIBUTE, moments)
+
+
+def _stays_in_place(entry: Any) -> bool:
+    return getattr(entry, "is_compileable", False)
+
+
+def _hold(entry: Any, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not torch.compiler.is_compiling():  # a graph can't mark tensors of its own
+        for place in places:
+            torch._dynamo.mark_static_address(place)
+    setattr(entry, _PLACES, places)
+    return places
+
+
+def _fits(place: Tensor, part: Tensor) -> bool:
+    return (place.shape, place.dtype, place.device) == (part.shape, part.dtype, part.device)
+
+
 def _select(entry: Any, rows: Tensor) -> None:
     moments = getattr(entry, _ATTRIBUTE)
     if moments is not None:
         rows = torch.as_tensor(rows)
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-        setattr(entry, _ATTRIBUTE, moments.select(rows))
+        _keep(entry, moments.select(rows))
 
 
 def _remake(base: type) -> Any:

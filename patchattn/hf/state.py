@@ -149,7 +149,8 @@ _STATES: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDiction
 _NUMBERS = itertools.count(secrets.randbits(62))
 
 
-@torch.library.custom_op("patchattn::keep", mutates_args=("witness",))
+# It reads on the host, which no CUDA graph can: it runs between two of them.
+@torch.library.custom_op("patchattn::keep", mutates_args=("witness",), tags=(torch.Tag.cudagraph_unsafe,))
 def _keep(witness: Tensor, opened: Tensor, number: Tensor, phase: str) -> None:
     """Keep the decisions of a call inside a graph, which may not change a list: each change would compile it anew.
 

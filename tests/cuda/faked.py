@@ -102,6 +102,7 @@ def pretend_h100() -> None:
             setattr(device_interface.CudaInterface, name, staticmethod(answer))
     torch.version.cuda = torch.version.cuda or "13.0"
     torch._C._cuda_getCurrentRawStream = lambda device=0: 0
+    torch._C._cuda_cudaCachingAllocator_is_enabled = lambda: True
     torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
     torch.accelerator.is_available = lambda: False  # else Dynamo asks for the current stream
     fake_tensor.init_gpu_context = lambda *device: None

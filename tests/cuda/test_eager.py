@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,18 +16,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faked import fake_mode
-from torch import nn
+from llama import made_on_fake_device, move_to_fake_device, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import patchattn
 from patchattn.backends.flex.compiled import forget
+from patchattn.hf.architecture import with_cache
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")]
 LENGTH = 8192
 CALL, ATTENTION = "compiled call", "scaled_dot_product_attention"
 # What the patch adds to each layer: operators that launch a kernel or take memory, and those that only give a view.
-ADDED = {"prefill": {"kernels": 13, "views": 17}, "decode": {"kernels": 0, "views": 4}}
+ADDED = {"prefill": {"kernels": 13, "views": 14}, "decode": {"kernels": 0, "views": 4}}
 
 
 class Operators(TorchDispatchMode):
@@ -76,46 +76,15 @@ class Operators(TorchDispatchMode):
                 self.is_counting = False
 
 
-def move_to_fake_device(model: nn.Module) -> None:
-    """Do what `model.to("cuda")` does, which needs a device."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cuda"), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cuda")
-
-
-def through_the_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Let `torch.tensor` make fake tensors: on a device it goes past the fake mode."""
-
-    def run(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        made = make(data, **options)
-        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
-
-    return run
-
-
 @functools.cache
 def operators_of(layers: int, *, patched: bool) -> dict[str, Operators]:
     """Count the operators of a prefill and of the decode step after it, with all layers."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2 * LENGTH,
-    )
     counts = {"prefill": Operators(), "decode": Operators()}
     compile_eagerly = torch.compile
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = tiny_llama(layers, 2 * LENGTH)
     with fake_mode(), torch.no_grad():
         move_to_fake_device(model)
-        cache = DynamicCache(config=config)
-        argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        cache = DynamicCache(config=model.config)
         torch.compiler.reset()
         forget()
         if patched:
@@ -130,12 +99,11 @@ def operators_of(layers: int, *, patched: bool) -> dict[str, Operators]:
             tokens = torch.zeros(1, queries, dtype=torch.long, device="cuda")
             with (
                 mock.patch.object(torch, "compile", compile_one),
-                mock.patch.object(torch, "tensor", through_the_host(torch.tensor)),
-                mock.patch.object(torch, "as_tensor", through_the_host(torch.as_tensor)),
+                made_on_fake_device(),
                 mock.patch.object(F, "scaled_dot_product_attention", attention),
                 operators.counting(),
             ):
-                model(tokens, logits_to_keep=1, **{argument: cache})
+                model(tokens, logits_to_keep=1, **with_cache(model, cache))
             forget()
             assert (CALL in operators.kernels) == patched, phase
     return counts

@@ -141,6 +141,51 @@ def test_rows_of_a_cache_whose_first_call_was_compiled_are_followed(kind):
         assert moments_of(copied.layers[0]) is not None
 
 
+def test_moments_of_a_static_cache_stay_in_place():
+    """A CUDA graph finds them where they were when it was recorded, whatever comes between two steps."""
+    ids, others = tokens(432), tokens(432, seed=1)
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    with patchattn.patch(model, policy(MOMENTS)):
+        want = forward(model, ids, use_cache=False)[:, 412:]
+        cache, step = make_cache("static", model), torch.compile(model, backend="eager", fullgraph=True)
+        forward(model, ids[:, :412], **with_cache(model, cache))
+        kept, copied = [parts_of(cache)], copy.deepcopy(cache)
+        # Steps that are not compiled before and after those that are, which complete a chunk of keys at 420.
+        runs = [model, *[step] * 18, model]
+        got = [forward(run, ids[:, at : at + 1], **with_cache(model, cache)) for at, run in enumerate(runs, 412)]
+        assert torch.allclose(torch.cat(got, 1), want, atol=1e-9)
+        assert (moments_of(copied.layers[0]).chunks == 2).all()
+        kept.append(parts_of(cache))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert_moments_equal_recomputation(cache, 432)
+        kept.append(parts_of(cache))
+        cache.reset()
+        forward(model, others[:, :300], **with_cache(model, cache))
+        assert_moments_equal_recomputation(cache, 300)
+        kept.append(parts_of(cache))
+    assert all(a is b for after in kept[1:] for a, b in zip(kept[0], after, strict=True))
+
+
+@needs_tracking_in_graphs
+def test_moments_of_a_static_cache_have_a_place_before_the_first_compiled_step():
+    ids, model = tokens(432), tiny_model("llama", num_hidden_layers=1).double()
+    with patchattn.patch(model, policy(MOMENTS, phases=("decode",))) as handle:
+        cache, step = make_cache("static", model), torch.compile(model, backend="eager", fullgraph=True)
+        forward(model, ids[:, :412], **with_cache(model, cache))
+        assert handle.report().dense_calls[0] == {"phase": 1}
+        places = cache.layers[0]._patchattn_places
+        for at in range(412, 432):
+            forward(step, ids[:, at : at + 1], **with_cache(model, cache))
+        assert_moments_equal_recomputation(cache, 432)
+        assert handle.report().rebuilt[0] == {"never kept": 1}
+    assert all(a is b for a, b in zip(places, parts_of(cache), strict=True))
+    assert all(place._dynamo_static_input_type == "unguarded" for place in places)
+
+
+def parts_of(cache):
+    return [part for entry in cache.layers for part in moments_of(entry).parts]
+
+
 def test_a_compiled_call_without_a_cache_is_gated():
     ids = tokens(420)
     model = tiny_model("qwen3", num_hidden_layers=1).double()

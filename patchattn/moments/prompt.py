@@ -70,6 +70,16 @@ def bulk_log_mass_from_prompt(
     return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
 
 
+def moments_before(inputs: AttentionInputs) -> PromptMoments:
+    """Take the moments of the keys before a call's first query, where none were kept; looks at no tensor."""
+    key, regions = inputs.key, inputs.regions
+    moments = PromptMoments.empty(key)
+    if regions.query_length == regions.key_length:
+        return moments
+    # A static cache does not tell how many of its slots are filled: as many chunks as it has room for.
+    return moments.advanced(key, regions, regions.n_bulk[:, 0] // CHUNK, regions.key_length // CHUNK + 1)
+
+
 def _decode_step(inputs: AttentionInputs, state: PromptMoments, estimate: Estimate) -> Tensor:
     """Evaluate one query per sequence where the state covers what it should: 127 of 128 steps."""
     dim, log_n = inputs.query.shape[3], inputs.regions.last_log_n_bulk

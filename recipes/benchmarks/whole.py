@@ -91,7 +91,9 @@ def section(found: Iterable[dict[str, Any]], benchmark: str) -> str:
         if file["benchmark"] == benchmark:
             if is_real:
                 page = f"benchmarks/{file['stem']}"
-                parts += [_goals(file["rows"]), f"![{file['title']}]({page}.png)", f"[All columns]({page}.md)."]
+                # Goals are those of bfloat16.
+                parts += [_goals(file["rows"])] if any(row["dtype"] == "bf16" for row in file["rows"]) else []
+                parts += [f"![{file['title']}]({page}.png)", f"[All columns]({page}.md)."]
             for kind in _kinds(file["rows"]):
                 of_kind = [row for row in file["rows"] if (row["model"], row["dtype"]) == kind]
                 parts += _tables(of_kind, ", ".join(kind), every=is_real)

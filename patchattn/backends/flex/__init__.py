@@ -47,7 +47,7 @@ from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
 from patchattn.gates.base import HeadGate, Known
 from patchattn.gates.moment import MomentGate
-from patchattn.moments.prompt import PromptMoments
+from patchattn.moments.prompt import PromptMoments, moments_before
 from patchattn.policy import Phase
 
 
@@ -100,18 +100,17 @@ def weigh_and_attend_with(
         compiler: As in `attend_with`.
 
     Returns:
-        What attention gives, and the moments after the last query. None for another gate, where there is no device to
-        wait for, and where moments of earlier keys are missing: those take any number of chunks to make.
+        What attention gives, and the moments after the last query. None for another gate, and where there is no device
+        to wait for.
     """
     if torch.compiler.is_compiling() or not _takes_two_passes(inputs, compiler):
         return None
-    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    if not isinstance(gate, MomentGate) or not gate.keeps_moments or (known.moments is None and queries < keys):
+    if not isinstance(gate, MomentGate) or not gate.keeps_moments:
         return None
     _refuse_dtype(inputs.query.dtype)
     settings, regions, call = Settings.of(inputs, two_passes=True), inputs.regions, two_pass_call(inputs, None)
     margins = None if known.measured is None else known.measured.margins
-    moments = PromptMoments.empty(inputs.key).parts if known.moments is None else known.moments.parts
+    moments = (known.moments or moments_before(inputs)).parts
     parts = []
     with torch.no_grad(), explained(call):
         for rows, slab in slabs_of(call):

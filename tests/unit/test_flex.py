@@ -25,6 +25,7 @@ from patchattn.backends.flex import masks as flex_masks
 from patchattn.backends.flex.call import Settings, two_pass_call
 from patchattn.backends.flex.local import local_log_mass
 from patchattn.backends.flex.shared import Shared, has_full_list
+from patchattn.call.inputs import Attended
 from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.errors import BackendError, UnsupportedCallError
 from patchattn.gates.base import Known
@@ -151,16 +152,27 @@ def test_some_calls_are_weighed_before_the_graph():
     assert flex.weigh_and_attend(inputs, gate, Known(moments=moments)) is None, "a CPU goes in one pass"
 
 
-def test_backward_is_refused():
+@pytest.mark.parametrize("weighed", [False, True])
+def test_backward_is_refused(weighed: bool):
     inputs = Case().inputs(torch.float32)
     inputs.query.requires_grad_()
+    inputs.key.requires_grad_()
     mass = torch.full(inputs.query.shape[:3], torch.inf)
-    got = flex.attend_with(inputs, mass, 0.0, compiler="eager")
+
+    def attend() -> Attended:
+        if not weighed:
+            return flex.attend_with(inputs, mass, 0.0, compiler="eager")
+        found = flex.weigh_and_attend_with(inputs, MomentGate(), Known(), compiler="eager")
+        assert found is not None
+        assert not any(part.requires_grad for part in found[1].parts)
+        return found[0]
+
+    got = attend()
     assert got.output.requires_grad
     with pytest.raises(UnsupportedCallError, match="no_grad"):
         got.output.sum().backward()
     with torch.no_grad():
-        assert not flex.attend_with(inputs, mass, 0.0, compiler="eager").output.requires_grad
+        assert not attend().output.requires_grad
 
 
 def test_float64_is_refused():

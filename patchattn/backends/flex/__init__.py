@@ -110,9 +110,9 @@ def weigh_and_attend_with(
     _refuse_dtype(inputs.query.dtype)
     settings, regions, call = Settings.of(inputs, two_passes=True), inputs.regions, two_pass_call(inputs, None)
     margins = None if known.measured is None else known.measured.margins
-    moments = (known.moments or moments_before(inputs)).parts
     parts = []
     with torch.no_grad(), explained(call):
+        moments = (known.moments or moments_before(inputs)).parts
         for rows, slab in slabs_of(call):
             shared = shared_of(settings, compiler, slab, regions, rows)
             run = compiled_weighed(settings, compiler, gate.estimate, kind_of(slab, two_passes=True))
@@ -120,7 +120,7 @@ def weigh_and_attend_with(
             more = shared, _at_margin(regions, gate.margin), places, moments, margins
             *found, moments = run(with_dynamic_lengths(slab), *more)
             parts.append(found)
-        return _attended(inputs, *joined(parts)), PromptMoments(*moments)
+    return _attended(inputs, *joined(parts)), PromptMoments(*moments)
 
 
 def weigh_and_attend(inputs: AttentionInputs, gate: HeadGate, known: Known) -> tuple[Attended, PromptMoments] | None:

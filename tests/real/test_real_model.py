@@ -134,7 +134,7 @@ def test_heads_that_swing_are_found(
 def test_its_calibration_decides_for_each_head(real_folder: Path) -> None:
     folder = Path(__file__).parents[2] / "calibrations" / "smollm2-135m-instruct"
     model, tokenizer = load_pretrained(real_folder)
-    ids = tokenizer(demo.prose()[:12000], return_tensors="pt").input_ids[:, :2000]
+    ids = tokenizer(demo.prose()[:16000], return_tensors="pt").input_ids[:, :3000]  # beyond the window
     calibration = patchattn.Calibration.from_pretrained(folder)
     static = patchattn.StaticGate.from_calibration(calibration, heads=27)
     assert len(static.open_heads) == 27

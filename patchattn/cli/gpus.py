@@ -57,10 +57,7 @@ class Machine:
         if built_for is not None:
             try:
                 torch.cuda.init()
-                gpus = [
-                    Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i), *torch.cuda.mem_get_info(i))
-                    for i in range(torch.cuda.device_count())
-                ]
+                gpus = [_look_at(device) for device in range(torch.cuda.device_count())]
             except (RuntimeError, AssertionError) as error:
                 refusal = str(error).strip().split("\n", 1)[0]
         has_card = shutil.which("nvidia-smi") is not None
@@ -76,8 +73,8 @@ class Machine:
         elif self.has_card and not self.gpus:
             reason = f" ({self.refusal})" if self.refusal else ""
             yield (
-                f"torch is built for CUDA {self.built_for} and finds no card{reason}: update the driver, or install a "
-                "torch that is built for an older CUDA."
+                f"torch is built for CUDA {self.built_for} and finds no card{reason}: unless CUDA_VISIBLE_DEVICES "
+                "hides it, update the driver, or install a torch that is built for an older CUDA."
             )
         if self.gpus and not self.has_triton:
             yield 'Triton is missing, with which flex is compiled: pip install triton, or use backend="blockwise".'
@@ -94,3 +91,12 @@ class Machine:
                     f"cuda:{at}, {gpu.name}, has {free} of {total} GiB free: end what else uses it (nvidia-smi lists "
                     "that), or take another card with CUDA_VISIBLE_DEVICES."
                 )
+
+
+def _look_at(device: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        free = torch.cuda.mem_get_info(device)[0]
+    except RuntimeError:  # so full that there is no room to ask
+        free = 0
+    return Gpu(properties.name, (properties.major, properties.minor), free, properties.total_memory)

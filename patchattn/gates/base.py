@@ -20,6 +20,7 @@ class Known:
     Args:
         layer: Index of the layer.
         moments: Running prompt moments of the cache; None if there are none yet.
+        reach_query: Whether they are known to go up to the first query.
         max_chunks: See `bulk_log_mass_from_prompt`.
         measured: What a calibration says about the layer's heads; None without one.
         positions: [batch or 1, query] int64; positions that the model gives the queries. None where they are not known.
@@ -30,6 +31,7 @@ class Known:
     max_chunks: int | None = None
     measured: MeasuredHeads | None = None
     positions: Tensor | None = None
+    reach_query: bool = False
 
 
 class HeadGate(Frozen):

@@ -13,7 +13,7 @@ from patchattn.errors import UnsupportedCallError
 from patchattn.gates.base import Known
 from patchattn.gates.decision import forced
 from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
-from patchattn.hf.cache import load_moments, make_places, prepare, store_moments, why_rebuilt
+from patchattn.hf.cache import load_moments, make_places, prepare, reach_query, store_moments, why_rebuilt
 from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.mask import CausalMask, mask
 from patchattn.hf.state import LayerState
@@ -113,7 +113,9 @@ def _weigh_and_attend(
     if gate.keeps_moments and moments is None and is_late:
         state.counters.add("rebuilt", why_rebuilt(cache, state.cache_layer))
     bound = _chunk_bound(inputs, has_state=moments is not None)
-    known = Known(state.layer, moments, bound, state.measured, positions)
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    is_near = not torch.compiler.is_compiling() and reach_query(cache, state.cache_layer, queries, keys)
+    known = Known(state.layer, moments, bound, state.measured, positions, is_near)
     found = None if state.weighed is None else state.weighed(inputs, gate, known)
     if found is None:
         mass, moments = gate.weigh(inputs, known)
@@ -121,7 +123,7 @@ def _weigh_and_attend(
     else:
         attended, moments = found
     if moments is not None:
-        store_moments(cache, state.cache_layer, moments, grid)
+        store_moments(cache, state.cache_layer, moments, grid, keys)
     return attended
 
 

@@ -21,6 +21,7 @@ from patchattn.moments.prompt import PromptMoments
 _ATTRIBUTE = "_patchattn_moments"
 _PLACES = "_patchattn_places"
 _GRID = "_patchattn_grid"
+_KEYS = "_patchattn_keys"
 _CROPPED = "_patchattn_cropped"
 
 # Dynamo of torch 2.11 can't read the attributes of an object one by one.
@@ -49,6 +50,11 @@ def load_moments(cache: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> 
     return moments if moments.total.device == key.device else moments.to(key.device)
 
 
+def reach_query(cache: Any, layer: int, queries: int, keys: int) -> bool:
+    """Say whether moments are known to go up to the first query of a call: no call between, no keys taken back."""
+    return getattr(_entry(cache, layer), _KEYS, None) == keys - queries
+
+
 def why_rebuilt(cache: Any, layer: int) -> str:
     """Say why `load_moments` found nothing: one of `REBUILD_REASONS`."""
     entry = _entry(cache, layer)
@@ -59,8 +65,8 @@ def why_rebuilt(cache: Any, layer: int) -> str:
     return "taken back" if getattr(entry, _ATTRIBUTE) is None else "other sizes"
 
 
-def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[int, int]) -> None:
-    """Keep the moments of a layer with its cache; a call without one keeps none.
+def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[int, int], keys: int) -> None:
+    """Keep the moments of a layer after a call over `keys` slots with its cache; a call without one keeps none.
 
     A compiled graph can't make a class: a kind of cache entry that no call outside of a graph has used and that
     `prepare` did not know keeps no moments there, and they are taken from its keys again on every call. So do all
@@ -76,6 +82,7 @@ def store_moments(cache: Any, layer: int, moments: PromptMoments, grid: tuple[in
         cache.layers[layer] = entry
     _keep(entry, moments)
     setattr(entry, _GRID, grid)
+    setattr(entry, _KEYS, None if torch.compiler.is_compiling() else keys)  # a number would be a part of the graph
     setattr(entry, _CROPPED, 0)
 
 
@@ -153,11 +160,11 @@ def _make_tracking(base: type) -> type:
                 _keep(self, moments.select(rows.repeat_interleave(repeats)))
 
         def crop(self, tokens_to_remove: int) -> None:
-            before = self.get_seq_length()
+            before = int(self.get_seq_length())  # a static cache returns its counter, which the crop changes
             base.crop(self, tokens_to_remove)
             # Covered keys are at least a window away from the newest one, so a shorter crop leaves them in place. Crops
             # add up until moments are stored again: calls in between may have been dense.
-            cropped = getattr(self, _CROPPED) + before - self.get_seq_length()
+            cropped = getattr(self, _CROPPED) + before - int(self.get_seq_length())
             setattr(self, _CROPPED, cropped)
             if cropped > getattr(self, _GRID)[1]:
                 setattr(self, _ATTRIBUTE, None)
@@ -204,6 +211,8 @@ def _hold(entry: Any, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _fits(place: Tensor, part: Tensor) -> bool:
+    if place.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # what was made in inference mode can't be changed outside of it
     return (place.shape, place.dtype, place.device) == (part.shape, part.dtype, part.device)
 
 

@@ -70,14 +70,24 @@ def bulk_log_mass_from_prompt(
     return torch.where((n_bulk > 0)[:, None], mass, -torch.inf), state
 
 
-def moments_before(inputs: AttentionInputs) -> PromptMoments:
-    """Take the moments of the keys before a call's first query, where none were kept; looks at no tensor."""
+def moments_before(inputs: AttentionInputs, kept: PromptMoments | None, *, reach_query: bool) -> PromptMoments:
+    """Bring moments up to a call's first query; reads no tensor on the host.
+
+    Args:
+        inputs: The attention call.
+        kept: Moments left by earlier calls on the same keys; None starts from nothing.
+        reach_query: Whether it is known that `kept` goes up to the first query. Else calls between may have kept none,
+            or keys were taken back. A single query that is further behind than a chunk opens, and catches up.
+    """
     key, regions = inputs.key, inputs.regions
-    moments = PromptMoments.empty(key)
-    if regions.query_length == regions.key_length:
-        return moments
+    if kept is not None and (reach_query or regions.query_length == 1):
+        return kept
+    if kept is None and regions.query_length == regions.key_length:
+        return PromptMoments.empty(key)
     # A static cache does not tell how many of its slots are filled: as many chunks as it has room for.
-    return moments.advanced(key, regions, regions.n_bulk[:, 0] // CHUNK, regions.key_length // CHUNK + 1)
+    needed = regions.n_bulk[:, 0] // CHUNK
+    moments = PromptMoments.empty(key) if kept is None else kept.rewound(needed)
+    return moments.advanced(key, regions, needed, regions.key_length // CHUNK + 1)
 
 
 def _decode_step(inputs: AttentionInputs, state: PromptMoments, estimate: Estimate) -> Tensor:

@@ -98,7 +98,7 @@ class Conversation:
         bound = self.key.shape[2] // CHUNK + 1 if bounded else None
         inputs = AttentionInputs(query, self.key, self.key, regions, 0.1)
         got, moments = bulk_log_mass_from_prompt(inputs, kept, max_chunks=bound)
-        store_moments(self.cache, 0, moments, self.local)
+        store_moments(self.cache, 0, moments, self.local, int(self.cache.get_seq_length()))
         want, fresh = bulk_log_mass_from_prompt(inputs)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         covered = (regions.n_bulk[:, -1] // CHUNK).clamp(min=0)

@@ -198,7 +198,10 @@ CARD = Gpu("NVIDIA L4", (8, 9), 20 * 2**30, 24 * 2**30)
         (Machine([], None, has_card=False, has_triton=False), None),
         (Machine([], "12.8", has_card=False, has_triton=True), None),
         (Machine([], None, has_card=True, has_triton=False), "torch is built without CUDA"),
-        (Machine([], "13.0", has_card=True, has_triton=True, refusal="driver too old"), "(driver too old): update the"),
+        (
+            Machine([], "13.0", has_card=True, has_triton=True, refusal="driver too old"),
+            "(driver too old): unless",
+        ),
         (Machine([CARD], "12.8", has_card=True, has_triton=False), "pip install triton"),
         (Machine([replace(CARD, capability=(7, 5))], "12.8", has_card=True, has_triton=True), "capability 7.5"),
         (

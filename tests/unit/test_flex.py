@@ -141,6 +141,23 @@ def test_weighing_in_the_graph_equals_weighing_before_it(name: str, slab: int, m
             torch.testing.assert_close(part[begun], expected[begun], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("behind", [4600, -200])
+def test_moments_that_lag_or_run_ahead_are_brought_up_to_the_first_query(behind: int):
+    """Calls that kept none came between, or keys were taken back."""
+    gate, case = MomentGate(threshold=0.3), Case(heads=2, queries=10, keys=7000, window=2000, query_slot=6700)
+    inputs = case.inputs(torch.float32)
+    regions = replace(inputs.regions, query_length=1, query_slot=torch.tensor(6700 - behind))
+    _, kept = gate.weigh(replace(inputs, query=inputs.query[:, :, :1], regions=regions), Known())
+    found = flex.weigh_and_attend_with(inputs, gate, Known(moments=kept), compiler="eager")
+    assert found is not None
+    mass, then = gate.weigh(inputs, Known(moments=kept))
+    want = flex.attend_with(inputs, mass, gate.margin, compiler="eager")
+    assert want.open.any()
+    assert not want.open.all()
+    assert torch.equal(found[0].open, want.open)
+    assert torch.equal(found[1].chunks, then.chunks)
+
+
 def test_some_calls_are_weighed_before_the_graph():
     gate, inputs = MomentGate(), Case(queries=1, keys=700).inputs(torch.float32)
     moments = gate.weigh(inputs, Known())[1]

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
+from patchattn.hf.cache import reach_query, store_moments
 from patchattn.moments.gaussian import CHUNK, KeyMoments, log_mass_of_gaussian
-from patchattn.moments.prompt import bulk_log_mass_from_prompt
+from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 
 
 def keys(n, dim=8, seed=0, mean=0.0, dtype=torch.float64):
@@ -179,3 +181,14 @@ def test_a_step_of_decode_is_the_mass_of_the_covered_keys(estimate, softcap, lef
             torch.testing.assert_close(mass[row], want.view(6, 1), rtol=1e-10, atol=1e-10)
             frozen += int(want.isinf().sum())
     assert (frozen > 0) == (estimate == "guarded")
+
+
+def test_a_cache_knows_whether_its_moments_reach_the_first_query():
+    cache, keys = DynamicCache(), torch.zeros(1, 2, 100, 8)
+    cache.update(keys, keys, 0)
+    assert not reach_query(cache, 0, 1, 101), "none were kept"
+    store_moments(cache, 0, PromptMoments.empty(keys), (4, 32), 100)
+    assert reach_query(cache, 0, 1, 101)
+    assert not reach_query(cache, 0, 1, 103), "two tokens came between"
+    assert not reach_query(cache, 0, 1, 100), "a token was taken back"
+    assert not reach_query(None, 0, 1, 101)

@@ -105,14 +105,14 @@ def weigh_and_attend_with(
     """
     if torch.compiler.is_compiling() or not _takes_two_passes(inputs, compiler):
         return None
-    if not isinstance(gate, MomentGate) or not gate.keeps_moments:
+    if not isinstance(gate, MomentGate) or type(gate).weigh is not MomentGate.weigh or not gate.keeps_moments:
         return None
     _refuse_dtype(inputs.query.dtype)
     settings, regions, call = Settings.of(inputs, two_passes=True), inputs.regions, two_pass_call(inputs, None)
     margins = None if known.measured is None else known.measured.margins
     parts = []
     with torch.no_grad(), explained(call):
-        moments = (known.moments or moments_before(inputs)).parts
+        moments = moments_before(inputs, known.moments, reach_query=known.reach_query).parts
         for rows, slab in slabs_of(call):
             shared = shared_of(settings, compiler, slab, regions, rows)
             run = compiled_weighed(settings, compiler, gate.estimate, kind_of(slab, two_passes=True))

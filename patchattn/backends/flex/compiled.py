@@ -266,7 +266,9 @@ def compiled_shared(
 def _compile(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | None) -> Callable[..., Any]:
     # Dynamo counts compilations per code object, and closures share theirs.
     run.__code__ = run.__code__.replace(co_name=f"{run.__name__}_{next(_NUMBERS)}")
-    return torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
+    # What these functions return is kept from call to call, and a CUDA graph of their own would overwrite it.
+    options: Any = {"triton.cudagraphs": False} if compiler == "inductor" else None
+    return torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic, options=options)
 
 
 _NUMBERS = itertools.count()
@@ -304,7 +306,7 @@ def shared_of(settings: Settings, compiler: Compiler, call: Call, regions: Regio
         shared = compiled_shared(local, compiler, heads, kv_heads, kind)(*views)
         return shared.mark_dynamic(queries=queries > 1)
 
-    return regions.once((Shared, heads, kv_heads, rows.start), compute)
+    return regions.once((Shared, heads, kv_heads, rows.start, rows.stop), compute)
 
 
 @contextmanager

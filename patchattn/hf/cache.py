@@ -211,7 +211,7 @@ def _hold(entry: Any, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _fits(place: Tensor, part: Tensor) -> bool:
-    if place.is_inference() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and place.is_inference() and not torch.is_inference_mode_enabled():
         return False  # what was made in inference mode can't be changed outside of it
     return (place.shape, place.dtype, place.device) == (part.shape, part.dtype, part.device)
 

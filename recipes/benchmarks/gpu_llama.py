@@ -142,7 +142,7 @@ def profiled(options: argparse.Namespace, call: Callable[[], None]) -> tuple[Row
     on_cuda = options.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     call()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns about its default
         call()
         if on_cuda:
             torch.cuda.synchronize(options.device)

@@ -168,8 +168,8 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("too many registers")
 
     forget()
-    with compiling():
-        monkeypatch.setattr("triton.compile", refuse)
+    with compiling(), monkeypatch.context() as patched:  # undone before the recorder undoes its own
+        patched.setattr("triton.compile", refuse)
         with pytest.raises(BackendError) as error:
             CASES["decode"].attend()
     for part in ("key [1, 8, 8192, 128]", "bfloat16 on cuda", "triton_poi_fused", "too many registers"):

@@ -273,8 +273,8 @@ MUTANTS = (
         "flex_unpinned",
         "flex gives compiled kernels tensors in layouts they do not expect",
         "backends/flex/compiled.py",
-        "grouped = pinned(rows_of(query, kv_heads)), pinned(key), pinned(value)",
-        "grouped = rows_of(query, kv_heads), key, value",
+        "return pinned(rows_of(query, kv_heads)), pinned(key), pinned(value)",
+        "return rows_of(query, kv_heads), key, value",
         "tests/unit/test_flex.py -k inductor -m ''",
     ),
     Mutant(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ def _once(compute: Callable[[Regions], Value]) -> Value:
     """Make a property of `Regions.once`."""
 
     def read(self: Regions) -> Value:
-        return self.once(compute.__name__, partial(compute, self))
+        return self.once(compute.__name__, compute, self)
 
     return property(read, doc=compute.__doc__)  # pyright: ignore[reportReturnType]
 
@@ -158,15 +158,15 @@ class Regions:
             given=given,
         )
 
-    def once(self, what: Hashable, compute: Callable[[], Value]) -> Value:
-        """Return what is computed the first time that it is asked for: for a call, whose layers share it.
+    def once(self, what: Hashable, compute: Callable[..., Value], *given: Any) -> Value:
+        """Return `compute(*given)` of the first time that it is asked for: for a call, whose layers share it.
 
         A graph that was given the regions computes it at each use: what it finds in them would be a part of the graph.
         """
         if torch.compiler.is_compiling() and not self._in_graph:
-            return compute()
+            return compute(*given)
         if what not in self._found:
-            self._found[what] = compute()
+            self._found[what] = compute(*given)
         return self._found[what]
 
     @property

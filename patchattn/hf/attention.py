@@ -114,7 +114,8 @@ def _weigh_and_attend(
         state.counters.add("rebuilt", why_rebuilt(cache, state.cache_layer))
     bound = _chunk_bound(inputs, has_state=moments is not None)
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    is_near = not torch.compiler.is_compiling() and reach_query(cache, state.cache_layer, queries, keys)
+    asks = state.weighed is not None and not torch.compiler.is_compiling()
+    is_near = asks and reach_query(cache, state.cache_layer, queries, keys)
     known = Known(state.layer, moments, bound, state.measured, positions, is_near)
     found = None if state.weighed is None else state.weighed(inputs, gate, known)
     if found is None:

@@ -175,10 +175,10 @@ class PromptMoments:
         """Continue the sums by at most `n_chunks` chunks, to `upto` [batch]; see `prefixes`."""
         moments = self
         for _, step in slabs(n_chunks, key):
-            whole = step > 1
-            moments = (
-                moments.prefixes(key, regions, upto, step).last() if whole else moments._by_one(key, regions, upto)
-            )
+            if step == 1:
+                moments = moments._by_one(key, regions, upto)
+            else:
+                moments = moments.prefixes(key, regions, upto, step).last()
         return moments
 
     def _by_one(self, key: Tensor, regions: Regions, upto: Tensor) -> PromptMoments:

@@ -15,8 +15,6 @@ CUDA lengths are dynamic and nothing is padded.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -116,7 +114,7 @@ def weigh_and_attend_with(
         for rows, slab in slabs_of(call):
             shared = shared_of(settings, compiler, slab, regions, rows)
             run = compiled_weighed(settings, compiler, gate.estimate, kind_of(slab, two_passes=True))
-            places = regions.once(("places", rows.start), partial(places_of, regions, rows.start))
+            places = regions.once(("places", rows.start), places_of, regions, rows.start)
             more = shared, _at_margin(regions, gate.margin), places, moments, margins
             *found, moments = run(with_dynamic_lengths(slab), *more)
             parts.append(found)

@@ -41,16 +41,9 @@ def attend_call(  # pragma: compiled
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend in two passes inside a compiled graph; returns output, open pairs and scored keys."""
     _refuse_uncompiled()
-    query, key, value = call["query"], call["key"], call["value"]
-    heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[3]
-    if query.device.type == "cpu":
-        # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
-        grouped = pinned(rows_of(query, kv_heads)), pinned(key), pinned(value)
-    else:
-        query, key, value = (F.pad(x, (0, max(0, _SMALLEST_HEAD_DIM - x.shape[3]))) for x in (query, key, value))
-        grouped = rows_of(query, kv_heads), key, value
+    heads, kv_heads, value_dim = call["query"].shape[1], call["key"].shape[1], call["value"].shape[3]
     gate, sink_logits = rows_of(call["gate"], kv_heads), _sink_rows(call)
-    output, opened, scored = _two_passes(settings, shared, grouped, gate, margin, sink_logits)
+    output, opened, scored = _two_passes(settings, shared, _grouped(call), gate, margin, sink_logits)
     # Laid out as the model's next layer reads it: [batch, query, heads, value_dim].
     output = output[..., :value_dim].unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
     return output, ungrouped(opened, heads), scored
@@ -102,8 +95,7 @@ def attend_at_once(settings: Settings, call: Call) -> tuple[Tensor, Tensor, Tens
         sink_size=settings.sink_size,
         window_size=settings.window_size,
     )
-    # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
-    query, key, value = pinned(rows_of(call["query"], kv_heads)), pinned(call["key"]), pinned(call["value"])
+    query, key, value = _grouped(call)
     opened = rows_of(call["gate"], kv_heads)
     reads_bulk = rows_of((call["gate"] | call["unasked"][:, None]), kv_heads)
     batch, _, rows, _ = query.shape
@@ -126,6 +118,17 @@ def _refuse_uncompiled() -> None:
             "FlexAttention was about to run uncompiled: torch.compile is switched off.",
             fix='Unset TORCHDYNAMO_DISABLE and torch.compiler.set_stance, or use backend="blockwise".',
         )
+
+
+def _grouped(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of the query, keys and values as kernels take them."""
+    query, key, value = call["query"], call["key"], call["value"]
+    kv_heads = key.shape[1]
+    if query.device.type == "cpu":
+        # Views, of a linear layer's output for instance, give failures or wrong numbers on CPU (torch 2.13).
+        return pinned(rows_of(query, kv_heads)), pinned(key), pinned(value)
+    query, key, value = (F.pad(x, (0, max(0, _SMALLEST_HEAD_DIM - x.shape[3]))) for x in (query, key, value))
+    return rows_of(query, kv_heads), key, value
 
 
 def _sink_rows(call: Call) -> Tensor | None:

@@ -20,7 +20,7 @@ from patchattn.errors import (
     UnsupportedModelError,
 )
 from patchattn.gates import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget
 from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
 from patchattn.measuring.collect import calibrate
@@ -40,6 +40,7 @@ __all__ = [
     "CalibrationNotFoundError",
     "ClosedGate",
     "GateReport",
+    "KLTarget",
     "MinBulk",
     "MomentGate",
     "OpenFractionTarget",

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchattn.calibration import files, hub
 from patchattn.calibration.card import write_card
 from patchattn.calibration.encoding import check, decode, encode
-from patchattn.calibration.findings import CURVE_ALPHAS, Expected, Findings
+from patchattn.calibration.findings import Expected, Findings
 from patchattn.calibration.key_moments import unpack_moments
 from patchattn.calibration.manifest import Fingerprint, Manifest
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
@@ -28,7 +28,7 @@ from patchattn.errors import (
 )
 from patchattn.gates import MomentGate
 from patchattn.gates.measured import MeasuredHeads
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget, Target
 from patchattn.moments.gaussian import Estimate
 from patchattn.moments.text import RotaryMoments
 from patchattn.policy import Policy
@@ -192,11 +192,11 @@ class Calibration:
         """
         return self._found(estimate).curves
 
-    def thresholds(self, target: RiskTarget | OpenFractionTarget, *, estimate: Estimate | None = None) -> Tensor:
+    def thresholds(self, target: Target, *, estimate: Estimate | None = None) -> Tensor:
         """Choose the margin from which each head closes.
 
         Args:
-            target: A risk or a budget.
+            target: A risk, a KL or a budget. Thresholds that weigh KL go with the offsets of the probe.
             estimate: Which estimate the gate uses; see `curves`.
 
         Returns:
@@ -204,24 +204,24 @@ class Calibration:
             query. +inf: it is open for every query.
 
         Raises:
-            CalibrationError: The target promises more than the measured documents can carry; says how many it needs.
+            CalibrationError: The target promises more than the documents can carry, or needs prices that are not there.
         """
         return self._found(estimate).thresholds(target)
 
     def expected(self, margins: Tensor, *, estimate: Estimate | None = None) -> Expected:
-        """Say what thresholds gave on the documents that were measured.
-
-        Args:
-            margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
-            estimate: See `curves`.
-        """
+        """Say what thresholds gave on the documents that were measured; see `Findings.expected`."""
         return self._found(estimate).expected(margins)
 
     def heads_by_oracle(self) -> list[tuple[int, int]]:
         """Rank all measured (layer, query head), the one that the exact share opens most often first."""
-        fractions = self.tensors["oracle_open_fraction"]
-        order = fractions.flatten().argsort(descending=True, stable=True).tolist()
-        heads = fractions.shape[1]
+        return self._ranked(self.tensors["oracle_open_fraction"])
+
+    def heads_by_price(self) -> list[tuple[int, int]]:
+        """Rank all measured (layer, query head), the one first whose closing costs most KL; needs prices."""
+        return self._ranked(self.findings.priced().price[..., 0])
+
+    def _ranked(self, values: Tensor) -> list[tuple[int, int]]:
+        order, heads = values.flatten().argsort(descending=True, stable=True).tolist(), values.shape[1]
         return [(self.manifest.layers[index // heads], index % heads) for index in order]
 
     def key_moments(self, layer: int) -> RotaryMoments:
@@ -296,19 +296,10 @@ class Calibration:
                 f"heads; the report has layers {list(heads)} of {sorted(counts)} heads.",
                 fix="use the calibration of the model that was run",
             )
-        found, layers = self._found(self._estimate_of(policy)), [self._layer_index(layer) for layer in heads] or None
-        return {
-            "model": measured.model,
-            "documents": measured.n_documents,
-            "targets": found.risk_curve([round(alpha, 5) for alpha in CURVE_ALPHAS], layers=layers),
-            "one": found.margin_curve(layers=layers),
-        }
+        return self._found(self._estimate_of(policy)).points_of([self._layer_index(layer) for layer in heads] or None)
 
     def measured_heads(self, policy: Policy) -> dict[int, MeasuredHeads]:
-        """Prepare what a policy's gate needs, by layer; empty if it needs nothing.
-
-        Args:
-            policy: The policy; its layers must have been measured.
+        """Prepare what a policy's gate needs, by layer; empty if it needs nothing. Its layers must have been measured.
 
         Raises:
             CalibrationError: The target, the estimate or a layer was not measured well enough.
@@ -321,14 +312,20 @@ class Calibration:
         layers = self.manifest.layers if policy.layers is None else policy.layers
         indices = [self._layer_index(layer) for layer in layers]
         target = _target_of(policy)
-        margins = None if target is None else self.thresholds(target, estimate=gate.estimate)
+        margins, probe = (None, None) if target is None else self._found(gate.estimate).offsets(target)
         return {
             layer: MeasuredHeads(
                 None if margins is None else margins[index],
                 self.key_moments(layer) if gate.moments == "calibration" else None,
+                None if probe is None else probe[index],
             )
             for layer, index in zip(layers, indices, strict=True)
         }
+
+    def expected_kl(self, policy: Policy) -> float | None:
+        """Say which KL to dense is expected of a policy, nats per token; None without thresholds from prices."""
+        target = _target_of(policy)
+        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target)
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:
@@ -347,4 +344,4 @@ class Calibration:
 def _target_of(policy: Policy) -> Target | None:
     """Return the target that a policy's gate takes its thresholds from; None where it has none."""
     threshold = policy.gate.threshold if isinstance(policy.gate, MomentGate) else None
-    return threshold if isinstance(threshold, RiskTarget | OpenFractionTarget) else None
+    return threshold if isinstance(threshold, RiskTarget | OpenFractionTarget | KLTarget) else None

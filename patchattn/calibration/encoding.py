@@ -20,21 +20,28 @@ from patchattn.calibration.key_moments import check_factors
 from patchattn.calibration.manifest import Manifest
 from patchattn.errors import CalibrationFormatError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _MANIFEST = "manifest"
 _OF_SCHEMA_1 = ("bulk_counts", "covariance_error")
-_SINCE_SCHEMA_1 = {"schema_version": 2, "moments": "prompt", "rotary": None, "moment_documents": 0}
+_SINCE_SCHEMA_1 = {"moments": "prompt", "rotary": None, "moment_documents": 0}
+_SHARES = frozenset(
+    "missed_mass open_fraction recall precision known_fraction oracle_open_fraction priced_open_fraction "
+    "kl_open_fraction".split()
+)
+_NEGATIVE_KL = 1e-4
+"""Rounding makes the KL of nearly equal predictions this little negative, nats."""
 _MOST_HEADER_BYTES = 1 << 20
 _DTYPES = {"F16": torch.float16, "F32": torch.float32}
 
 
-def expected_tensors(manifest: Manifest, n_margins: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_tensors(manifest: Manifest, n_margins: int, n_settings: int = 0) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name the tensors that go with a manifest: safetensors dtype and shape of each.
 
     Args:
         manifest: The manifest.
         n_margins: Number of margins on the grid.
+        n_settings: Number of thresholds that were tried on held-out documents.
     """
     of, estimates, layers = manifest.fingerprint, len(manifest.estimates), len(manifest.layers)
     curves = (estimates, layers, of.query_heads, n_margins + 2)
@@ -49,6 +56,15 @@ def expected_tensors(manifest: Manifest, n_margins: int) -> dict[str, tuple[str,
         "known_fraction": ("F32", curves[:3]),
         "oracle_open_fraction": ("F32", curves[1:3]),
     }
+    if manifest.prices is not None:
+        of_prices, heads = manifest.prices, (layers, of.query_heads)
+        found["probe"] = ("F16", (*heads, of_prices.hidden))
+        found["probe_offset"] = ("F32", heads)
+        found["price"] = ("F32", (*heads, n_margins + 2))
+        found["priced_open_fraction"] = ("F16", (*heads, n_margins + 2))
+        found["exchanges"] = ("F32", (n_settings,))
+        found["kl"] = ("F32", (of_prices.held_out, n_settings))
+        found["kl_open_fraction"] = ("F16", (of_prices.held_out, n_settings))
     if manifest.rotary is not None:
         dim = of.head_dim
         found["key_mean"] = ("F32", (layers, of.kv_heads, dim))
@@ -99,7 +115,8 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     margins = tensors.get("margins")
     if margins is None or margins.dim() != 1 or not len(margins):
         raise damaged("the tensor margins is missing or is not a list")
-    expected = expected_tensors(manifest, len(margins))
+    exchanges = tensors.get("exchanges", torch.empty(0))
+    expected = expected_tensors(manifest, len(margins), exchanges.numel())
     if set(tensors) != set(expected):
         missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
         raise damaged(f"tensors missing: {missing}, not known: {extra}")
@@ -111,16 +128,20 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
             raise damaged(f"{name} has NaN or Inf")
     if (margins.diff() <= 0).any():
         raise damaged("margins do not ascend")
-    for name in ("missed_mass", "open_fraction", "recall", "precision", "known_fraction", "oracle_open_fraction"):
+    for name in _SHARES & tensors.keys():
         if (tensors[name] < 0).any() or (tensors[name] > 1).any():
             raise damaged(f"{name} leaves [0, 1]")
     if (tensors["spread"] < 0).any():
         raise damaged("spread is negative")
-    missed, opened = tensors["missed_mass"].float(), tensors["open_fraction"].float()
-    if (missed.diff(dim=-1) > 0).any() or (missed[..., -1] != 0).any():
-        raise damaged("missed_mass does not fall to zero along the margins")
-    if (opened.diff(dim=-1) < 0).any():
-        raise damaged("open_fraction does not rise along the margins")
+    for name in ("missed_mass", "price"):
+        curve = tensors.get(name, torch.zeros(1)).float()
+        if (curve.diff(dim=-1) > 0).any() or (curve[..., -1] != 0).any():
+            raise damaged(f"{name} does not fall to zero along the margins")
+    for name in ("open_fraction", "priced_open_fraction"):
+        if (tensors.get(name, torch.zeros(1)).float().diff(dim=-1) < 0).any():
+            raise damaged(f"{name} does not rise along the margins")
+    if (exchanges < 0).any() or (exchanges.diff() < 0).any() or (tensors.get("kl", exchanges) < -_NEGATIVE_KL).any():
+        raise damaged("exchanges do not ascend, or a KL is negative")
     if manifest.rotary is not None:
         check_factors(tensors["key_deviation"], tensors["key_factor"], manifest.fingerprint.head_dim)
 
@@ -180,16 +201,20 @@ def _manifest(text: str) -> tuple[Manifest, frozenset[str]]:
     except (ValueError, RecursionError):
         raise damaged("its manifest is not JSON") from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
-    if version == 1 and type(version) is int:
-        # Its key moments were of turned keys, for a few lengths; nothing uses those any more.
-        text = json.dumps({name: value for name, value in fields.items() if name not in _OF_SCHEMA_1} | _SINCE_SCHEMA_1)
-        return _validated(text), frozenset({"key_mean", "key_deviation", "key_factor"})
-    if type(version) is int and version != SCHEMA_VERSION:
+    if type(version) is int and not 1 <= version <= SCHEMA_VERSION:
         raise CalibrationFormatError(
-            f"The calibration has schema version {version}; this version of patchattn reads 1 and {SCHEMA_VERSION}.",
+            f"The calibration has schema version {version}; this version of patchattn reads 1 to {SCHEMA_VERSION}.",
             fix="upgrade patchattn",
         )
-    return _validated(text), frozenset()
+    dropped: frozenset[str] = frozenset()
+    if type(version) is int and version == 1:
+        # Its key moments were of turned keys, for a few lengths; nothing uses those any more.
+        fields = {name: value for name, value in fields.items() if name not in _OF_SCHEMA_1} | _SINCE_SCHEMA_1
+        dropped = frozenset({"key_mean", "key_deviation", "key_factor"})
+    if type(version) is int and version < SCHEMA_VERSION:
+        # Schema 2 had no prices.
+        text = json.dumps(fields | {"schema_version": SCHEMA_VERSION, "prices": None})
+    return _validated(text), dropped
 
 
 def _validated(text: str) -> Manifest:

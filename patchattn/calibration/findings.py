@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from patchattn.calibration.manifest import Manifest
+from patchattn.calibration.prices import Prices
+from patchattn.calibration.prices import documents_needed as documents_needed_for_kl
 from patchattn.calibration.risk import Curves, documents_needed, rungs
 from patchattn.errors import CalibrationError
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget, Target
 from patchattn.moments.gaussian import Estimate
 
 ALPHAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Risks that cards and tables show."""
+
+KL_TARGETS = (0.002, 0.005, 0.01, 0.02, 0.05)
+"""KL targets that cards and tables show, nats per token."""
 
 CURVE_ALPHAS: list[float] = torch.logspace(-3.5, -0.5, 31).tolist()
 """Risks along a curve."""
@@ -69,6 +74,31 @@ class RiskRow:
 
 
 @dataclass(frozen=True)
+class KLRow:
+    """What one KL target gives.
+
+    Args:
+        nats: The KL asked for, nats per token.
+        open_fraction: Open pairs, mean over heads, where that KL is expected.
+        predicted: Prices of what is closed, added up, nats per token.
+        expected: The KL that is expected, nats per token.
+        promised_open_fraction: Open pairs where it is promised; None where there are too few held-out documents.
+        documents_needed: Held-out documents that the promise needs.
+        never_open: Heads that are closed for every query, where the KL is expected.
+        always_open: Heads that are open for every query.
+    """
+
+    nats: float
+    open_fraction: float
+    predicted: float
+    expected: float
+    promised_open_fraction: float | None
+    documents_needed: int
+    never_open: int
+    always_open: int
+
+
+@dataclass(frozen=True)
 class Findings:
     """What a calibration's tensors say, with one of the estimates.
 
@@ -112,12 +142,82 @@ class Findings:
             self.manifest.documents,
         )
 
+    @cached_property
+    def prices(self) -> Prices | None:
+        """What closing costs in KL; None where that was not measured with this estimate."""
+        source = self.manifest.prices
+        if source is None or source.estimate != self.estimate:
+            return None
+        names = ("price", "priced_open_fraction", "exchanges", "kl", "kl_open_fraction")
+        return Prices(self.curves.margins, *(self.tensors[name].float() for name in names))
+
+    def priced(self) -> Prices:
+        """Return the prices.
+
+        Raises:
+            CalibrationError: They were not measured, or with another estimate.
+        """
+        source = self.manifest.prices
+        if source is None:
+            raise CalibrationError(
+                "The calibration was measured without prices.",
+                fix="measure it again with patchattn.calibrate(..., prices=True), on the command line --prices",
+            )
+        if self.prices is None:
+            raise CalibrationError(
+                f"Prices were measured with the estimate {source.estimate!r}, not {self.estimate!r}.",
+                fix=f"use MomentGate(estimate={source.estimate!r})",
+            )
+        return self.prices
+
+    def prices_for(self, target: Target) -> Prices | None:
+        """Return the prices that a target takes its thresholds from; None where it takes them from missed mass.
+
+        Raises:
+            CalibrationError: The target needs prices, and there are none with this estimate.
+        """
+        if isinstance(target, KLTarget):
+            return self.priced()
+        return None if isinstance(target, RiskTarget) else self.prices
+
     def thresholds(self, target: Target) -> Tensor:
         """Choose the margin from which each head closes, [layers, query_heads] nats; see `Calibration.thresholds`."""
+        prices = self.prices_for(target)
+        if prices is None or isinstance(target, RiskTarget):
+            return self.by_mass(target)
+        return prices.margins[prices.rungs(target)]
+
+    def offsets(self, target: Target) -> tuple[Tensor, Tensor | None]:
+        """Return what the gate adds to the bulk log mass of each head: [layers, query_heads] nats, and the probe.
+
+        Returns:
+            The margins, and [layers, query_heads, hidden] of the probe that goes with them; None without prices.
+        """
+        margins = self.thresholds(target)
+        if self.prices_for(target) is None:
+            return margins, None
+        return margins + self.tensors["probe_offset"], self.tensors["probe"].float()
+
+    def expected_kl(self, target: Target) -> float | None:
+        """Say which KL to dense a target's thresholds are expected to give; None where they are not from prices."""
+        prices = self.prices_for(target)
+        return None if prices is None or isinstance(target, RiskTarget) else prices.expected(prices.rungs(target))
+
+    def by_mass(self, target: Target) -> Tensor:
+        """Choose margins by the missed mass, whether or not there are prices; not for a `KLTarget`."""
+        assert not isinstance(target, KLTarget)
         return self.curves.margins[rungs(self.curves, target)]
 
+    def kl_table(self) -> list[KLRow]:
+        """Return a row for each of `KL_TARGETS`; none without prices."""
+        return [] if self.prices is None else [_kl_row(self.prices, nats) for nats in KL_TARGETS]
+
     def expected(self, margins: Tensor) -> Expected:
-        """Say what thresholds gave on the documents that were measured; see `Calibration.expected`."""
+        """Say what thresholds gave on the documents that were measured.
+
+        Args:
+            margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
+        """
         rung = torch.searchsorted(self.curves.margins, margins.contiguous(), right=True) - 1
         chosen = rung.clamp(min=0)[..., None]
 
@@ -156,14 +256,26 @@ class Findings:
         """Return (margin, open fraction, missed mass) for each margin of the grid, the same for all heads."""
         return [(float(m), *self.means(self.everywhere(m), layers)) for m in self.tensors["margins"]]
 
+    def points_of(self, layers: list[int] | None) -> dict[str, Any]:
+        """Return what risks cost, for the page of a report; see `Calibration.risk_curve`."""
+        return {
+            "model": self.manifest.model,
+            "documents": self.manifest.n_documents,
+            "targets": self.risk_curve([round(alpha, 5) for alpha in CURVE_ALPHAS], layers=layers),
+            "one": self.margin_curve(layers=layers),
+        }
+
     def shown_target(self) -> Target | None:
-        """Choose the target that tables and pictures of heads show: the calibration's own, or the least usual risk.
+        """Choose the target that tables of missed mass show: the calibration's own, or the least usual risk.
 
         Returns:
             None where there are too few documents for any.
         """
         usual = [RiskTarget(alpha=alpha) for alpha in ALPHAS if alpha >= _LEAST_SHOWN]
-        return next((t for t in [self.own_target, *usual] if t and self._carried(t) is not None), None)
+        own = self.own_target
+        if own is not None and not isinstance(own, KLTarget) and self.prices_for(own) is None:
+            usual = [own, *usual]
+        return next((target for target in usual if self._carried(target) is not None), None)
 
     def risk_table(self) -> list[RiskRow]:
         """Return a row for each alpha of `ALPHAS` and each scope."""
@@ -184,8 +296,21 @@ class Findings:
             return None
 
 
+def _kl_row(prices: Prices, nats: float) -> KLRow:
+    chosen = prices.rungs(KLTarget(nats=nats))
+    needed, last = documents_needed_for_kl(nats), prices.price.shape[-1] - 1
+    promised = None
+    if needed <= len(prices.kl):
+        promised = prices.opened(prices.rungs(KLTarget(nats=nats, promised=True)))
+    closed, opened = (int((chosen == end).sum()) for end in (0, last))
+    known = prices.opened(chosen), prices.predicted(chosen), prices.expected(chosen)
+    return KLRow(nats, *known, promised, needed, closed, opened)
+
+
 def name_of(target: Target) -> str:
     """Name a target in a few words, for headings."""
+    if isinstance(target, KLTarget):
+        return f"KL {target.nats:g}" + (", promised" if target.promised else "")
     if isinstance(target, OpenFractionTarget):
         return f"budget {target.fraction:.0%}"
     return f"alpha {target.alpha:g}" + ("" if target.scope == "head" else ", mean over heads")

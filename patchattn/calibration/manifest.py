@@ -88,6 +88,24 @@ class Rotary(_Frozen):
         return [*ones, *still[:middle], *others, *still[middle:]]
 
 
+class PriceSource(_Frozen):
+    """What prices were measured with.
+
+    Args:
+        estimate: Estimate of the bulk log mass that the probe corrects.
+        hidden: Size of the hidden state that it reads.
+        fitted: Number of documents that it was fitted to.
+        priced: Number of other documents that the prices are from.
+        held_out: Number of yet other documents on which the patched model's KL was measured.
+    """
+
+    estimate: Estimate
+    hidden: Size
+    fitted: Annotated[int, Field(ge=1, le=2**53)]
+    priced: Annotated[int, Field(ge=1, le=2**53)]
+    held_out: Count
+
+
 class Manifest(_Frozen):
     """Everything about a calibration but its tensors.
 
@@ -108,12 +126,13 @@ class Manifest(_Frozen):
         moment_documents: Number of documents that key moments were taken from: with `moments="calibration"` others
             than the curves.
         covariance_error: Largest relative error (Frobenius norm) that storing a covariance in half precision makes.
+        prices: What prices were measured with; None for none.
         versions: Versions of the libraries it was measured with.
         note: What a reader of the card should know besides; one paragraph, empty for none.
         schema_version: Version of this schema.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: Text
     commit: Text | None = None
     fingerprint: Fingerprint
@@ -129,6 +148,7 @@ class Manifest(_Frozen):
     rotary: Rotary | None = None
     moment_documents: Count = 0
     covariance_error: Annotated[float, Field(ge=0, le=1)] = 0.0
+    prices: PriceSource | None = None
     versions: Annotated[dict[Text, Text], Field(max_length=16)]
     note: Text = ""
 
@@ -148,6 +168,8 @@ class Manifest(_Frozen):
                 raise ValueError(f"{turned!r} does not fit keys of dimension {dim}")
         elif self.moments == "calibration":
             raise ValueError('moments is "calibration", but there are no key moments')
+        if self.prices is not None and (self.moments, self.prices.estimate in self.estimates) != ("prompt", True):
+            raise ValueError("prices go with the moments of the prompt and an estimate that was measured")
         if sum(self.documents) == 0:
             raise ValueError("it must have measured at least one document")
         return self

@@ -30,7 +30,7 @@ def risk_figure(findings: Findings) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     price, promise = figure.subplots(1, 2)
     curves = {scope: findings.risk_curve(CURVE_ALPHAS, scope=scope) for scope in SCOPES}
-    budget = [findings.thresholds(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
+    budget = [findings.by_mass(OpenFractionTarget(fraction=f / 50)) for f in range(1, 50)]
     ways = {"one threshold for all heads": [point[1:] for point in findings.margin_curve()]}
     ways["open-fraction target"] = [findings.means(margins) for margins in budget]
     for scope, points in curves.items():
@@ -65,7 +65,7 @@ def risk_figure(findings: Findings) -> Figure:
 def heads_figure(findings: Findings) -> Figure:
     """Draw the open fraction of each head: by the exact share, and under the calibration's own target."""
     target = findings.shown_target()
-    opened = None if target is None else findings.expected(findings.thresholds(target)).open_fraction
+    opened = None if target is None else findings.expected(findings.by_mass(target)).open_fraction
     share = findings.manifest.oracle_threshold
     exact = findings.tensors["oracle_open_fraction"]
     layers, heads = exact.shape

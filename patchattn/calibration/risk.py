@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchattn.errors import CalibrationError
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget, Target
+from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
 
 _STEPS = 60
 
@@ -43,14 +43,14 @@ class Curves:
         return (even * self.missed_mass[0] + odd * self.missed_mass[1]) / (even + odd)
 
 
-def rungs(curves: Curves, target: Target) -> Tensor:
+def rungs(curves: Curves, target: RiskTarget | OpenFractionTarget) -> Tensor:
     """Choose a rung for each head, [layers, query_heads] int64.
 
     Raises:
         CalibrationError: The target promises more than so few documents can carry.
     """
     if isinstance(target, OpenFractionTarget):
-        return _within_budget(curves.missed_mass_of_all, curves.open_fraction, target.fraction)
+        return within_budget(curves.missed_mass_of_all, curves.open_fraction, target.fraction)
     if target.scope == "head":
         _check_documents(target, sum(curves.documents), sum(curves.documents))
         return _first(_bounded(curves.missed_mass_of_all, sum(curves.documents), target.alpha))
@@ -84,7 +84,7 @@ def _first(good: Tensor) -> Tensor:
     return good.int().argmax(-1)
 
 
-def _at_price(missed: Tensor, opened: Tensor, price: float) -> Tensor:
+def at_price(missed: Tensor, opened: Tensor, price: float) -> Tensor:
     """For each head the rung with the least missed mass + price * open fraction; the more open one among equals."""
     cost = missed.double() + price * opened.double()
     # Rounding in the file makes rungs differ by less than this without meaning.
@@ -93,7 +93,7 @@ def _at_price(missed: Tensor, opened: Tensor, price: float) -> Tensor:
     return torch.where(cheapest, order, -1).amax(-1)
 
 
-def _within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
+def within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
     """Choose rungs with the least missed mass in all, at most `fraction` open on average over heads.
 
     The price of opening is the same for all heads: at the best allocation no head could spend a bit of the budget
@@ -102,9 +102,9 @@ def _within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
     low, high = 1e-9, 1e9
     for _ in range(_STEPS):
         price = math.sqrt(low * high)
-        fits = _mean_at(opened, _at_price(missed, opened, price)) <= fraction
+        fits = _mean_at(opened, at_price(missed, opened, price)) <= fraction
         low, high = (low, price) if fits else (price, high)
-    chosen = _at_price(missed, opened, high)
+    chosen = at_price(missed, opened, high)
     left = (fraction - _mean_at(opened, chosen)) * chosen.numel()
     while True:
         now_open, now_missed = _at(opened, chosen), _at(missed, chosen)
@@ -125,7 +125,7 @@ def _shared_risk(curves: Curves, target: RiskTarget) -> Tensor:
     _check_documents(target, even, even + odd)
 
     def at(price: float) -> tuple[Tensor, bool]:
-        chosen = _at_price(curves.missed_mass[1], curves.open_fraction, price)
+        chosen = at_price(curves.missed_mass[1], curves.open_fraction, price)
         risk = torch.tensor(_mean_at(curves.missed_mass[0], chosen))
         return chosen, bool(_bounded(risk, even, target.alpha))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions, host_may_read
@@ -104,6 +106,28 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         parts.append((output.to(inputs.query.dtype), local, bulk))
     output, local, bulk = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     return output, local, bulk
+
+
+def attention_with_graph(inputs: AttentionInputs) -> Tensor:
+    """Attend to every causal key, so that it can be differentiated in memory that is linear in the number of keys.
+
+    Args:
+        inputs: All tokens of sequences of one length, without padding.
+
+    Returns:
+        [batch, heads, query, value_dim] in the query's dtype.
+    """
+    if inputs.softcap is None and inputs.sink_logits is None:
+        return functional.scaled_dot_product_attention(
+            inputs.query, inputs.key, inputs.value, is_causal=True, scale=inputs.scale, enable_gqa=True
+        )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, slab: AttentionInputs) -> Tensor:
+        return exact_attention(replace(slab, query=query, key=key, value=value))[0]
+
+    slabs = _slabs(inputs)
+    parts = [checkpoint(attend, slab.query, slab.key, slab.value, slab, use_reentrant=False) for slab in slabs]
+    return torch.cat(parts, dim=2)
 
 
 def _slabs(inputs: AttentionInputs) -> Iterator[AttentionInputs]:

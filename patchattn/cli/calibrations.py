@@ -190,7 +190,7 @@ def _print_risks(console: Console, rows: list[RiskRow]) -> None:
 
 def _layers(findings: Findings) -> list[dict[str, Any]]:
     target, tensors, index = findings.shown_target(), findings.tensors, findings.index
-    found = None if target is None else findings.expected(findings.thresholds(target))
+    found = None if target is None else findings.expected(findings.by_mass(target))
     return [
         {
             "layer": layer,

@@ -20,10 +20,11 @@ class Known:
     Args:
         layer: Index of the layer.
         moments: Running prompt moments of the cache; None if there are none yet.
-        reach_query: Whether they are known to go up to the first query.
         max_chunks: See `bulk_log_mass_from_prompt`.
         measured: What a calibration says about the layer's heads; None without one.
         positions: [batch or 1, query] int64; positions that the model gives the queries. None where they are not known.
+        reach_query: Whether `moments` are known to go up to the first query.
+        hidden: [batch, query, hidden]; what the attention module was given. None where no probe asks for it.
     """
 
     layer: int = 0
@@ -32,6 +33,7 @@ class Known:
     measured: MeasuredHeads | None = None
     positions: Tensor | None = None
     reach_query: bool = False
+    hidden: Tensor | None = None
 
 
 class HeadGate(Frozen):

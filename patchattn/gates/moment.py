@@ -24,7 +24,8 @@ class MomentGate(HeadGate):
 
     Args:
         threshold: Local share in (0, 1) from which a gate closes, the same for all heads: lower is cheaper, higher is
-            safer. Or `RiskTarget` or `OpenFractionTarget`, which take a threshold for each head from a calibration.
+            safer. Or `KLTarget`, `OpenFractionTarget` or `RiskTarget`, which take a threshold for each head from a
+            calibration.
         moments: Where the moments come from. `"prompt"`: from the sequence's own cached keys. `"calibration"`: from
             the calibration, measured on other text. A target needs a calibration that was measured with the same.
         estimate: `"lognormal"` is the estimate of QAdA (arXiv 2502.09647), an expectation over infinitely many keys.
@@ -62,9 +63,8 @@ class MomentGate(HeadGate):
             mass, moments = bulk_log_mass_from_prompt(
                 inputs, moments, estimate=self.estimate, max_chunks=known.max_chunks
             )
-        if measured is not None and measured.margins is not None:
-            mass = with_margins(mass, measured.margins)
-        return mass, moments
+        offsets = None if measured is None else measured.offsets(known.hidden, mass.dtype)
+        return mass if offsets is None else with_offsets(mass, offsets), moments
 
     def _from_calibration(self, inputs: AttentionInputs, known: Known) -> Tensor:
         """Estimate from the key moments of a calibration, [batch, heads, query] nats.
@@ -84,12 +84,12 @@ class MomentGate(HeadGate):
         return torch.where(is_known[:, None], mass, torch.nan).to(inputs.compute_dtype)
 
 
-def with_margins(mass: Tensor, margins: Tensor) -> Tensor:
-    """Fold a margin per head into a bulk log mass, so that comparing with 0 decides.
+def with_offsets(mass: Tensor, offsets: Tensor) -> Tensor:
+    """Add to a bulk log mass what a calibration measured, so that comparing with 0 decides.
 
     Args:
         mass: [batch, heads, query] nats.
-        margins: [heads] nats; -inf closes a head whatever the mass, also where the mass opens in doubt.
+        offsets: See `MeasuredHeads.offsets`; -inf closes whatever the mass, also where the mass opens in doubt.
     """
-    margins = margins.to(mass.dtype)[:, None]
-    return torch.where(margins == -torch.inf, -torch.inf, mass + margins)
+    offsets = offsets.to(mass.dtype)
+    return torch.where(offsets == -torch.inf, -torch.inf, mass + offsets)

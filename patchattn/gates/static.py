@@ -31,14 +31,17 @@ class StaticGate(HeadGate):
         return tuple(sorted(set(heads)))
 
     @classmethod
-    def from_calibration(cls, calibration: Any, *, heads: int) -> StaticGate:
-        """Open the heads that need the bulk keys most often.
+    def from_calibration(cls, calibration: Any, *, heads: int, by: Literal["mass", "price"] = "mass") -> StaticGate:
+        """Open the heads that need the bulk keys most.
 
         Args:
-            calibration: A `patchattn.Calibration`; its heads are ranked by how often the exact share opens them.
+            calibration: A `patchattn.Calibration`.
             heads: Number of heads to keep open, at most all that were measured.
+            by: How heads are ranked. `"mass"`: by how often the exact share opens them. `"price"`: by the KL that
+                closing them costs, of a calibration that was measured with prices.
         """
-        return cls(open_heads=tuple(calibration.heads_by_oracle()[:heads]))
+        ranked = calibration.heads_by_price() if by == "price" else calibration.heads_by_oracle()
+        return cls(open_heads=tuple(ranked[:heads]))
 
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Open the listed heads and close the others for certain; see `HeadGate.weigh`."""

@@ -41,9 +41,10 @@ class RiskTarget(Frozen):
 
 
 class OpenFractionTarget(Frozen):
-    """Ask a calibration for the thresholds that miss least while at most `fraction` of the pairs are open.
+    """Ask a calibration for the best thresholds while at most `fraction` of the pairs are open.
 
-    One budget for all heads: those that lose most by closing get most of it. No promise about the missed mass.
+    One budget for all heads: those that lose most by closing get most of it. What is lost is KL to the dense model
+    where the calibration was measured with prices, else attention mass that is missed. No promise about either.
 
     Args:
         fraction: Open fraction over all measured heads, in (0, 1).
@@ -53,7 +54,30 @@ class OpenFractionTarget(Frozen):
     fraction: LocalShare
 
 
-Target = RiskTarget | OpenFractionTarget
+class KLTarget(Frozen):
+    """Ask a calibration for the cheapest thresholds that keep the model's predictions this close to the dense model's.
+
+    Thresholds then weigh what closing a pair does to the model's output: the calibration must have been measured with
+    prices.
+
+    Args:
+        nats: KL(dense || patched), mean over tokens, nats per token.
+        promised: False: the KL that is expected, from what was measured on documents that chose nothing. True: a bound
+            on it, for documents like these in source and length, where a document's KL is counted as at most
+            `KL_BOUND`. It needs `KL_BOUND / nats - 1` such documents and more.
+
+    Source of the bound: conformal risk control, arXiv 2208.02814, theorem 1.
+    """
+
+    kind: Literal["kl"] = "kl"
+    nats: Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+    promised: bool = False
+
+
+KL_BOUND = 0.1
+"""Most nats per token that a document's KL counts for in a promise."""
+
+Target = RiskTarget | OpenFractionTarget | KLTarget
 
 
 def _kind_of_threshold(threshold: Any) -> str:
@@ -65,7 +89,8 @@ def _kind_of_threshold(threshold: Any) -> str:
 Threshold = Annotated[
     Annotated[LocalShare, Tag("share")]
     | Annotated[RiskTarget, Tag("risk")]
-    | Annotated[OpenFractionTarget, Tag("open_fraction")],
+    | Annotated[OpenFractionTarget, Tag("open_fraction")]
+    | Annotated[KLTarget, Tag("kl")],
     Discriminator(_kind_of_threshold),
 ]
 

@@ -63,6 +63,11 @@ def cache_among(arguments: Iterable[Any]) -> Any:
     return None
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the hidden states, [batch, query, hidden], that an attention module is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the argument that hands a model its cache: `cache` from transformers 5.24 on, else `past_key_values`.
 
@@ -272,6 +277,11 @@ def context_of(model: Any) -> int | None:
 def vocabulary_of(model: Any) -> int:
     """Return the number of tokens that a model knows."""
     return text_config(model).vocab_size
+
+
+def hidden_size(model: Any) -> int:
+    """Return the size of the hidden state that a decoder's layers are given."""
+    return text_config(model).hidden_size
 
 
 def name_of(model: Any) -> str:

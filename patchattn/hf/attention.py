@@ -14,14 +14,14 @@ from patchattn.gates.base import Known
 from patchattn.gates.decision import forced
 from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
 from patchattn.hf.cache import load_moments, make_places, prepare, reach_query, store_moments, why_rebuilt
-from patchattn.hf.hooks import CACHE_ARGUMENT, STATE, no_attention_weights
+from patchattn.hf.hooks import CACHE_ARGUMENT, HIDDEN_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.mask import CausalMask, mask
 from patchattn.hf.state import LayerState
 from patchattn.moments.gaussian import CHUNK
 from patchattn.policy import Phase, phase_of
 
 # What every call brings; whoever brings more is looked at more closely.
-_USUAL_ARGUMENTS = frozenset({CACHE_ARGUMENT, "position_ids", "use_cache", "cache_position"})
+_USUAL_ARGUMENTS = frozenset({CACHE_ARGUMENT, HIDDEN_ARGUMENT, "position_ids", "use_cache", "cache_position"})
 
 
 def attention(
@@ -55,7 +55,7 @@ def attention(
         [batch, query, heads, value_dim], and None for the weights.
     """
     state = module._modules.get(STATE)
-    cache = kwargs.pop(CACHE_ARGUMENT, None)
+    cache, hidden = kwargs.pop(CACHE_ARGUMENT, None), kwargs.pop(HIDDEN_ARGUMENT, None)
     if state is not None and state._buffers["number"].device != query.device:
         state.to(query.device)
     if state is None or state.is_local or not isinstance(attention_mask, CausalMask):
@@ -79,7 +79,7 @@ def attention(
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
     reason = state.dense_reason(inputs, phase)
     if reason is None:
-        output = _attend(state, inputs, phase, cache, kwargs.get("position_ids"))
+        output = _attend(state, inputs, phase, cache, kwargs.get("position_ids"), hidden)
     else:
         state.counters.add("dense_calls", reason)
         if reason != "layer" and policy.gate.keeps_moments:
@@ -88,13 +88,20 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None) -> Tensor:
+def _attend(
+    state: LayerState,
+    inputs: AttentionInputs,
+    phase: Phase,
+    cache: Any,
+    positions: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
     counters = state.counters
     counters.add("gated_calls", phase)
     if state.replay is not None:
         attended = state.attend(inputs, forced(state.replay.pop(0), inputs), state.policy.gate.margin)
     else:
-        attended = _weigh_and_attend(state, inputs, phase, cache, positions)
+        attended = _weigh_and_attend(state, inputs, phase, cache, positions, hidden)
     if state.record is not None:
         counters.count(phase, inputs.regions, attended)
     if state.record == "timeline":
@@ -103,7 +110,12 @@ def _attend(state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any
 
 
 def _weigh_and_attend(
-    state: LayerState, inputs: AttentionInputs, phase: Phase, cache: Any, positions: Tensor | None
+    state: LayerState,
+    inputs: AttentionInputs,
+    phase: Phase,
+    cache: Any,
+    positions: Tensor | None,
+    hidden: Tensor | None,
 ) -> Attended:
     gate = state.policy.gate
     grid = (inputs.regions.sink_size, inputs.regions.window_size)
@@ -116,7 +128,7 @@ def _weigh_and_attend(
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
     asks = state.weighed is not None and not torch.compiler.is_compiling()
     is_near = asks and reach_query(cache, state.cache_layer, queries, keys)
-    known = Known(state.layer, moments, bound, state.measured, positions, is_near)
+    known = Known(state.layer, moments, bound, state.measured, positions, is_near, hidden)
     found = None if state.weighed is None else state.weighed(inputs, gate, known)
     if found is None:
         mass, moments = gate.weigh(inputs, known)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import ORIGINALS, cache_among, implementation_of
+from patchattn.hf.architecture import ORIGINALS, cache_among, hidden_of, implementation_of
 
 STATE = "patchattn_layer"
 """Name of the submodule that a patched attention module carries."""
@@ -17,11 +17,14 @@ STATE = "patchattn_layer"
 CACHE_ARGUMENT = "patchattn_cache"
 """Keyword under which the cache reaches the attention function."""
 
+HIDDEN_ARGUMENT = "patchattn_hidden"
+"""Keyword under which the hidden state of the layer reaches the attention function, where a probe reads it."""
+
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 def install_cache_hook(module: nn.Module) -> Any:
-    """Let the cache of each call reach the attention function; returns the hook's handle."""
+    """Let the cache of each call reach the attention function, and the hidden state; returns the hook's handle."""
     return module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
 
 
@@ -36,6 +39,8 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
     kwargs[CACHE_ARGUMENT] = cache_among((*args, *kwargs.values()))
+    if state.reads_hidden:
+        kwargs[HIDDEN_ARGUMENT] = hidden_of(args, kwargs)
     return args, kwargs
 
 

@@ -51,12 +51,16 @@ class PatchHandle:
         model: The patched model.
         policy: The policy in force, with every `"auto"` resolved.
         backend: The backend in use.
+        expected_kl: KL to dense that a calibration expects of the policy, nats per token; None where it says nothing.
 
     `states` holds what each patched layer keeps, by its index: for the library's own tools.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, backend: BackendName) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy, backend: BackendName, expected_kl: float | None = None
+    ) -> None:
         self.model = model
+        self.expected_kl = expected_kl
         self.policy = policy
         self.backend = backend
         self.states = _states(model)
@@ -68,7 +72,7 @@ class PatchHandle:
 
     def report(self) -> GateReport:
         """Report what the gates did so far; also after the model was unpatched."""
-        return report_of(self.model, self.states, self.policy, self.backend)
+        return report_of(self.model, self.states, self.policy, self.backend, self.expected_kl)
 
     def reset_report(self) -> None:
         """Set every counter of the report back to zero."""
@@ -169,7 +173,7 @@ def patch(
     except BaseException:
         _undo(modules.values(), decoder_of(model))
         raise
-    return PatchHandle(model, policy, chosen)
+    return PatchHandle(model, policy, chosen, None if calibration is None else calibration.expected_kl(policy))
 
 
 def unpatch(model: Any) -> None:

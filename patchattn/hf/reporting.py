@@ -13,7 +13,9 @@ from patchattn.policy import PHASES, Policy
 from patchattn.report import GateReport, HeadShape
 
 
-def report_of(model: Any, states: Mapping[int, LayerState], policy: Policy, backend: str) -> GateReport:
+def report_of(
+    model: Any, states: Mapping[int, LayerState], policy: Policy, backend: str, expected_kl: float | None = None
+) -> GateReport:
     """Read the counters of a model's layers.
 
     Args:
@@ -21,6 +23,7 @@ def report_of(model: Any, states: Mapping[int, LayerState], policy: Policy, back
         states: By layer index.
         policy: The policy in force.
         backend: The backend in use.
+        expected_kl: See `GateReport`.
     """
     return GateReport(
         policy,
@@ -34,6 +37,7 @@ def report_of(model: Any, states: Mapping[int, LayerState], policy: Policy, back
         rebuilt={index: state.counters.by_reason("rebuilt") for index, state in states.items()},
         timeline={index: list(state.timeline) for index, state in states.items()},
         timeline_is_cut=any(state.timeline_room < 0 for state in states.values()),
+        expected_kl=expected_kl,
         shapes={index: _head_shape(module, model) for index, module in attention_modules(model).items()},
     )
 

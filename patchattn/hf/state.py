@@ -87,6 +87,7 @@ class LayerState(nn.Module):
         self.register_buffer("number", torch.zeros((), dtype=torch.long), persistent=False)
         self._take_number()
         self.has_measured = measured is not None
+        self.reads_hidden = measured is not None and measured.probe is not None
         for name, bits in (measured or MeasuredHeads()).bits().items():
             self.register_buffer(name, bits, persistent=False)
 

@@ -7,34 +7,34 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.key_moments import unpack_moments
-from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest
+from patchattn.calibration.manifest import Corpus, Fingerprint, Manifest, PriceSource
+from patchattn.calibration.prices import TRIED
 from patchattn.errors import CalibrationError, UnsupportedModelError
 from patchattn.gates import MomentGate
-from patchattn.hf.architecture import commit_of, context_of, name_of
+from patchattn.hf.architecture import commit_of, context_of, hidden_size, name_of
 from patchattn.hf.context import check_context
 from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.support import Supported, check_support
-from patchattn.measuring.checkpoint import keep, resume
 from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
+from patchattn.measuring.pricing import Split, price_documents, with_measured_kl
+from patchattn.measuring.probe import Probe
 from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
-from patchattn.measuring.tensors import curve_tensors, key_tensors
+from patchattn.measuring.steps import Progress, Steps, ranks
+from patchattn.measuring.tensors import curve_tensors, key_tensors, price_tensors
 from patchattn.policy import Policy
 from patchattn.version import VERSION
-
-Progress = Callable[[int, int], None]
-"""Called with the number of finished documents and of all documents."""
 
 _LONGEST_DEFAULT = 4096
 
@@ -52,6 +52,7 @@ def calibrate(
     model_name: str | None = None,
     note: str = "",
     key_moments: bool = True,
+    prices: bool = False,
     oracle_threshold: float = 0.6,
     checkpoint: str | Path | None = None,
     progress: Progress | bool = False,
@@ -78,6 +79,9 @@ def calibrate(
         model_name: Name of the model, for the card; None takes the name or folder it was loaded from.
         note: What a reader of the card should know besides: one paragraph.
         key_moments: Take moments of the keys for `MomentGate(moments="calibration")`.
+        prices: Measure what closing a pair does to the model's output, for `KLTarget`, budgets and rankings by price:
+            one backward pass for each of up to 20 more readings of the documents, and up to 16 documents on which the
+            KL of the patched model is measured. Not with moments of the calibration.
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         checkpoint: File to which the sums are written after each document; a run that finds it there goes on from
             it. Removed at the end. Each of several processes adds its rank to the name.
@@ -89,79 +93,112 @@ def calibrate(
     Raises:
         UnsupportedModelError: The model can't be patched.
         CalibrationError: No document has bulk keys, there are fewer than `documents`, documents are longer than the
-            model's context, the model is in training mode or cut by tensor parallelism, or the checkpoint is of
-            another run.
+            model's context, the model is in training mode or cut by tensor parallelism, the checkpoint is of another
+            run, or the model has no gradients that prices need.
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
-    source: Literal["prompt", "calibration"] = policy.gate.moments if isinstance(policy.gate, MomentGate) else "prompt"
-    if source == "calibration" and not key_moments:
+    of_gate = policy.gate if isinstance(policy.gate, MomentGate) else MomentGate()
+    moments, estimate = of_gate.moments, of_gate.estimate
+    if moments == "calibration" and not key_moments:
         raise CalibrationError(
             'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
+        )
+    if moments == "calibration" and prices:
+        raise CalibrationError(
+            'Prices go with moments="prompt"; the policy\'s gate has moments="calibration".', fix="leave prices out"
         )
     settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
-    apart, measured = share_out(len(cut), source)
-    found = _rotary(model, settings, max(map(len, cut)), source) if key_moments else None
+    apart, measured = share_out(len(cut), moments)
+    found = _rotary(model, settings, max(map(len, cut)), moments) if key_moments else None
     digest = digest_of(cut)
-    rank, world = _ranks()
+    rank, world = ranks()
     kept = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if world > 1 else checkpoint)
     key = hashlib.sha256(
-        json.dumps([asdict(settings), fingerprint.model_dump(), source, digest, _local(policy), rank, world]).encode()
+        json.dumps(
+            [
+                asdict(settings),
+                fingerprint.model_dump(),
+                moments,
+                (estimate if prices else None),
+                digest,
+                _local(policy),
+                rank,
+                world,
+            ]
+        ).encode()
     ).hexdigest()
     totals = Totals(settings, rotations=None if found is None else dict(found.rotations))
-    done = 0 if kept is None else resume(totals, kept, key)
-    with _told(progress=progress) as tell, Collecting(model, policy, settings) as collecting:
+    probe = Probe(totals, hidden_size(model), estimate) if prices else None
+    split = Split.of(list(range(len(measured)))) if prices else Split([], [], [])
+    n_tried = (len(split.held_out), len(TRIED))
+    totals.sums |= {name: torch.zeros(n_tried, dtype=torch.float64) for name in (("kl", "kl_open") if prices else ())}
+    tensors: dict[str, Tensor] = {}
+    with _told(progress=progress) as tell:
+        steps = Steps(totals, kept, key, len(cut) + split.count, tell)
+        with Collecting(model, policy, settings) as collecting:
 
-        def read(index: int, document: Document, count: int) -> None:
-            collecting.start(document)
-            read_document(model, cut[index])
-            if kept is not None:
-                keep(totals, kept, key, count)
-            tell(min(count * world, len(cut)), len(cut))
+            def read(document: Document, index: int) -> None:
+                collecting.start(document)
+                read_document(model, cut[index])
 
-        here = apart[rank::world]
-        for count, index in enumerate(here, start=1):
-            if count > done:
-                read(index, totals.add_keys_of_document(), count)
-        if apart and found is not None:
-            tensors, _ = key_tensors(_added_up(totals.sums), found.rotations)
-            order = found.rotary.order(settings.head_dim)
-            layers = enumerate(settings.layers)
-            totals.moments = {layer: unpack_moments(tensors, at, order) for at, layer in layers}
-        for at in range(rank, len(measured), world):
-            count = len(here) + at // world + 1
-            if count > done:
-                read(measured[at], totals.add_document(at), count)
-    totals.sums = _added_up(totals.sums)
+            steps.each(apart, lambda index: read(totals.add_keys_of_document(), index))
+            if apart and found is not None:
+                of_keys, _ = key_tensors(steps.added_up(), found.rotations)
+                order = found.rotary.order(settings.head_dim)
+                layers = enumerate(settings.layers)
+                totals.moments = {layer: unpack_moments(of_keys, at, order) for at, layer in layers}
+            steps.each(range(len(measured)), lambda at: read(totals.add_document(at), measured[at]))
+        texts_measured = [cut[index] for index in measured]
+        if probe is not None:
+            tensors = price_documents(model, policy, settings.layers, probe, split, steps, texts_measured)
+        sums, error = steps.added_up(), 0.0
+        tensors |= curve_tensors(sums)
+        if found is not None:
+            of_keys, error = key_tensors(sums, found.rotations)
+            tensors |= of_keys
+        even, odd = (int(count) for count in sums["documents"])
+        source = (
+            PriceSource(
+                estimate=estimate,
+                hidden=hidden_size(model),
+                fitted=len(split.fitted),
+                priced=len(split.priced),
+                held_out=0,
+            )
+            if prices
+            else None
+        )
+        manifest = Manifest(
+            model=model_name or _name(model),
+            commit=commit_of(model),
+            fingerprint=fingerprint,
+            sink_size=policy.sink_size,
+            window_size=policy.window_size,
+            layers=settings.layers,
+            estimates=ESTIMATES,
+            oracle_threshold=oracle_threshold,
+            lengths=lengths,
+            moments=moments,
+            documents=(even, odd),
+            corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
+            rotary=None if found is None else found.rotary,
+            moment_documents=0 if found is None else len(apart or measured),
+            covariance_error=error,
+            prices=source,
+            versions=_versions(),
+            note=note,
+        )
+        if source is None:
+            calibration = Calibration(manifest, policy, tensors)
+        else:
+            tensors |= price_tensors(sums, source.priced)
+            calibration = with_measured_kl(model, manifest, policy, tensors, totals, split, steps, texts_measured)
     if kept is not None:
         kept.unlink(missing_ok=True)
-    tensors, error = curve_tensors(totals.sums), 0.0
-    if found is not None:
-        of_keys, error = key_tensors(totals.sums, found.rotations)
-        tensors |= of_keys
-    even, odd = (int(count) for count in totals.sums["documents"])
-    manifest = Manifest(
-        model=model_name or _name(model),
-        commit=commit_of(model),
-        fingerprint=fingerprint,
-        sink_size=policy.sink_size,
-        window_size=policy.window_size,
-        layers=settings.layers,
-        estimates=ESTIMATES,
-        oracle_threshold=oracle_threshold,
-        lengths=lengths,
-        moments=source,
-        documents=(even, odd),
-        corpus=Corpus(name=corpus, sha256=digest, tokens=sum(map(len, cut))),
-        rotary=None if found is None else found.rotary,
-        moment_documents=0 if found is None else len(apart or measured),
-        covariance_error=error,
-        versions=_versions(),
-        note=note,
-    )
-    return Calibration(manifest, policy, tensors)
+    return calibration
 
 
 def _rotary(model: Any, settings: Settings, longest: int, source: str) -> FoundRotary | None:
@@ -234,25 +271,6 @@ def _told(*, progress: Progress | bool) -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield tell
-
-
-def _ranks() -> tuple[int, int]:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _added_up(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return sums over all processes."""
-    if _ranks()[1] == 1:
-        return sums
-    on_gpu = torch.distributed.get_backend() == "nccl"
-    found = {}
-    for name, values in sums.items():
-        shared = values.cuda() if on_gpu else values.clone()
-        torch.distributed.all_reduce(shared)
-        found[name] = shared.cpu()
-    return found
 
 
 def _local(policy: Policy) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from patchattn.backends.blockwise import attend as blockwise_attend
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.gates import OpenGate
-from patchattn.gates.moment import with_margins
+from patchattn.gates.moment import with_offsets
 from patchattn.hf.architecture import without_head
 from patchattn.hf.observe import Observer, observing
 from patchattn.hf.patching import patch
@@ -82,7 +82,7 @@ class Collecting:
         if layer not in self._margins:
             return dense
         mass, _state = bulk_log_mass_from_prompt(inputs, estimate=self._estimate)
-        return blockwise_attend(inputs, with_margins(mass, self._margins[layer]), 0.0)
+        return blockwise_attend(inputs, with_offsets(mass, self._margins[layer][:, None]), 0.0)
 
 
 @torch.no_grad()

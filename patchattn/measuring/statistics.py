@@ -131,7 +131,7 @@ class Document:
         for index, estimate in enumerate(ESTIMATES):
             mass = self._estimated(at, inputs, estimate)[0][:, asked]
             missed, closed, closed_needed = (
-                _closed_sums(local - mass, weight) for weight in (share, torch.ones_like(share), needed.double())
+                closed_sums(local - mass, weight) for weight in (share, torch.ones_like(share), needed.double())
             )
             sums["missed_mass"][self.half, index, at] += missed / n_asked
             sums["open_fraction"][index, at] += 1 - closed / n_asked
@@ -161,7 +161,7 @@ class Document:
         sums["key_outer"][at] += (keys.mT @ keys).cpu()
 
 
-def _closed_sums(margin: Tensor, weight: Tensor) -> Tensor:
+def closed_sums(margin: Tensor, weight: Tensor) -> Tensor:
     """Sum weights over the queries that each rung closes.
 
     Args:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from patchattn.calibration.key_moments import pack_covariance
+from patchattn.calibration.prices import TRIED
 from patchattn.measuring.statistics import MARGINS
 from patchattn.moments.text import Rotation
 
@@ -40,6 +41,23 @@ def key_tensors(sums: dict[str, Tensor], rotations: dict[int, Rotation]) -> tupl
     found = {"key_mean": mean.float(), "key_deviation": deviation, "key_factor": factor}
     # Two digits: the last ones depend on the order of the sums.
     return found | {"key_frequencies": frequencies.float()}, min(float(f"{error:.1e}"), 1.0)
+
+
+def price_tensors(sums: dict[str, Tensor], documents: int) -> dict[str, Tensor]:
+    """Return the tensors of the price curves, means over documents; nothing was tried on held-out documents yet."""
+    nothing = torch.zeros(0, len(TRIED))
+    return {
+        # What stays of the order of sums must not make a curve rise.
+        "price": _falling((sums["price"] / documents).float()),
+        "priced_open_fraction": (sums["priced_open_fraction"] / documents).clamp(0, 1).half(),
+        "exchanges": torch.zeros(len(TRIED)),
+        "kl": nothing,
+        "kl_open_fraction": nothing.half(),
+    }
+
+
+def _falling(curve: Tensor) -> Tensor:
+    return curve.clamp(min=0).flip(-1).cummax(-1).values.flip(-1)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ _WHOLE_TILES = (
     "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of "
     "sink and window hold more keys than closed heads leave out."
 )
+_EXPECTED = "Expected KL to the dense model: {:.2g} nats per token, on text like the calibration's, every query asked."
 _CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
 
 
@@ -39,6 +40,7 @@ class GateReport:
         rebuilt: Steps of decode whose prompt moments had to be taken from all keys again, by layer and reason.
         timeline: By layer, (phase, open pairs [batch, heads, query]) of each gated call, if it was recorded.
         shapes: By layer, the sizes of its heads, for estimates of the work saved; empty if they are not known.
+        expected_kl: KL to dense that the calibration expects of the policy, nats per token; None where it says nothing.
         timeline_is_cut: Whether the timeline ends early, because what was run had more tokens than there is room for.
     """
 
@@ -50,6 +52,7 @@ class GateReport:
     shapes: dict[int, HeadShape] = field(default_factory=dict)
     timeline_is_cut: bool = False
     rebuilt: dict[int, dict[str, int]] = field(default_factory=dict)
+    expected_kl: float | None = None
 
     def counts(self, phase: Phase | None = None) -> dict[int, LayerCounts]:
         """Return the counts of each layer in one phase, or of both phases together."""
@@ -120,6 +123,7 @@ class GateReport:
         return {
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
+            "expected_kl": self.expected_kl,
             "phases": {phase: self._phase_dict(phase) for phase in PHASES},
             "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
             "rebuilt": {str(layer): reasons for layer, reasons in self.rebuilt.items()},
@@ -301,6 +305,8 @@ class GateReport:
     def notes(self) -> list[str]:
         """Explain, a sentence each, what a reader of these numbers may stumble over; empty if there is nothing."""
         notes = []
+        if self.expected_kl is not None:
+            notes.append(_EXPECTED.format(self.expected_kl))
         crowded = [phase for phase in PHASES if self.realised_density(phase) > 1]
         if crowded:
             notes.append(_WHOLE_TILES.format(" and ".join(crowded)))

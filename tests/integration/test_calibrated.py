@@ -30,7 +30,7 @@ from patchattn.call.regions import Regions
 from patchattn.gates import moment
 from patchattn.gates.base import Known
 from patchattn.gates.measured import MeasuredHeads
-from patchattn.gates.moment import with_margins
+from patchattn.gates.moment import with_offsets
 from patchattn.hf.architecture import cache_of, with_cache
 from patchattn.moments.gaussian import KeyMoments
 from patchattn.moments.text import RotaryMoments
@@ -263,7 +263,7 @@ def test_moments_of_a_calibration_are_turned_to_the_chunk_of_the_query() -> None
 def test_a_margin_of_minus_infinity_closes_and_of_plus_infinity_opens() -> None:
     mass = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.0]).expand(1, 3, 4)
     margins = torch.tensor([-torch.inf, torch.inf, 1.0])
-    folded = with_margins(mass, margins)[0]
+    folded = with_offsets(mass, margins[:, None])[0]
     local = torch.zeros(4)
     closes = local - folded >= 0
     assert closes.tolist() == [[True] * 4, [False] * 4, [False, True, False, False]]

@@ -213,8 +213,8 @@ def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
 
 
 def test_unknown_schema_says_what_to_do() -> None:
-    with pytest.raises(CalibrationFormatError, match="schema version 3") as caught:
-        encoding.decode(with_manifest(encoded(), lambda m: m.update(schema_version=3)))
+    with pytest.raises(CalibrationFormatError, match="schema version 4") as caught:
+        encoding.decode(with_manifest(encoded(), lambda m: m.update(schema_version=4)))
     assert caught.value.fix == "upgrade patchattn"
 
 

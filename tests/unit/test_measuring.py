@@ -26,7 +26,7 @@ from patchattn.gates.decision import all_open
 from patchattn.measuring.collect import calibrate, settings_of
 from patchattn.measuring.documents import cut_documents
 from patchattn.measuring.find_rotary import find_rotary
-from patchattn.measuring.statistics import MARGINS, Settings, Totals, _closed_sums
+from patchattn.measuring.statistics import MARGINS, Settings, Totals, closed_sums
 from patchattn.measuring.tensors import _half_upwards
 from patchattn.moments.gaussian import KeyMoments
 from patchattn.moments.prompt import bulk_log_mass_from_prompt
@@ -130,7 +130,7 @@ def test_sums_of_a_call_are_those_of_the_definitions(softcap, sinks, monkeypatch
 
 def test_a_margin_on_the_grid_closes_from_there_on() -> None:
     margin = torch.stack([MARGINS[10], MARGINS[10] - 1e-3, torch.tensor(torch.nan), torch.tensor(torch.inf)])[None]
-    closed = _closed_sums(margin, torch.tensor([[1.0, 10.0, 100.0, 1000.0]], dtype=torch.float64))[0]
+    closed = closed_sums(margin, torch.tensor([[1.0, 10.0, 100.0, 1000.0]], dtype=torch.float64))[0]
     # Rung 0 closes everything, rung 11 from the eleventh margin on, the last one nothing.
     assert closed[[0, 10, 11, 12, -2, -1]].tolist() == [1111, 1011, 1001, 1000, 1000, 0]
 

@@ -151,11 +151,7 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> At
         output[:, :begin] = leading.output.transpose(1, 2)
     for start in range(begin, length, SLAB):
         rows = slice(start, min(start + SLAB, length))
-        local, triples = attend_local(inputs, rows, output[:, rows])
-        if inputs.sink_logits is not None:
-            local = with_sink_logits(local, inputs.sink_logits[:, None])
-            output[:, rows] = local.output.transpose(1, 2)
-            local = Softmax(output[:, rows].transpose(1, 2), local.log_mass)
+        local, triples = _local(inputs, rows, output)
         opened = decide(local.log_mass, bulk_log_mass[:, :, rows], inputs.regions.asked[:, rows], margin)
         scored += triples
         reads_bulk = opened | inputs.regions.unasked[:, None, rows]
@@ -163,6 +159,33 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> At
             scored += add_bulk(inputs, rows, reads_bulk, local)
         decisions.append(opened)
     return Attended(output.transpose(1, 2), torch.cat(decisions, 2), scored)
+
+
+def _local(inputs: AttentionInputs, rows: slice, output: Tensor) -> tuple[Softmax, int]:
+    """Attend rows to their local keys and sink logits, into `output`, [batch, query, heads, value_dim]."""
+    local, triples = attend_local(inputs, rows, output[:, rows])
+    if inputs.sink_logits is not None:
+        local = with_sink_logits(local, inputs.sink_logits[:, None])
+        output[:, rows] = local.output.transpose(1, 2)
+        local = Softmax(output[:, rows].transpose(1, 2), local.log_mass)
+    return local, triples
+
+
+def closed_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Attend every query of a prefill to its local keys only.
+
+    Args:
+        inputs: The attention call, on tensors that the host may read.
+
+    Returns:
+        Output [batch, heads, query, value_dim], and the exact local log mass, [batch, heads, query] nats, sink logits
+        included.
+    """
+    inputs = _with_unit_strides(_within_the_keys(inputs))
+    batch, heads, length, _ = inputs.query.shape
+    output = inputs.query.new_empty(batch, length, heads, inputs.value.shape[3])
+    slabs = [slice(start, min(start + SLAB, length)) for start in range(0, length, SLAB)]
+    return output.transpose(1, 2), torch.cat([_local(inputs, rows, output)[0].log_mass for rows in slabs], dim=2)
 
 
 def _within_the_keys(inputs: AttentionInputs) -> AttentionInputs:

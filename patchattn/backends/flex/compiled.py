@@ -24,7 +24,7 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
 from patchattn.gates.decision import decide
-from patchattn.gates.moment import with_margins
+from patchattn.gates.moment import with_offsets
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
 
@@ -57,7 +57,7 @@ def weighed_call(  # pragma: compiled
     margin: Tensor,
     places: tuple[Tensor, Tensor, Tensor],
     moments: tuple[Tensor, ...],
-    margins: Tensor | None,
+    offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Weigh the queries of a slab by the prompt moments before them, and attend.
 
@@ -69,7 +69,7 @@ def weighed_call(  # pragma: compiled
         margin: [] nats.
         places: What `Regions` has of `valid`, `first` and `query_slot`.
         moments: The parts of `PromptMoments`.
-        margins: [heads] nats of a calibration; None for none.
+        offsets: Of the slab's queries, see `MeasuredHeads.offsets`; None for none.
 
     Returns:
         Output, open pairs, scored keys, and the parts of the moments after the last query.
@@ -79,7 +79,7 @@ def weighed_call(  # pragma: compiled
     inputs = AttentionInputs(call["query"], call["key"], call["value"], regions, settings.scale, settings.softcap)
     bound = 1 if queries == 1 else SLAB // CHUNK + 1
     mass, after = bulk_log_mass_from_prompt(inputs, PromptMoments(*moments), estimate=estimate, max_chunks=bound)
-    mass = mass if margins is None else with_margins(mass, margins)
+    mass = mass if offsets is None else with_offsets(mass, offsets)
     return *attend_call(settings, call | {"gate": mass}, shared, margin), after.parts
 
 

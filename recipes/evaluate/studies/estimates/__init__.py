@@ -21,7 +21,7 @@ from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.answers import teacher_forced
 from patchattn.evaluation.documents import Document, Kind, TokenizedText, make_document
 from patchattn.evaluation.page import number
-from patchattn.gates.moment import with_margins
+from patchattn.gates.moment import with_offsets
 from patchattn.hf.observe import observing
 
 FRACTIONS = (0.1, 0.2, 0.3)
@@ -190,7 +190,7 @@ def run(context: Context, name: str, target: float) -> Row:
         asked = inputs.regions.asked[0]
         call = Call(inputs)
         mass = torch.full(inputs.query.shape[:3], -torch.inf)
-        mass[0, :, asked] = with_margins(chosen[layer](call).flatten(0, 1), threshold[layer])
+        mass[0, :, asked] = with_offsets(chosen[layer](call).flatten(0, 1), threshold[layer][:, None])
         attended = blockwise_attend(inputs, mass, 0.0)
         if name.endswith(EXPECTED):
             bulk, expected = candidates.expected_bulk(call)

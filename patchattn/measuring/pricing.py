@@ -1,0 +1,184 @@
+"""Prices of a calibration: documents to fit the probe to, others to price, and others on which the KL is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.manifest import Manifest
+from patchattn.calibration.prices import TRIED
+from patchattn.errors import CalibrationError
+from patchattn.gates import MomentGate
+from patchattn.gates.thresholds import KLTarget
+from patchattn.hf.architecture import without_head
+from patchattn.hf.logits import head_of
+from patchattn.hf.patching import patch
+from patchattn.hf.weights import input_device
+from patchattn.measuring.prices import Pricing
+from patchattn.measuring.probe import Probe
+from patchattn.measuring.statistics import Totals
+from patchattn.measuring.steps import Steps
+from patchattn.policy import Policy
+
+_MOST_FITTED, _MOST_PRICED, _MOST_HELD_OUT = 12, 8, 16
+_LEAST = 3
+
+_EVERY = 4
+"""The KL of a held-out document is the mean over one token in so many."""
+
+_TOKENS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents do what; none does two things.
+
+    Args:
+        fitted: Documents that the probe is fitted to.
+        priced: Documents that prices are from.
+        held_out: Documents on which the patched model's KL is measured.
+    """
+
+    fitted: list[int]
+    priced: list[int]
+    held_out: list[int]
+
+    @classmethod
+    def of(cls, documents: list[int]) -> Split:
+        """Share documents out, a third each up to as many as it takes.
+
+        Raises:
+            CalibrationError: There are too few.
+        """
+        if len(documents) < _LEAST:
+            raise CalibrationError(
+                f"Prices need {_LEAST} documents or more, for the probe, the prices and the measured KL; there are "
+                f"{len(documents)}.",
+                fix="give more texts, or measure without prices",
+            )
+        third = len(documents) // 3
+        fitted, priced = min(third, _MOST_FITTED), min(third, _MOST_PRICED)
+        held_out = documents[fitted + priced :]
+        return cls(documents[:fitted], documents[fitted : fitted + priced], held_out[:_MOST_HELD_OUT])
+
+    @property
+    def count(self) -> int:
+        """How many documents that are."""
+        return len(self.fitted) + len(self.priced) + len(self.held_out)
+
+
+def price_documents(
+    model: Any, policy: Policy, layers: tuple[int, ...], probe: Probe, split: Split, steps: Steps, cut: list[Tensor]
+) -> dict[str, Tensor]:
+    """Fit the probe, then price with it.
+
+    Args:
+        model: The model.
+        policy: Sink and window.
+        layers: Indices of the layers.
+        probe: Where sums go.
+        split: Which documents do what.
+        steps: Goes through them.
+        cut: The documents, [tokens] ids.
+
+    Returns:
+        The tensors of the probe.
+    """
+    local = (policy.sink_size, policy.window_size)
+    fitting = Pricing(model, layers, local, probe.fit_to)
+    steps.each(split.fitted, lambda index: fitting.price(cut[index], index))
+    tensors = probe.tensors(steps.added_up())
+    pricing = Pricing(model, layers, local, partial(probe.price_with, tensors))
+    steps.each(split.priced, lambda index: pricing.price(cut[index], index))
+    return tensors
+
+
+def with_measured_kl(
+    model: Any,
+    manifest: Manifest,
+    policy: Policy,
+    tensors: dict[str, Tensor],
+    totals: Totals,
+    split: Split,
+    steps: Steps,
+    cut: list[Tensor],
+) -> Calibration:
+    """Measure the KL of the patched model on held-out documents, and make the calibration.
+
+    Args:
+        model: The model.
+        manifest: What it will say, with nothing held out yet.
+        policy: The policy that it brings along.
+        tensors: Its tensors, with nothing held out yet.
+        totals: Where sums go.
+        split: Which documents do what.
+        steps: Goes through them.
+        cut: The documents, [tokens] ids.
+    """
+    assert manifest.prices is not None
+    gate = MomentGate(estimate=manifest.prices.estimate)
+    neutral = Policy(sink_size=policy.sink_size, window_size=policy.window_size, gate=gate)
+    calibration = Calibration(manifest, neutral, tensors)
+    prices = calibration.findings.priced()
+    exchanges = [prices.exchange_for(nats, prices.predicted) for nats in TRIED]
+
+    def measure(at: int) -> None:
+        kl, opened = measured_kl(model, calibration, cut[split.held_out[at]])
+        totals.sums["kl"][at], totals.sums["kl_open"][at] = kl, opened
+
+    steps.each(range(len(split.held_out)), measure)
+    sums = steps.added_up()
+    held_out = {
+        "exchanges": torch.tensor(exchanges),
+        "kl": sums["kl"].float(),
+        "kl_open_fraction": sums["kl_open"].clamp(0, 1).half(),
+    }
+    source = manifest.prices.model_copy(update={"held_out": len(split.held_out)})
+    return Calibration(manifest.model_copy(update={"prices": source}), policy, tensors | held_out)
+
+
+def policies_tried(calibration: Calibration) -> list[Policy]:
+    """Return the policies whose KL is measured, one for each of `TRIED`; every query with bulk keys is asked."""
+    source, policy = calibration.manifest.prices, calibration.policy
+    assert source is not None
+    gates = [MomentGate(threshold=KLTarget(nats=nats), estimate=source.estimate) for nats in TRIED]
+    layers, sink, window = calibration.manifest.layers, policy.sink_size, policy.window_size
+    return [Policy(sink_size=sink, window_size=window, gate=gate, layers=layers, min_bulk=0) for gate in gates]
+
+
+@torch.no_grad()
+def measured_kl(model: Any, calibration: Calibration, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure KL(dense || patched) on a document.
+
+    Args:
+        model: The model, not patched.
+        calibration: Prices, with nothing held out yet.
+        ids: [tokens] ids.
+
+    Returns:
+        [settings] nats per token, and [settings] open fractions; float64.
+    """
+    ids = ids[None].to(input_device(model))
+    output = without_head(model)(input_ids=ids, use_cache=False)
+    shown = slice(_EVERY - 1, None, _EVERY)
+    hidden, opened = [output.last_hidden_state[:, shown]], []
+    for policy in policies_tried(calibration):
+        with patch(model, policy, calibration=calibration) as handle:
+            hidden.append(without_head(model)(input_ids=ids, use_cache=False).last_hidden_state[:, shown])
+            opened.append(handle.report().open_fraction())
+    found = torch.zeros(len(hidden) - 1, dtype=torch.float64)
+    ids = ids[:, shown]
+    with head_of(model, output) as logits_of:
+        for begin in range(0, ids.shape[1], _TOKENS_AT_A_TIME):
+            rows = slice(begin, begin + _TOKENS_AT_A_TIME)
+            dense, *others = (logits_of(ids[:, rows], x[:, rows])[0].double().log_softmax(-1) for x in hidden)
+            for at, other in enumerate(others):
+                # What is as good as impossible adds nothing.
+                terms = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - other))
+                found[at] += terms.sum().cpu()
+    return found / ids.shape[1], torch.tensor(opened, dtype=torch.float64)

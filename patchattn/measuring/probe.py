@@ -1,0 +1,129 @@
+"""A probe: what a layer's hidden state says about the price of closing its heads, fitted as one sum over documents.
+
+The logarithm of a pair's price is regressed, for each head, on the hidden state that its layer is given and on the
+margin that the gate knows, the estimated log mass of the bulk minus the exact one of the local keys. Divided by the
+slope of the margin, what the hidden state adds is an offset to the estimated log mass in nats: the gate compares as
+before, and the margin from which a head closes says at which price.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchattn.measuring.prices import Priced
+from patchattn.measuring.statistics import MARGINS, Totals, closed_sums
+from patchattn.moments.gaussian import Estimate
+from patchattn.moments.prompt import bulk_log_mass_from_prompt
+
+MOST_DIRECTIONS = 1024
+"""Most directions of the hidden state that a probe looks at, so that sums stay small; random ones of wider models."""
+
+_LEAST_PRICE = 1e-12
+"""Added to prices before their logarithm is taken, nats."""
+
+_PENALTY = 100.0
+"""Of the regression: as if so many pairs said that no feature matters."""
+
+_LEAST_SLOPE = 0.05
+"""Of a log price on the margin, at least; a head whose price hardly depends on it would need endless offsets."""
+
+_MEAN_MARGIN = 3.0
+"""Where offsets put the mean margin of each head, nats: in the middle of `MARGINS`."""
+
+_FURTHEST = 40.0
+"""Margins are cut to this before they are a feature, nats."""
+
+
+class Probe:
+    """Sums over documents, what is fitted to them, and the prices that follow.
+
+    Args:
+        totals: Where the sums are kept.
+        hidden: Size of the hidden state.
+        estimate: Estimate of the bulk log mass that is corrected.
+    """
+
+    def __init__(self, totals: Totals, hidden: int, estimate: Estimate) -> None:
+        self._totals, self._layers = totals, totals.settings.layers
+        self._estimate: Estimate = estimate
+        self._directions = directions(hidden)
+        layers, heads, n_rungs = len(self._layers), totals.settings.query_heads, len(MARGINS) + 2
+        features = self._directions.shape[1] + heads + 1
+        shapes = {
+            "probe_gram": (layers, features, features),
+            "probe_log_price": (layers, features, heads),
+            "price": (layers, heads, n_rungs),
+            "priced_open_fraction": (layers, heads, n_rungs),
+        }
+        totals.sums |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def fit_to(self, layer: int, priced: Priced) -> None:
+        """Add what one layer of a document says to the regression."""
+        at, asked = self._layers.index(layer), priced.inputs.regions.asked[0]
+        bulk, _ = bulk_log_mass_from_prompt(priced.inputs, estimate=self._estimate)
+        # Before the first chunk of keys is full there is no estimate.
+        known = asked & bulk[0].isfinite().all(0)
+        margin = (bulk - priced.local)[0][:, known].T.clamp(-_FURTHEST, _FURTHEST).float()
+        seen = priced.hidden[0][known].float() @ self._directions.to(priced.hidden.device)
+        features = torch.cat([seen, margin, torch.ones_like(margin[:, :1])], dim=1)
+        log_price = (priced.cost[0][:, known].T + _LEAST_PRICE).log().float()
+        self._totals.sums["probe_gram"][at] += (features.T @ features).double().cpu()
+        self._totals.sums["probe_log_price"][at] += (features.T @ log_price).double().cpu()
+
+    def tensors(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit; returns `probe` [layers, heads, hidden] in half precision, and `probe_offset` [layers, heads] nats.
+
+        Args:
+            sums: Those of all processes.
+        """
+        found = [
+            self._of_layer(gram, log_price)
+            for gram, log_price in zip(sums["probe_gram"], sums["probe_log_price"], strict=True)
+        ]
+        probe, offset = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return {"probe": probe.half(), "probe_offset": offset.float()}
+
+    def _of_layer(self, gram: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit the heads of a layer: [heads, hidden] and [heads]."""
+        size, heads = self._directions.shape[1], log_price.shape[1]
+        count = gram[-1, -1].clamp(min=1)
+        means = gram[-1] / count
+        variance = (gram.diagonal() / count - means.square()).clamp(min=0)
+        variance[-1] = 1e-6
+        weights, offsets = [], []
+        for head in range(heads):
+            features = torch.tensor([*range(size), size + head, size + heads])
+            of_head = gram[features][:, features] + torch.diag(_PENALTY * variance[features])
+            solved = torch.linalg.lstsq(of_head, log_price[features, head, None], driver="gelsd").solution[:, 0]
+            slope = solved[size].clamp(min=_LEAST_SLOPE)
+            weight = (self._directions.double() @ (solved[:size] / slope)).half()
+            weights.append(weight)
+            seen = (self._directions.double().T @ weight.double()) @ means[:size]
+            offsets.append(-means[size + head] - seen - _MEAN_MARGIN)
+        return torch.stack(weights), torch.stack(offsets)
+
+    def price_with(self, tensors: dict[str, Tensor], layer: int, priced: Priced) -> None:
+        """Add the prices of one layer of a document, by the margin that the probe gives.
+
+        Args:
+            tensors: What `tensors` returned, from other documents.
+            layer: Index of the layer.
+            priced: The prices of its pairs.
+        """
+        at, asked = self._layers.index(layer), priced.inputs.regions.asked[0]
+        bulk, _ = bulk_log_mass_from_prompt(priced.inputs, estimate=self._estimate)
+        probe, offset = (tensors[name][at].to(bulk.device, bulk.dtype) for name in ("probe", "probe_offset"))
+        bulk = bulk + torch.nn.functional.linear(priced.hidden.to(bulk.dtype), probe).mT + offset[:, None]
+        margin, cost = (priced.local - bulk)[0][:, asked], priced.cost[0][:, asked]
+        closed = closed_sums(margin, torch.ones_like(cost)) / asked.sum().cpu()
+        self._totals.sums["price"][at] += closed_sums(margin, cost) / priced.cost.shape[2]
+        self._totals.sums["priced_open_fraction"][at] += 1 - closed
+
+
+def directions(hidden: int) -> Tensor:
+    """Return the directions of a hidden state that a probe looks at, [hidden, directions] float32, orthonormal."""
+    if hidden <= MOST_DIRECTIONS:
+        return torch.eye(hidden)
+    drawn = torch.randn(hidden, MOST_DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.float()

@@ -218,7 +218,7 @@ class Calibration:
 
     def heads_by_price(self) -> list[tuple[int, int]]:
         """Rank all measured (layer, query head), the one first whose closing costs most KL; needs prices."""
-        return self._ranked(self.findings.priced().price[..., 0])
+        return self._ranked(self.findings.priced().value[..., 0])
 
     def _ranked(self, values: Tensor) -> list[tuple[int, int]]:
         order, heads = values.flatten().argsort(descending=True, stable=True).tolist(), values.shape[1]

@@ -61,6 +61,7 @@ def expected_tensors(manifest: Manifest, n_margins: int, n_settings: int = 0) ->
         found["probe"] = ("F16", (*heads, of_prices.hidden))
         found["probe_offset"] = ("F32", heads)
         found["price"] = ("F32", (*heads, n_margins + 2))
+        found["value"] = ("F32", (*heads, n_margins + 2))
         found["priced_open_fraction"] = ("F16", (*heads, n_margins + 2))
         found["exchanges"] = ("F32", (n_settings,))
         found["kl"] = ("F32", (of_prices.held_out, n_settings))
@@ -133,7 +134,7 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
             raise damaged(f"{name} leaves [0, 1]")
     if (tensors["spread"] < 0).any():
         raise damaged("spread is negative")
-    for name in ("missed_mass", "price"):
+    for name in ("missed_mass", "price", "value"):
         curve = tensors.get(name, torch.zeros(1)).float()
         if (curve.diff(dim=-1) > 0).any() or (curve[..., -1] != 0).any():
             raise damaged(f"{name} does not fall to zero along the margins")

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from patchattn.calibration.risk import at_price, within_budget
+from patchattn.calibration.risk import at_price, rung_margins, within_budget
 from patchattn.errors import CalibrationError
 from patchattn.gates.thresholds import KL_BOUND, KLTarget, OpenFractionTarget
 
@@ -33,7 +33,9 @@ class Prices:
 
     Args:
         margins: [rungs] nats, from -inf (closed for every query) to +inf (open for every query).
-        price: [layers, query_heads, rungs]; what closing at this rung costs, nats of KL per token.
+        price: [layers, query_heads, rungs]; what closing at this rung costs, each pair as if it were the only one, nats
+            of KL per token.
+        value: [layers, query_heads, rungs]; what it costs where the others are gated too.
         open_fraction: [layers, query_heads, rungs].
         exchanges: [settings]; the rates that were tried, see `at_exchange`, none below the one before it.
         kl: [documents, settings]; KL(dense || patched) on held-out documents, nats per token.
@@ -42,10 +44,17 @@ class Prices:
 
     margins: Tensor
     price: Tensor
+    value: Tensor
     open_fraction: Tensor
     exchanges: Tensor
     kl: Tensor
     kl_open_fraction: Tensor
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Prices:
+        """Read them from the tensors of a calibration."""
+        names = ("price", "value", "priced_open_fraction", "exchanges", "kl", "kl_open_fraction")
+        return cls(rung_margins(tensors["margins"]), *(tensors[name].float() for name in names))
 
     def rungs(self, target: KLTarget | OpenFractionTarget) -> Tensor:
         """Choose a rung for each head, [layers, query_heads] int64.
@@ -59,20 +68,24 @@ class Prices:
 
     @cached_property
     def _scaled(self) -> Tensor:
-        """Prices as shares of what closing everything costs: of the size that the search for a budget is made for."""
-        return self.price.double() / self.price[..., 0].double().sum().clamp(min=1e-30) * self.price[..., 0].numel()
+        """Values as shares of those of all heads together: of the size that the search for a budget is made for."""
+        return self.value.double() / self.value[..., 0].double().sum().clamp(min=1e-30) * self.value[..., 0].numel()
 
     def at_exchange(self, exchange: float) -> Tensor:
         """Return the rungs at which no opening gains less than the rate; [layers, query_heads].
 
         Args:
-            exchange: What an open fraction of 1 has to gain, as a share of what closing everything costs.
+            exchange: What an open fraction of 1 has to gain, as a share of the value of all heads together.
         """
         return at_price(self._scaled, self.open_fraction, exchange)
 
     def predicted(self, rungs: Tensor) -> float:
-        """Add up the prices of what is closed, nats of KL per token."""
-        return float(self.price.double().gather(-1, rungs[..., None]).sum())
+        """Predict the KL of what is closed, nats per token: between prices, which know of no others, and values.
+
+        Along the way from the dense model to the gated one the cost of closing a pair grows from the one to the other.
+        """
+        both = (self.price.double() + self.value.double()) / 2
+        return float(both.gather(-1, rungs[..., None]).sum())
 
     def opened(self, rungs: Tensor) -> float:
         """Return the open fraction, mean over heads."""

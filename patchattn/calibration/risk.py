@@ -43,6 +43,12 @@ class Curves:
         return (even * self.missed_mass[0] + odd * self.missed_mass[1]) / (even + odd)
 
 
+def rung_margins(margins: Tensor) -> Tensor:
+    """Return the margin of every rung, [rungs] nats, from "closed for every query" to "open for every query"."""
+    ends = torch.tensor([torch.inf])
+    return torch.cat([-ends, margins, ends])
+
+
 def rungs(curves: Curves, target: RiskTarget | OpenFractionTarget) -> Tensor:
     """Choose a rung for each head, [layers, query_heads] int64.
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions, host_may_read
@@ -74,7 +72,7 @@ def exact_masses(inputs: AttentionInputs, windows: Sequence[int] | None = None) 
     """
     windows = [inputs.regions.window_size] if windows is None else windows
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in windows]
-    for slab in _slabs(inputs):
+    for slab in slabs_of(inputs):
         scores, terms, largest = _terms(slab)
         for window, of_window in zip(windows, found, strict=True):
             apart = _Split.of(replace(slab.regions, window_size=window))
@@ -95,7 +93,7 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         local and of the bulk keys, each [batch, heads, query] nats, see `Masses`.
     """
     parts = []
-    for slab in _slabs(inputs):
+    for slab in slabs_of(inputs):
         _, terms, largest = _terms(slab)
         local, bulk = (part.log() + largest for part in _Split.of(slab.regions).sums(terms))
         local = _with_sink_logits(local, slab.sink_logits)
@@ -108,29 +106,7 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return output, local, bulk
 
 
-def attention_with_graph(inputs: AttentionInputs) -> Tensor:
-    """Attend to every causal key, so that it can be differentiated in memory that is linear in the number of keys.
-
-    Args:
-        inputs: All tokens of sequences of one length, without padding.
-
-    Returns:
-        [batch, heads, query, value_dim] in the query's dtype.
-    """
-    if inputs.softcap is None and inputs.sink_logits is None:
-        return functional.scaled_dot_product_attention(
-            inputs.query, inputs.key, inputs.value, is_causal=True, scale=inputs.scale, enable_gqa=True
-        )
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, slab: AttentionInputs) -> Tensor:
-        return exact_attention(replace(slab, query=query, key=key, value=value))[0]
-
-    slabs = _slabs(inputs)
-    parts = [checkpoint(attend, slab.query, slab.key, slab.value, slab, use_reentrant=False) for slab in slabs]
-    return torch.cat(parts, dim=2)
-
-
-def _slabs(inputs: AttentionInputs) -> Iterator[AttentionInputs]:
+def slabs_of(inputs: AttentionInputs) -> Iterator[AttentionInputs]:
     """Cut a call along its queries; where looking is free, without the keys that no query of the slab sees."""
     batch, heads, length, _ = inputs.query.shape
     regions, free = inputs.regions, host_may_read(inputs.query)

@@ -32,7 +32,7 @@ from patchattn.measuring.probe import Probe
 from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
 from patchattn.measuring.steps import Progress, Steps, ranks
-from patchattn.measuring.tensors import curve_tensors, key_tensors, price_tensors
+from patchattn.measuring.tensors import curve_tensors, key_tensors
 from patchattn.policy import Policy
 from patchattn.version import VERSION
 
@@ -194,7 +194,6 @@ def calibrate(
         if source is None:
             calibration = Calibration(manifest, policy, tensors)
         else:
-            tensors |= price_tensors(sums, source.priced)
             calibration = with_measured_kl(model, manifest, policy, tensors, totals, split, steps, texts_measured)
     if kept is not None:
         kept.unlink(missing_ok=True)

@@ -11,22 +11,28 @@ from torch import Tensor
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.manifest import Manifest
-from patchattn.calibration.prices import TRIED
+from patchattn.calibration.prices import TRIED, Prices
+from patchattn.calibration.risk import rung_margins
 from patchattn.errors import CalibrationError
 from patchattn.gates import MomentGate
-from patchattn.gates.thresholds import KLTarget
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget
 from patchattn.hf.architecture import without_head
 from patchattn.hf.logits import head_of
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.measuring.prices import Pricing
 from patchattn.measuring.probe import Probe
-from patchattn.measuring.statistics import Totals
+from patchattn.measuring.statistics import MARGINS, Totals
 from patchattn.measuring.steps import Steps
+from patchattn.measuring.tensors import price_tensors
+from patchattn.measuring.values import Valuing
 from patchattn.policy import Policy
 
 _MOST_FITTED, _MOST_PRICED, _MOST_HELD_OUT = 12, 8, 16
 _LEAST = 3
+
+_GATED = 0.2
+"""Open fraction of the gated model in which pairs are valued."""
 
 _EVERY = 4
 """The KL of a held-out document is the mean over one token in so many."""
@@ -68,14 +74,14 @@ class Split:
 
     @property
     def count(self) -> int:
-        """How many documents that are."""
-        return len(self.fitted) + len(self.priced) + len(self.held_out)
+        """How many readings of documents that are."""
+        return len(self.fitted) + 2 * len(self.priced) + len(self.held_out)
 
 
 def price_documents(
     model: Any, policy: Policy, layers: tuple[int, ...], probe: Probe, split: Split, steps: Steps, cut: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Fit the probe, then price with it.
+    """Fit the probe, price with it, and value what it prices in a gated model.
 
     Args:
         model: The model.
@@ -87,7 +93,7 @@ def price_documents(
         cut: The documents, [tokens] ids.
 
     Returns:
-        The tensors of the probe.
+        The tensors of the probe and of the curves.
     """
     local = (policy.sink_size, policy.window_size)
     fitting = Pricing(model, layers, local, probe.fit_to)
@@ -95,7 +101,11 @@ def price_documents(
     tensors = probe.tensors(steps.added_up())
     pricing = Pricing(model, layers, local, partial(probe.price_with, tensors))
     steps.each(split.priced, lambda index: pricing.price(cut[index], index))
-    return tensors
+    sums, n_priced = steps.added_up(), len(split.priced)
+    gated = Prices.of(price_tensors(sums, n_priced) | {"margins": MARGINS}).rungs(OpenFractionTarget(fraction=_GATED))
+    valuing = Valuing(model, layers, local, probe, tensors, rung_margins(MARGINS)[gated])
+    steps.each(split.priced, lambda index: valuing.value(cut[index]))
+    return tensors | price_tensors(steps.added_up(), n_priced, gated)
 
 
 def with_measured_kl(

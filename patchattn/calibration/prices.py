@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from patchattn.calibration.risk import at_price, within_budget
@@ -114,7 +115,8 @@ class Prices:
         for _ in range(_STEPS):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if kl(self.at_exchange(middle)) <= nats else (low, middle)
-        return low
+        # As a file keeps it, and rounded down: a higher rate closes more than was tried.
+        return float(torch.tensor(low).nextafter(torch.tensor(0.0)))
 
     def _expected(self, nats: float) -> Tensor:
         return self.at_exchange(self.exchange_for(nats, self.expected))

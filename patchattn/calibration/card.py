@@ -75,7 +75,7 @@ def card_text(findings: Findings, *, plots: tuple[str, ...] = (), repo: str | No
             f"| layers measured | {len(manifest.layers)} |",
             f'| thresholds are for | `moments="{manifest.moments}"` |',
             f"| key moments | {_moments(manifest)} |",
-            f"| prices | {_prices(manifest)} |",
+            *_price_lines(manifest),
             f"| versions | {', '.join(f'{name} {version}' for name, version in manifest.versions.items())} |",
             "",
             "## How good the estimate is",
@@ -176,13 +176,13 @@ def _moments(manifest: Manifest) -> str:
     )
 
 
-def _prices(manifest: Manifest) -> str:
+def _price_lines(manifest: Manifest) -> list[str]:
     if (source := manifest.prices) is None:
-        return "none"
-    return (
-        f"for the {source.estimate} estimate: a probe fitted to {source.fitted} documents, prices from {source.priced} "
-        f"others, the KL of the patched model on {source.held_out} yet others"
-    )
+        return []
+    return [
+        f"| prices | for the {source.estimate} estimate: a probe fitted to {source.fitted} documents, prices from "
+        f"{source.priced} others, the KL of the patched model on {source.held_out} yet others |"
+    ]
 
 
 def write_card(findings: Findings, folder: Path, *, repo: str | None = None) -> None:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 from patchattn.calibration.findings import CURVE_ALPHAS, SCOPES, Findings, name_of
-from patchattn.calibration.price_table import PriceTable, price_table
+from patchattn.calibration.price_table import PriceTable, price_table, with_prices
 from patchattn.calibration.prices import Prices
 from patchattn.gates.thresholds import OpenFractionTarget
 
@@ -89,7 +89,7 @@ def heads_figure(findings: Findings) -> Figure:
 
 def prices_figure(findings: Findings, table: PriceTable) -> Figure:
     """Draw what closing each head costs, and what a KL costs: as predicted, as expected, and as measured."""
-    prices = findings.priced()
+    prices = with_prices(findings).priced()
     layers, heads = prices.price.shape[:2]
     widths = min(0.35 * heads + 3, 10), 6
     figure = Figure(figsize=(sum(widths), min(max(0.25 * layers + 1.4, 4.6), 8)), layout="constrained")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from patchattn.calibration.findings import Findings, KLRow
 
@@ -65,11 +65,18 @@ class PriceTable:
         return f"{len(self.dearest)} of {self.heads} heads carry {share:.0%} of the price of closing them all"
 
 
+def with_prices(findings: Findings) -> Findings:
+    """Return the findings with the estimate that has prices, whatever the calibration's own policy says."""
+    source = findings.manifest.prices
+    return findings if source is None else replace(findings, estimate=source.estimate)
+
+
 def price_table(findings: Findings) -> PriceTable | None:
-    """Gather what prices say; None where there are none with the estimate of these findings."""
-    prices = findings.prices
-    if prices is None:
+    """Gather what prices say; None where there are none."""
+    if findings.manifest.prices is None:
         return None
+    findings = with_prices(findings)
+    prices = findings.priced()
     closed = prices.price[..., 0].double()
     whole, columns = float(closed.sum()), closed.shape[1]
     values, order = closed.flatten().sort(descending=True, stable=True)

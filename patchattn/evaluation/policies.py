@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.price_table import with_prices
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import check_longest
 from patchattn.evaluation.tasks import TASKS
@@ -147,9 +148,8 @@ def _of_calibration(kind: str, number: float | None, base: Policy, calibration: 
         return base.model_copy(update={"gate": _static(calibration.heads_by_price(), number)})
     if number is None:
         return calibration.policy
-    measured = calibration.manifest
-    estimate = calibration.findings.estimate if measured.prices is None else measured.prices.estimate
-    gate = MomentGate(threshold=_TARGETS[kind](number), estimate=estimate, moments=measured.moments)
+    estimate, moments = with_prices(calibration.findings).estimate, calibration.manifest.moments
+    gate = MomentGate(threshold=_TARGETS[kind](number), estimate=estimate, moments=moments)
     policy = base.model_copy(update={"gate": gate})
     # A target that can't be carried is refused here, before anything is measured.
     calibration.measured_heads(policy)

@@ -147,7 +147,7 @@ class Findings:
         source = self.manifest.prices
         if source is None or source.estimate != self.estimate:
             return None
-        return Prices.of(self.tensors)
+        return Prices.of(self.tensors, source.gated)
 
     def priced(self) -> Prices:
         """Return the prices.

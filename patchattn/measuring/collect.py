@@ -27,7 +27,7 @@ from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.support import Supported, check_support
 from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
-from patchattn.measuring.pricing import Split, price_documents, with_measured_kl
+from patchattn.measuring.pricing import GATED, Split, price_documents, with_measured_kl
 from patchattn.measuring.probe import Probe
 from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
@@ -166,6 +166,7 @@ def calibrate(
                 hidden=hidden_size(model),
                 fitted=len(split.fitted),
                 priced=len(split.priced),
+                gated=GATED,
                 held_out=0,
             )
             if prices

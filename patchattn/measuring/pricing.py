@@ -11,11 +11,11 @@ from torch import Tensor
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.manifest import Manifest
-from patchattn.calibration.prices import TRIED, Prices
+from patchattn.calibration.prices import Prices
 from patchattn.calibration.risk import rung_margins
 from patchattn.errors import CalibrationError
 from patchattn.gates import MomentGate
-from patchattn.gates.thresholds import KLTarget, OpenFractionTarget
+from patchattn.gates.thresholds import OpenFractionTarget
 from patchattn.hf.architecture import without_head
 from patchattn.hf.logits import head_of
 from patchattn.hf.patching import patch
@@ -31,7 +31,7 @@ from patchattn.policy import Policy
 _MOST_FITTED, _MOST_PRICED, _MOST_HELD_OUT = 12, 8, 16
 _LEAST = 3
 
-_GATED = 0.2
+GATED = 0.2
 """Open fraction of the gated model in which pairs are valued."""
 
 _EVERY = 4
@@ -102,7 +102,7 @@ def price_documents(
     pricing = Pricing(model, layers, local, partial(probe.price_with, tensors))
     steps.each(split.priced, lambda index: pricing.price(cut[index], index))
     sums, n_priced = steps.added_up(), len(split.priced)
-    gated = Prices.of(price_tensors(sums, n_priced) | {"margins": MARGINS}).rungs(OpenFractionTarget(fraction=_GATED))
+    gated = Prices.of(price_tensors(sums, n_priced) | {"margins": MARGINS}, GATED).at(GATED)
     valuing = Valuing(model, layers, local, probe, tensors, rung_margins(MARGINS)[gated])
     steps.each(split.priced, lambda index: valuing.value(cut[index]))
     return tensors | price_tensors(steps.added_up(), n_priced, gated)
@@ -134,8 +134,6 @@ def with_measured_kl(
     gate = MomentGate(estimate=manifest.prices.estimate)
     neutral = Policy(sink_size=policy.sink_size, window_size=policy.window_size, gate=gate)
     calibration = Calibration(manifest, neutral, tensors)
-    prices = calibration.findings.priced()
-    exchanges = [prices.exchange_for(nats, prices.predicted) for nats in TRIED]
 
     def measure(at: int) -> None:
         kl, opened = measured_kl(model, calibration, cut[split.held_out[at]])
@@ -144,7 +142,6 @@ def with_measured_kl(
     steps.each(range(len(split.held_out)), measure)
     sums = steps.added_up()
     held_out = {
-        "exchanges": torch.tensor(exchanges),
         "kl": sums["kl"].float(),
         "kl_open_fraction": sums["kl_open"].clamp(0, 1).half(),
     }
@@ -156,7 +153,8 @@ def policies_tried(calibration: Calibration) -> list[Policy]:
     """Return the policies whose KL is measured, one for each of `TRIED`; every query with bulk keys is asked."""
     source, policy = calibration.manifest.prices, calibration.policy
     assert source is not None
-    gates = [MomentGate(threshold=KLTarget(nats=nats), estimate=source.estimate) for nats in TRIED]
+    targets = [OpenFractionTarget(fraction=fraction) for fraction in calibration.tensors["tried"].tolist()]
+    gates = [MomentGate(threshold=target, estimate=source.estimate) for target in targets]
     layers, sink, window = calibration.manifest.layers, policy.sink_size, policy.window_size
     return [Policy(sink_size=sink, window_size=window, gate=gate, layers=layers, min_bulk=0) for gate in gates]
 

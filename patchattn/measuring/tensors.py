@@ -59,7 +59,7 @@ def price_tensors(sums: dict[str, Tensor], documents: int, gated: Tensor | None 
         "price": _falling(price.float()),
         "value": _falling(value.float()),
         "priced_open_fraction": (sums["priced_open_fraction"] / documents).clamp(0, 1).half(),
-        "exchanges": torch.zeros(len(TRIED)),
+        "tried": torch.tensor(TRIED),
         "kl": nothing,
         "kl_open_fraction": nothing.half(),
     }

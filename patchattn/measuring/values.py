@@ -1,9 +1,9 @@
 """What pairs are worth in a model that is gated already: heads stand in for one another, which prices don't see.
 
 Let `x` be the change of the log-probabilities that closing a pair brings. In the dense model closing it costs
-`x^2 / 2`. In a gated model, where closed pairs have brought `X` together, opening one of them saves `x X - x^2 / 2`, and
-closing one more costs `x X + x^2 / 2`: the slope of KL(dense || gated) along the pair, and half of its curvature. The
-slope comes from one backward pass of the gated model, without drawn labels.
+`x^2 / 2`. In a gated model, where closed pairs have brought `X` together, opening one of them saves `x X - x^2 / 2`,
+and closing one more costs `x X + x^2 / 2`: the slope of KL(dense || gated) along the pair, and half of its curvature. One
+backward pass of the gated model gives the slope, without drawn labels.
 """
 
 from __future__ import annotations

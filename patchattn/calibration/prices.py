@@ -2,8 +2,8 @@
 
 Curves have rungs as in `patchattn.calibration.risk`. The price of a pair is what closing it costs where nothing else is
 closed, its value what it costs in a model that is gated already, measured at one open fraction. In between, what it
-costs goes from the one to the other in proportion to what is closed, for KL is of second order. What the patched model's
-KL really was on documents that chose nothing says how far that holds.
+costs goes from the one to the other in proportion to what is closed, for KL is of second order. What the KL of the
+patched model really was on documents that chose nothing says how far that holds.
 
 Source of the promise: Angelopoulos et al., Conformal Risk Control, arXiv 2208.02814, theorem 1 with B = `KL_BOUND`.
 """

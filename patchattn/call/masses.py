@@ -72,7 +72,7 @@ def exact_masses(inputs: AttentionInputs, windows: Sequence[int] | None = None) 
     """
     windows = [inputs.regions.window_size] if windows is None else windows
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in windows]
-    for slab in slabs_of(inputs):
+    for slab in _slabs(inputs):
         scores, terms, largest = _terms(slab)
         for window, of_window in zip(windows, found, strict=True):
             apart = _Split.of(replace(slab.regions, window_size=window))
@@ -93,7 +93,7 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         local and of the bulk keys, each [batch, heads, query] nats, see `Masses`.
     """
     parts = []
-    for slab in slabs_of(inputs):
+    for slab in _slabs(inputs):
         _, terms, largest = _terms(slab)
         local, bulk = (part.log() + largest for part in _Split.of(slab.regions).sums(terms))
         local = _with_sink_logits(local, slab.sink_logits)
@@ -106,7 +106,7 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return output, local, bulk
 
 
-def slabs_of(inputs: AttentionInputs) -> Iterator[AttentionInputs]:
+def _slabs(inputs: AttentionInputs) -> Iterator[AttentionInputs]:
     """Cut a call along its queries; where looking is free, without the keys that no query of the slab sees."""
     batch, heads, length, _ = inputs.query.shape
     regions, free = inputs.regions, host_may_read(inputs.query)

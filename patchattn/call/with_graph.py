@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from patchattn.call.inputs import AttentionInputs
-from patchattn.call.masses import attention_scores, exact_attention, masked_log_mass, slabs_of
+from patchattn.call.masses import attention_scores, masked_log_mass
 
 _ROWS = 512
 
@@ -25,12 +25,14 @@ def dense_with_graph(inputs: AttentionInputs) -> Tensor:
             inputs.query, inputs.key, inputs.value, is_causal=True, scale=inputs.scale, enable_gqa=True
         )
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, slab: AttentionInputs) -> Tensor:
-        return exact_attention(replace(slab, query=query, key=key, value=value))[0]
-
-    parts = [
-        checkpoint(attend, slab.query, slab.key, slab.value, slab, use_reentrant=False) for slab in slabs_of(inputs)
-    ]
+    slots, parts = torch.arange(inputs.query.shape[2], device=inputs.query.device), []
+    for begin in range(0, len(slots), _ROWS):
+        rows, seen = slice(begin, begin + _ROWS), slice(0, begin + _ROWS)
+        part = replace(
+            inputs, query=inputs.query[:, :, rows], key=inputs.key[:, :, seen], value=inputs.value[:, :, seen]
+        )
+        # The scores are made again on the way back: those of all rows are queries x keys.
+        parts.append(checkpoint(_masked, part, slots[seen] <= slots[rows, None], use_reentrant=False))
     return torch.cat(parts, dim=2)
 
 

@@ -2,8 +2,8 @@
 
 Let `x` be the change of the log-probabilities that closing a pair brings. In the dense model closing it costs
 `x^2 / 2`. In a gated model, where closed pairs have brought `X` together, opening one of them saves `x X - x^2 / 2`,
-and closing one more costs `x X + x^2 / 2`: the slope of KL(dense || gated) along the pair, and half of its curvature. One
-backward pass of the gated model gives the slope, without drawn labels.
+and closing one more costs `x X + x^2 / 2`: the slope of KL(dense || gated) along the pair, and half of its curvature.
+One backward pass of the gated model gives the slope, without drawn labels.
 """
 
 from __future__ import annotations

@@ -187,9 +187,7 @@ class Calibration:
         return Findings(self.manifest, self.tensors, estimate or own, _target_of(self.policy))
 
     def curves(self, estimate: Estimate | None = None) -> Curves:
-        """Return the curves of one estimate.
-
-        None means the one of the calibration's policy, else the one that has prices, else the first measured.
+        """Return the curves of one estimate; None means the policy's own, else the priced, else the first measured one.
 
         Raises:
             CalibrationError: The estimate was not measured.

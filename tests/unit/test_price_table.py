@@ -54,7 +54,7 @@ def test_the_dearest_heads_come_first_with_their_share() -> None:
     calibration = made_up_calibration(layers=2, query_heads=4, prices=True)
     price = torch.zeros_like(calibration.tensors["price"])
     price[0, 2, 0], price[1, 1, 0], price[1, 3, 0] = 1, 5, 2
-    found = table_of(with_tensors(calibration, price=price))
+    found = table_of(with_tensors(calibration, value=price))
     heads = [(head.layer, head.query_head, head.nats, head.share) for head in found.dearest[:4]]
     assert heads == [(1, 1, 5, 0.625), (1, 3, 2, 0.25), (0, 2, 1, 0.125), (0, 0, 0, 0)]
     many = table_of(made_up_calibration(**SHAPES[1], prices=True))
@@ -108,7 +108,7 @@ def test_the_picture_shows_heads_and_what_was_measured(shape) -> None:
     prices = calibration.findings.priced()
     for x, y, z in zip(predicted.get_xdata(), predicted.get_ydata(), expected.get_ydata(), strict=True):
         assert 0 <= x <= 100
-        assert z == pytest.approx(y * prices.factor(y))
+        assert z == pytest.approx(y * prices.factor(x / 100))
     assert (torch.tensor(predicted.get_ydata()).diff() <= 0).all()
 
 
@@ -129,7 +129,8 @@ def test_nothing_in_the_picture_overlaps(shape) -> None:
 
 def test_heads_that_cost_nothing_are_drawn() -> None:
     calibration = made_up_calibration(**SHAPES[0], prices=True)
-    free = with_tensors(calibration, price=torch.zeros_like(calibration.tensors["price"]))
+    nothing = torch.zeros_like(calibration.tensors["price"])
+    free = with_tensors(calibration, price=nothing, value=nothing)
     figure = prices_figure(free.findings, table_of(free))
     figure.draw_without_rendering()
     assert figure.axes[0].get_title() == "10 of 18 heads carry 0% of the price of closing them all"

@@ -103,10 +103,10 @@ def test_a_slope_is_that_of_the_divergence_along_a_pair(family):
         return float((wanted.exp() * (wanted - other)).sum(-1).mean())
 
     for layer, head, query in [(layers[0], 1, 15), (layers[0], 4, 30), (layers[-1], 0, 20), (layers[-1], 5, 33)]:
-        up, down = (divergence(layer, head, query, sign * 1e-4) for sign in (1, -1))
-        assert float(recorder.slopes[layer][head, query - first]) == pytest.approx(
-            (up - down) / 2e-4, rel=1e-4, abs=1e-9
-        )
+        # Norms compute in float32, so that a smaller step says less.
+        up, down = (divergence(layer, head, query, sign * 1e-2) for sign in (1, -1))
+        slope = float(recorder.slopes[layer][head, query - first])
+        assert slope == pytest.approx((up - down) / 2e-2, rel=0.01, abs=5e-6)
 
 
 def test_values_are_slopes_and_half_of_the_curvature():

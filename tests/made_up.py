@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 
 from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, encoding, key_moments
+from patchattn.calibration.manifest import PriceSource
+from patchattn.calibration.prices import TRIED
 from patchattn.gates import MomentGate
 from patchattn.gates.thresholds import RiskTarget
 from patchattn.policy import Policy
 
 
-def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, **fields) -> Manifest:
+def made_up_manifest(
+    *, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, prices=0, **fields
+) -> Manifest:
+    """Make a manifest; `prices` is the number of documents on which the KL was measured, 0 leaves prices out."""
     fingerprint = Fingerprint(
         layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rope="{}", dtype="float32"
     )
@@ -29,6 +34,9 @@ def made_up_manifest(*, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_mom
             "rotary": Rotary(layout="halves", first=0, size=head_dim) if key_moments else None,
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
+            "prices": PriceSource(estimate="lognormal", hidden=16, fitted=12, priced=8, held_out=prices)
+            if prices
+            else None,
             "versions": {"patchattn": "0.1.0"},
         }
         | fields
@@ -45,7 +53,7 @@ def made_up_tensors(
 
     margins = torch.arange(-2.0, 4.0, 0.5) if margins is None else margins
     tensors = {}
-    for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins)).items():
+    for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins), len(TRIED)).items():
         tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
     missed = uniform(*tensors["missed_mass"].shape).sort(dim=-1, descending=True).values
     # Heads differ in how much they miss at worst; always open misses nothing.
@@ -54,6 +62,13 @@ def made_up_tensors(
     opened = uniform(*tensors["open_fraction"].shape).sort(dim=-1).values
     opened[..., 0], opened[..., -1] = 0, 1
     tensors |= {"margins": margins, "missed_mass": missed.half(), "open_fraction": opened.half()}
+    if manifest.prices is not None:
+        # In all about 0.2 nats; the patched model's KL is half of what prices say.
+        price = missed.float()[0, 0] * 0.4 / missed[0, 0, ..., 0].numel()
+        kl = torch.tensor(TRIED) * uniform(manifest.prices.held_out, 1)
+        exchanges = torch.tensor([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
+        opened = tensors["open_fraction"][0]
+        tensors |= {"price": price, "priced_open_fraction": opened, "exchanges": exchanges, "kl": kl}
     if manifest.rotary is not None:
         dim = manifest.fingerprint.head_dim
         root = torch.randn(*tensors["key_mean"].shape, dim, generator=generator, dtype=torch.float64)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from patchattn.calibration.risk import at_price, within_budget
@@ -23,7 +24,6 @@ from patchattn.gates.thresholds import KL_BOUND, KLTarget, OpenFractionTarget
 TRIED = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 """Predicted KL of the thresholds that are tried on held-out documents, nats per token."""
 
-_STEPS = 60
 _HIGHEST = 1e6
 
 
@@ -99,20 +99,27 @@ class Prices:
 
     def measured(self) -> list[tuple[float, float]]:
         """Return (predicted, measured) KL of each setting that was tried, nats per token; empty if none was."""
+        return self._measured
+
+    @cached_property
+    def _measured(self) -> list[tuple[float, float]]:
         if not len(self.kl):
             return []
         predicted = [self.predicted(self.at_exchange(float(exchange))) for exchange in self.exchanges]
         return list(zip(predicted, self.kl.double().mean(0).tolist(), strict=True))
 
     def exchange_for(self, nats: float, kl: Callable[[Tensor], float]) -> float:
-        """Return the highest rate at which a KL, found from rungs, is at most so many nats; 0 where none is."""
+        """Return the highest rate at which a KL, found from rungs, is at most so many nats; 0 where none is.
+
+        The rate is a number of float32, as files keep it: it stands right at a step of some head, and the next number
+        is another policy.
+        """
         if kl(self.at_exchange(_HIGHEST)) <= nats:
             return _HIGHEST
-        low, high = 1 / _HIGHEST, _HIGHEST
+        low, high = _float32(1 / _HIGHEST), _HIGHEST
         if kl(self.at_exchange(low)) > nats:
             return 0.0
-        for _ in range(_STEPS):
-            middle = math.sqrt(low * high)
+        while low < (middle := _float32(math.sqrt(low * high))) < high:
             low, high = (middle, high) if kl(self.at_exchange(middle)) <= nats else (low, middle)
         return low
 
@@ -139,6 +146,10 @@ class Prices:
         """Bound the KL of the next document for each setting, [settings] nats per token."""
         documents = len(self.kl)
         return (self.kl.double().clamp(max=KL_BOUND).sum(0) + KL_BOUND) / (documents + 1)
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def documents_needed(nats: float) -> int:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from patchattn.backends.blockwise import closed_attention
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.masses import attention_with_graph
-from patchattn.errors import CalibrationError
+from patchattn.errors import CalibrationError, PatchAttnError
 from patchattn.hf.architecture import hidden_of, vocabulary_of, without_head
 from patchattn.hf.loading import first_line
 from patchattn.hf.logits import head_of, replaced_forward
@@ -86,6 +86,8 @@ class Pricing:
                 output = without_head(self._model)(input_ids=ids, use_cache=False)
                 hidden = output.last_hidden_state
                 hidden.backward(gradient_of_labels(self._model, output, ids, seed))
+            except (PatchAttnError, torch.OutOfMemoryError):
+                raise
             except RuntimeError as error:
                 raise CalibrationError(
                     f"{type(self._model).__name__} can't run backward, which prices need: {first_line(error)}.",

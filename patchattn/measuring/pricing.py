@@ -15,7 +15,7 @@ from patchattn.calibration.prices import TRIED
 from patchattn.errors import CalibrationError
 from patchattn.gates import MomentGate
 from patchattn.gates.thresholds import KLTarget
-from patchattn.hf.architecture import without_head
+from patchattn.hf.architecture import makes_logits, without_head
 from patchattn.hf.logits import head_of
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
@@ -32,6 +32,32 @@ _EVERY = 4
 """The KL of a held-out document is the mean over one token in so many."""
 
 _TOKENS_AT_A_TIME = 256
+
+
+def check_prices(model: Any, gate: MomentGate, *, prices: bool) -> None:
+    """Refuse prices that can't be measured, and a policy that needs prices where none are.
+
+    Args:
+        model: The model.
+        gate: Gate of the policy.
+        prices: Whether prices are measured.
+
+    Raises:
+        CalibrationError: Says which.
+    """
+    if not prices and isinstance(gate.threshold, KLTarget):
+        raise CalibrationError(
+            f"The policy's gate has {gate.threshold!r}, which needs prices.", fix="measure with prices=True"
+        )
+    if prices and gate.moments == "calibration":
+        raise CalibrationError(
+            'Prices go with moments="prompt"; the policy\'s gate has moments="calibration".', fix="leave prices out"
+        )
+    if prices and not makes_logits(model):
+        raise CalibrationError(
+            f"Prices say what closing does to the prediction of tokens, which {type(model).__name__} does not make.",
+            fix="load the model with AutoModelForCausalLM, or measure without prices",
+        )
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,10 @@ class Calibration:
     def expected_kl(self, policy: Policy) -> float | None:
         """Say which KL to dense is expected of a policy, nats per token; None without thresholds from prices."""
         target = _target_of(policy)
-        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target)
+        if target is None:
+            return None
+        layers = None if policy.layers is None else [self._layer_index(layer) for layer in policy.layers]
+        return self._found(self._estimate_of(policy)).expected_kl(target, layers)
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:

@@ -19,6 +19,7 @@ def made_up_manifest(
     fingerprint = Fingerprint(
         layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rope="{}", dtype="float32"
     )
+    estimates = fields.get("estimates", ("lognormal", "saturating"))
     return Manifest(
         **{
             "model": "org/made-up",
@@ -26,7 +27,7 @@ def made_up_manifest(
             "sink_size": 4,
             "window_size": 32,
             "layers": tuple(range(layers)),
-            "estimates": ("lognormal", "saturating"),
+            "estimates": estimates,
             "oracle_threshold": 0.6,
             "lengths": (512,),
             "documents": (50, 50),
@@ -34,7 +35,7 @@ def made_up_manifest(
             "rotary": Rotary(layout="halves", first=0, size=head_dim) if key_moments else None,
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
-            "prices": PriceSource(estimate="lognormal", hidden=16, fitted=12, priced=8, held_out=prices)
+            "prices": PriceSource(estimate=estimates[0], hidden=16, fitted=12, priced=8, held_out=prices)
             if prices
             else None,
             "versions": {"patchattn": "0.1.0"},
@@ -67,7 +68,7 @@ def made_up_tensors(
         price = missed.float()[0, 0] * 0.4 / missed[0, 0, ..., 0].numel()
         kl = torch.tensor(TRIED) * uniform(manifest.prices.held_out, 1)
         exchanges = torch.tensor([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
-        opened = tensors["open_fraction"][0]
+        opened = tensors["open_fraction"][0].clone()
         tensors |= {"price": price, "priced_open_fraction": opened, "exchanges": exchanges, "kl": kl}
     if manifest.rotary is not None:
         dim = manifest.fingerprint.head_dim

@@ -202,8 +202,10 @@ def measured_kl(model: Any, calibration: Calibration, ids: Tensor) -> tuple[Tens
     with head_of(model, output) as logits_of:
         for begin in range(0, ids.shape[1], _TOKENS_AT_A_TIME):
             rows = slice(begin, begin + _TOKENS_AT_A_TIME)
-            dense, *others = (logits_of(ids[:, rows], x[:, rows])[0].double().log_softmax(-1) for x in hidden)
-            for at, other in enumerate(others):
+            # One after another: with a large vocabulary each takes hundreds of megabytes.
+            predictions = (logits_of(ids[:, rows], x[:, rows])[0].double().log_softmax(-1) for x in hidden)
+            dense = next(predictions)
+            for at, other in enumerate(predictions):
                 # What is as good as impossible adds nothing.
                 terms = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - other))
                 found[at] += terms.sum().cpu()

@@ -14,11 +14,13 @@ from patchattn.policy import Policy
 
 
 def made_up_manifest(
-    *, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, prices=False, **fields
+    *, layers=2, query_heads=4, kv_heads=2, head_dim=8, key_moments=True, prices=0, **fields
 ) -> Manifest:
+    """Make a manifest; `prices` is the number of documents on which the KL was measured, 0 leaves prices out."""
     fingerprint = Fingerprint(
         layers=layers, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, rope="{}", dtype="float32"
     )
+    estimates = fields.get("estimates", ("lognormal", "saturating"))
     return Manifest(
         **{
             "model": "org/made-up",
@@ -26,7 +28,7 @@ def made_up_manifest(
             "sink_size": 4,
             "window_size": 32,
             "layers": tuple(range(layers)),
-            "estimates": ("lognormal", "saturating"),
+            "estimates": estimates,
             "oracle_threshold": 0.6,
             "lengths": (512,),
             "documents": (50, 50),
@@ -34,7 +36,9 @@ def made_up_manifest(
             "rotary": Rotary(layout="halves", first=0, size=head_dim) if key_moments else None,
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
-            "prices": PriceSource(estimate="lognormal", hidden=16, fitted=8, priced=6, gated=0.2, held_out=9)
+            "prices": PriceSource(
+                estimate="lognormal", hidden=16, fitted=8, priced=6, gated=0.2, held_out=9 if prices is True else prices
+            )
             if prices
             else None,
             "versions": {"patchattn": "0.1.0"},
@@ -53,7 +57,7 @@ def made_up_tensors(
 
     margins = torch.arange(-2.0, 4.0, 0.5) if margins is None else margins
     tensors = {}
-    for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins)).items():
+    for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins), len(TRIED)).items():
         tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
     missed = uniform(*tensors["missed_mass"].shape).sort(dim=-1, descending=True).values
     # Heads differ in how much they miss at worst; always open misses nothing.

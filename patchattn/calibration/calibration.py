@@ -327,7 +327,8 @@ class Calibration:
     def expected_kl(self, policy: Policy) -> float | None:
         """Say which KL to dense is expected of a policy, nats per token; None without thresholds from prices."""
         target = _target_of(policy)
-        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target)
+        layers = [self._layer_index(layer) for layer in policy.layers or self.manifest.layers]
+        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target, layers)
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:

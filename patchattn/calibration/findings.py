@@ -196,10 +196,20 @@ class Findings:
             return margins, None
         return margins + self.tensors["probe_offset"], self.tensors["probe"].float()
 
-    def expected_kl(self, target: Target) -> float | None:
-        """Say which KL to dense a target's thresholds are expected to give; None where they are not from prices."""
+    def expected_kl(self, target: Target, layers: list[int] | None = None) -> float | None:
+        """Say which KL to dense a target's thresholds are expected to give; None where they are not from prices.
+
+        Args:
+            target: The target.
+            layers: Where the layers with gates are in the tensors, others being dense; None means all.
+        """
         prices = self.prices_for(target)
-        return None if prices is None or isinstance(target, RiskTarget) else prices.expected(prices.rungs(target))
+        if prices is None or isinstance(target, RiskTarget):
+            return None
+        chosen = prices.rungs(target).clone()
+        dense = [at for at in range(len(chosen)) if layers is not None and at not in layers]
+        chosen[dense] = len(prices.margins) - 1
+        return prices.expected(chosen)
 
     def by_mass(self, target: Target) -> Tensor:
         """Choose margins by the missed mass, whether or not there are prices; not for a `KLTarget`."""

@@ -122,6 +122,10 @@ class Prices:
 
     def measured(self) -> list[tuple[float, float]]:
         """Return (predicted, measured) KL of each setting that was tried, nats per token; empty if none was."""
+        return self._measured
+
+    @cached_property
+    def _measured(self) -> list[tuple[float, float]]:
         if not len(self.kl):
             return []
         predicted = [self.predicted(self.at(float(fraction))) for fraction in self.tried]

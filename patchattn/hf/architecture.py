@@ -44,7 +44,13 @@ def underlying(model: Any) -> Any:
 
 def without_head(model: Any) -> Any:
     """Return the part of a model that reads tokens and makes no logits."""
+    model = underlying(model)
     return getattr(model, "base_model", model)
+
+
+def makes_logits(model: Any) -> bool:
+    """Say whether a model makes logits of tokens."""
+    return underlying(model).get_output_embeddings() is not None
 
 
 # The cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on, `layer_past` in some families.

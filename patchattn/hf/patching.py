@@ -167,13 +167,14 @@ def patch(
     is_auto = policy.min_bulk == "auto"
     least = load(chosen).least_asked(policy.sink_size, policy.window_size) if is_auto else policy.min_bulk
     policy = policy.model_copy(update={"layers": layers, "min_bulk": least})
+    expected_kl = None if calibration is None else calibration.expected_kl(policy)
     register()
     try:
         _apply(model, modules, heads, policy, chosen, record, measured, judges_calls=is_auto)
     except BaseException:
         _undo(modules.values(), decoder_of(model))
         raise
-    return PatchHandle(model, policy, chosen, None if calibration is None else calibration.expected_kl(policy))
+    return PatchHandle(model, policy, chosen, expected_kl)
 
 
 def unpatch(model: Any) -> None:

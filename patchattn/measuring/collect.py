@@ -27,7 +27,7 @@ from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.support import Supported, check_support
 from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
-from patchattn.measuring.pricing import GATED, Split, price_documents, with_measured_kl
+from patchattn.measuring.pricing import GATED, Split, check_prices, price_documents, with_measured_kl
 from patchattn.measuring.probe import Probe
 from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
@@ -39,6 +39,8 @@ from patchattn.version import VERSION
 _LONGEST_DEFAULT = 4096
 
 
+# Where nothing is to be differentiated, sums could not be added to.
+@torch.inference_mode(mode=False)
 def calibrate(
     model: Any,
     tokenizer: Any,
@@ -94,7 +96,7 @@ def calibrate(
         UnsupportedModelError: The model can't be patched.
         CalibrationError: No document has bulk keys, there are fewer than `documents`, documents are longer than the
             model's context, the model is in training mode or cut by tensor parallelism, the checkpoint is of another
-            run, or the model has no gradients that prices need.
+            run, or the model has no logits or gradients that prices need.
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
@@ -104,11 +106,8 @@ def calibrate(
         raise CalibrationError(
             'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
         )
-    if moments == "calibration" and prices:
-        raise CalibrationError(
-            'Prices go with moments="prompt"; the policy\'s gate has moments="calibration".', fix="leave prices out"
-        )
     settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
+    check_prices(model, of_gate, prices=prices)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
     apart, measured = share_out(len(cut), moments)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from patchattn.backends.blockwise import closed_attention
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.with_graph import dense_with_graph
-from patchattn.errors import CalibrationError
+from patchattn.errors import CalibrationError, PatchAttnError
 from patchattn.hf.architecture import hidden_of, vocabulary_of, without_head
 from patchattn.hf.loading import first_line
 from patchattn.hf.logits import head_of, replaced_forward
@@ -89,6 +89,8 @@ class Backward:
             try:
                 output = without_head(self.model)(input_ids=ids, use_cache=False)
                 output.last_hidden_state.backward(gradient_of_loss(self.model, output, ids, loss))
+            except (PatchAttnError, torch.OutOfMemoryError):
+                raise
             except RuntimeError as error:
                 raise CalibrationError(
                     f"{type(self.model).__name__} can't run backward, which prices need: {first_line(error)}.",

@@ -15,8 +15,8 @@ from patchattn.calibration.prices import Prices
 from patchattn.calibration.risk import rung_margins
 from patchattn.errors import CalibrationError
 from patchattn.gates import MomentGate
-from patchattn.gates.thresholds import OpenFractionTarget
-from patchattn.hf.architecture import without_head
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget
+from patchattn.hf.architecture import makes_logits, without_head
 from patchattn.hf.logits import head_of
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
@@ -38,6 +38,32 @@ _EVERY = 4
 """The KL of a held-out document is the mean over one token in so many."""
 
 _TOKENS_AT_A_TIME = 256
+
+
+def check_prices(model: Any, gate: MomentGate, *, prices: bool) -> None:
+    """Refuse prices that can't be measured, and a policy that needs prices where none are.
+
+    Args:
+        model: The model.
+        gate: Gate of the policy.
+        prices: Whether prices are measured.
+
+    Raises:
+        CalibrationError: Says which.
+    """
+    if not prices and isinstance(gate.threshold, KLTarget):
+        raise CalibrationError(
+            f"The policy's gate has {gate.threshold!r}, which needs prices.", fix="measure with prices=True"
+        )
+    if prices and gate.moments == "calibration":
+        raise CalibrationError(
+            'Prices go with moments="prompt"; the policy\'s gate has moments="calibration".', fix="leave prices out"
+        )
+    if prices and not makes_logits(model):
+        raise CalibrationError(
+            f"Prices say what closing does to the prediction of tokens, which {type(model).__name__} does not make.",
+            fix="load the model with AutoModelForCausalLM, or measure without prices",
+        )
 
 
 @dataclass(frozen=True)
@@ -184,8 +210,10 @@ def measured_kl(model: Any, calibration: Calibration, ids: Tensor) -> tuple[Tens
     with head_of(model, output) as logits_of:
         for begin in range(0, ids.shape[1], _TOKENS_AT_A_TIME):
             rows = slice(begin, begin + _TOKENS_AT_A_TIME)
-            dense, *others = (logits_of(ids[:, rows], x[:, rows])[0].double().log_softmax(-1) for x in hidden)
-            for at, other in enumerate(others):
+            # One after another: with a large vocabulary each takes hundreds of megabytes.
+            predictions = (logits_of(ids[:, rows], x[:, rows])[0].double().log_softmax(-1) for x in hidden)
+            dense = next(predictions)
+            for at, other in enumerate(predictions):
                 # What is as good as impossible adds nothing.
                 terms = torch.where(dense == -torch.inf, 0.0, dense.exp() * (dense - other))
                 found[at] += terms.sum().cpu()

@@ -36,6 +36,10 @@ _FURTHEST = 40.0
 """Margins are cut to this before they are a feature, nats."""
 
 
+_HEAVIEST = torch.finfo(torch.float16).max
+"""Of a weight; hidden states that are very small would ask for more than half precision can hold."""
+
+
 class Probe:
     """Sums over documents, what is fitted to them, and the prices that follow.
 
@@ -63,7 +67,9 @@ class Probe:
     def fit_to(self, layer: int, priced: Priced) -> None:
         """Add what one layer of a document says to the regression."""
         at, asked = self._layers.index(layer), priced.inputs.regions.asked[0]
-        bulk, _ = bulk_log_mass_from_prompt(priced.inputs, estimate=self._estimate)
+        # The guarded estimate opens where it says nothing else than this one, which leaves nothing to learn there.
+        estimate = "lognormal" if self._estimate == "guarded" else self._estimate
+        bulk, _ = bulk_log_mass_from_prompt(priced.inputs, estimate=estimate)
         # Before the first chunk of keys is full there is no estimate.
         known = asked & bulk[0].isfinite().all(0)
         margin = (bulk - priced.local)[0][:, known].T.clamp(-_FURTHEST, _FURTHEST).float()
@@ -99,7 +105,7 @@ class Probe:
             of_head = gram[features][:, features] + torch.diag(_PENALTY * variance[features])
             solved = torch.linalg.lstsq(of_head, log_price[features, head, None], driver="gelsd").solution[:, 0]
             slope = solved[size].clamp(min=_LEAST_SLOPE)
-            weight = (self._directions.double() @ (solved[:size] / slope)).half()
+            weight = (self._directions.double() @ (solved[:size] / slope)).clamp(-_HEAVIEST, _HEAVIEST).half()
             weights.append(weight)
             seen = (self._directions.double().T @ weight.double()) @ means[:size]
             offsets.append(-means[size + head] - seen - _MEAN_MARGIN)

@@ -27,6 +27,7 @@ from patchattn.errors import (
     CalibrationMismatchError,
     CalibrationNotFoundError,
 )
+from patchattn.gates.thresholds import KLTarget
 from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.policy import Policy
 
@@ -86,17 +87,22 @@ def test_safetensors_itself_can_read_the_file(tmp_path: Path) -> None:
         assert Manifest.model_validate_json(file.metadata()["manifest"]) == made_up_manifest()
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_golden_files_of_every_schema_are_read(schema: int) -> None:
     calibration = Calibration.from_pretrained(GOLDEN / f"calibration-{schema}")
     fields = {**SMALL, "estimates": ("guarded", "saturating")}
     # What schema 1 says of keys, for a few lengths after the rotary embedding, is not used any more.
-    assert calibration.manifest == made_up_manifest(**fields, key_moments=schema > 1)
+    prices = 4 if schema > 2 else 0
+    assert calibration.manifest == made_up_manifest(**fields, key_moments=schema > 1, prices=prices)
     assert ("key_factor" in calibration.tensors) == (schema > 1)
     assert calibration.tensors["margins"].tolist() == [i / 2 for i in range(-4, 8)]
-    missed = {1: 25.278900146484375, 2: 28.79925537109375}[schema]
+    assert ("probe" in calibration.tensors) == (schema > 2)
+    missed = {1: 25.278900146484375, 2: 28.79925537109375, 3: 25.153541564941406}[schema]
     assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(missed)
     assert calibration.policy == made_up_calibration(**fields).policy
+    if prices:
+        assert calibration.tensors["price"].double().sum() == pytest.approx(2.060569222085178)
+        assert calibration.findings.expected_kl(KLTarget(nats=0.02)) == pytest.approx(0.013983289885800332)
 
 
 def test_size_for_a_model_of_8b_parameters() -> None:
@@ -140,7 +146,7 @@ def test_matrices_that_are_no_covariances_are_refused(covariance, words) -> None
 
 def change_tensor(name, change):
     def damage() -> bytes:
-        manifest = made_up_manifest()
+        manifest = made_up_manifest(prices=4)
         tensors = made_up_tensors(manifest)
         tensors[name] = change(tensors[name].clone())
         from safetensors.torch import save
@@ -168,6 +174,25 @@ DAMAGED = {
     "missing": (change_tensor("bias", lambda t: None), "tensors missing: \\['bias'\\]"),
     "range": (change_tensor("open_fraction", put(1.5, -1)), "open_fraction leaves"),
     "order": (change_tensor("margins", lambda t: t.flip(0)), "margins do not ascend"),
+    "a price that rises": (change_tensor("price", lambda t: t.flip(-1)), "price does not fall"),
+    "a price that is negative": (change_tensor("price", put(-1.0, -1)), "price does not fall"),
+    "a price of nothing": (change_tensor("price", lambda t: t + 0.1), "price does not fall to zero"),
+    "priced shares": (change_tensor("priced_open_fraction", put(1.5, -1)), "priced_open_fraction leaves"),
+    "priced shares that fall": (change_tensor("priced_open_fraction", lambda t: t.flip(-1)), "does not rise"),
+    "measured shares": (change_tensor("kl_open_fraction", put(-0.5)), "kl_open_fraction leaves"),
+    "rates that fall": (change_tensor("exchanges", lambda t: t.flip(0)), "exchanges do not ascend"),
+    "a negative rate": (change_tensor("exchanges", put(-1.0)), "exchanges do not ascend"),
+    "rates in a table": (change_tensor("exchanges", lambda t: t[None]), "exchanges should be F32"),
+    "a negative KL": (change_tensor("kl", put(-0.1)), "a KL is negative"),
+    "prices without their estimate": (
+        lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(estimate="guarded")),
+        "an estimate that was measured",
+    ),
+    "prices with other moments": (
+        lambda: with_manifest(encoded(prices=4), lambda m: m.update(moments="calibration")),
+        "prices go with the moments of the prompt",
+    ),
+    "prices of nothing": (lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(priced=0)), "priced"),
     "rising": (change_tensor("missed_mass", lambda t: t.flip(-1)), "missed_mass does not fall"),
     "falling": (change_tensor("open_fraction", lambda t: t.flip(-1)), "open_fraction does not rise"),
     "factor": (change_tensor("key_factor", put(3.0)), "not the factor of a correlation matrix"),
@@ -205,6 +230,19 @@ DAMAGED = {
 }
 
 
+for name, (dtype, _) in encoding.expected_tensors(made_up_manifest(prices=4), 12, 6).items():
+    if name in ("probe", "probe_offset", "price", "priced_open_fraction", "exchanges", "kl", "kl_open_fraction"):
+        DAMAGED |= {
+            f"{name} is missing": (change_tensor(name, lambda t: None), f"tensors missing: .*'{name}'"),
+            f"{name} has NaN": (change_tensor(name, put(float("nan"))), f"{name} has NaN or Inf"),
+            f"{name} is too short": (change_tensor(name, lambda t: t[..., 1:]), " should be "),
+            f"{name} has another dtype": (
+                change_tensor(name, lambda t: t.float() if t.dtype == torch.float16 else t.half()),
+                f"{name} should be {dtype}",
+            ),
+        }
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
     make, words = DAMAGED[case]
@@ -218,7 +256,7 @@ def test_unknown_schema_says_what_to_do() -> None:
     assert caught.value.fix == "upgrade patchattn"
 
 
-BYTES = encoded(**SMALL)
+BYTES = encoded(**SMALL, prices=2)
 (HEADER,) = struct.unpack("<Q", BYTES[:8])
 
 

@@ -141,6 +141,39 @@ def test_weighing_in_the_graph_equals_weighing_before_it(name: str, slab: int, m
             torch.testing.assert_close(part[begun], expected[begun], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["long", "prefill", "prefill goes on", "prefill, static cache"])
+@pytest.mark.parametrize("slab", [4096, 128])
+def test_a_probe_in_the_graph_decides_as_before_it(name: str, slab: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("patchattn.backends.flex.call.SLAB", slab)
+    inputs, gate = WEIGHED[name].inputs(torch.float32), MomentGate(threshold=0.6)
+    found = flex.weigh_and_attend_with(inputs, gate, probed(inputs), compiler="eager")
+    assert found is not None
+    mass, _ = gate.weigh(inputs, probed(inputs))
+    want = flex.attend_with(inputs, mass, gate.margin, compiler="eager")
+    asked = inputs.regions.asked[:, None].expand_as(want.open)
+    assert 0.05 < want.open[asked].float().mean() < 0.95
+    assert (found[0].open != want.open).float().mean() < 1e-3
+
+
+def probed(inputs) -> Known:
+    """Margins and a probe, and hidden states for it to read."""
+    generator = torch.Generator().manual_seed(3)
+    heads, hidden = inputs.query.shape[1], torch.randn(len(inputs.query), 1000, 24, generator=generator)
+    probe = torch.randn(heads, 24, generator=generator)
+    measured = MeasuredHeads(torch.linspace(-2, 1, heads), probe=probe)
+    return Known(0, measured=measured, hidden=hidden[:, : inputs.query.shape[2]])
+
+
+def test_a_probe_takes_no_graph_for_each_length(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("patchattn.backends.flex.call.SLAB", 128)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for length in (200, 300, 460, 700):
+        inputs = Case(queries=length, keys=length).inputs(torch.float32)
+        assert flex.weigh_and_attend_with(inputs, MomentGate(threshold=0.6), probed(inputs), compiler="eager")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("behind", [4600, -200])
 def test_moments_that_lag_or_run_ahead_are_brought_up_to_the_first_query(behind: int):
     """Calls that kept none came between, or keys were taken back."""

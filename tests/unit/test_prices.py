@@ -25,9 +25,11 @@ def ids_of(length: int = TOKENS, seed: int = 0) -> torch.Tensor:
 
 
 def prices(model, layers, ids, seed=0, local=LOCAL):
-    found = {}
-    Pricing(model, layers, local, lambda layer, priced: found.setdefault(layer, priced.cost)).price(ids, seed)
-    return found
+    found = []
+    Pricing(model, layers, local, lambda layer, priced: found.append((layer, priced.cost))).price(ids, seed)
+    # Each once, the last layer first.
+    assert [layer for layer, _ in found] == sorted(layers, reverse=True)
+    return dict(found)
 
 
 def divergence(model, ids, layer, head, query, step):
@@ -49,14 +51,18 @@ def divergence(model, ids, layer, head, query, step):
     return float((dense.exp() * (dense - other)).sum())
 
 
-@pytest.mark.parametrize(("layer", "head", "query"), [(0, 1, 15), (1, 4, 12), (2, 0, 20)])
-def test_a_price_is_the_second_order_divergence_of_closing_the_pair(layer, head, query):
-    model = tiny_model("llama", dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("family", "layer", "head", "query"),
+    [("llama", 0, 1, 15), ("llama", 1, 4, 12), ("llama", 2, 0, 20), ("gemma2", 1, 2, 14), ("gpt_oss", 2, 3, 16)],
+)
+def test_a_price_is_the_second_order_divergence_of_closing_the_pair(family, layer, head, query):
+    model = tiny_model(family, dtype=torch.float64)
     ids = ids_of()
     step = 1e-3
     # KL is step^2 times the price for a small step, and the third order is taken away by going both ways.
     expected = sum(divergence(model, ids, layer, head, query, sign * step) for sign in (1, -1)) / (2 * step**2)
-    drawn_prices = torch.stack([prices(model, (0, 1, 2), ids, seed)[layer][0, head, query] for seed in range(300)])
+    layers = check_support(model).layers
+    drawn_prices = torch.stack([prices(model, layers, ids, seed)[layer][0, head, query] for seed in range(300)])
     error = float(drawn_prices.std() / math.sqrt(len(drawn_prices)))
     assert expected > 0
     assert abs(float(drawn_prices.mean()) - expected) < 4 * error

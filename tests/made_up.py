@@ -6,7 +6,8 @@ import torch
 
 from patchattn.calibration import Calibration, Corpus, Fingerprint, Manifest, Rotary, encoding, key_moments
 from patchattn.calibration.manifest import PriceSource
-from patchattn.calibration.prices import TRIED
+from patchattn.calibration.prices import TRIED, Prices
+from patchattn.calibration.risk import rung_margins
 from patchattn.gates import MomentGate
 from patchattn.gates.thresholds import RiskTarget
 from patchattn.policy import Policy
@@ -35,7 +36,9 @@ def made_up_manifest(
             "rotary": Rotary(layout="halves", first=0, size=head_dim) if key_moments else None,
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
-            "prices": PriceSource(estimate=estimates[0], hidden=16, fitted=12, priced=8, held_out=prices)
+            "prices": PriceSource(
+                estimate="lognormal", hidden=16, fitted=8, priced=6, gated=0.2, held_out=9 if prices is True else prices
+            )
             if prices
             else None,
             "versions": {"patchattn": "0.1.0"},
@@ -63,19 +66,37 @@ def made_up_tensors(
     opened = uniform(*tensors["open_fraction"].shape).sort(dim=-1).values
     opened[..., 0], opened[..., -1] = 0, 1
     tensors |= {"margins": margins, "missed_mass": missed.half(), "open_fraction": opened.half()}
-    if manifest.prices is not None:
-        # In all about 0.2 nats; the patched model's KL is half of what prices say.
-        price = missed.float()[0, 0] * 0.4 / missed[0, 0, ..., 0].numel()
-        kl = torch.tensor(TRIED) * uniform(manifest.prices.held_out, 1)
-        exchanges = torch.tensor([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
-        opened = tensors["open_fraction"][0].clone()
-        tensors |= {"price": price, "priced_open_fraction": opened, "exchanges": exchanges, "kl": kl}
     if manifest.rotary is not None:
         dim = manifest.fingerprint.head_dim
         root = torch.randn(*tensors["key_mean"].shape, dim, generator=generator, dtype=torch.float64)
         deviation, factor, _ = key_moments.pack_covariance(root @ root.mT)
         tensors |= {"key_deviation": deviation, "key_factor": factor}
+    if manifest.prices is not None:
+        tensors |= _made_up_prices(tensors, manifest.prices.held_out, generator)
     return tensors
+
+
+def _made_up_prices(tensors: dict[str, torch.Tensor], held_out: int, generator) -> dict[str, torch.Tensor]:
+    """Heads differ a hundredfold in what closing costs; the KL is 1.2 times what prices predict, give or take."""
+    price = torch.rand(tensors["price"].shape, generator=generator).pow(3).sort(dim=-1, descending=True).values
+    price = price * torch.randn(price.shape[:2], generator=generator).mul(2).exp()[..., None]
+    price[..., -1] = 0
+    price *= 0.4 / price[..., 0].sum()
+    opened = torch.rand(price.shape, generator=generator).sort(dim=-1).values
+    opened[..., 0], opened[..., -1] = 0, 1
+    rungs, tried = rung_margins(tensors["margins"]), torch.tensor(TRIED)
+    nothing = torch.empty(0, len(TRIED))
+    prices = Prices(rungs, price, price * 2, opened, tried, nothing, nothing, 0.2)
+    chosen = [prices.at(fraction) for fraction in tried.tolist()]
+    kl = 1.2 * torch.tensor([prices.predicted(of) for of in chosen])
+    return {
+        "price": price,
+        "priced_open_fraction": opened.half(),
+        "value": price * 2,
+        "tried": tried,
+        "kl": kl * (0.5 + torch.rand(held_out, 1, generator=generator)),
+        "kl_open_fraction": torch.tensor([prices.opened(of) for of in chosen]).expand(held_out, -1).half(),
+    }
 
 
 def made_up_calibration(*, seed: int = 0, **fields) -> Calibration:

@@ -19,6 +19,7 @@ from patchattn.calibration.findings import Expected, Findings
 from patchattn.calibration.key_moments import unpack_moments
 from patchattn.calibration.manifest import Fingerprint, Manifest
 from patchattn.calibration.places import fix_for, looks_like_path, no_folder
+from patchattn.calibration.price_table import with_prices
 from patchattn.calibration.risk import Curves
 from patchattn.errors import (
     CalibrationError,
@@ -181,11 +182,12 @@ class Calibration:
         return self._found(None)
 
     def _found(self, estimate: Estimate | None) -> Findings:
-        own = self._estimate_of(self.policy) or self.manifest.estimates[0]
+        own, source = self._estimate_of(self.policy), self.manifest.prices
+        own = own or (self.manifest.estimates[0] if source is None else source.estimate)
         return Findings(self.manifest, self.tensors, estimate or own, _target_of(self.policy))
 
     def curves(self, estimate: Estimate | None = None) -> Curves:
-        """Return the curves of one estimate; None means the one of the calibration's policy, or the first measured.
+        """Return the curves of one estimate; None means the policy's own, else the priced, else the first measured one.
 
         Raises:
             CalibrationError: The estimate was not measured.
@@ -218,7 +220,7 @@ class Calibration:
 
     def heads_by_price(self) -> list[tuple[int, int]]:
         """Rank all measured (layer, query head), the one first whose closing costs most KL; needs prices."""
-        return self._ranked(self.findings.priced().price[..., 0])
+        return self._ranked(with_prices(self.findings).priced().value[..., 0])
 
     def _ranked(self, values: Tensor) -> list[tuple[int, int]]:
         order, heads = values.flatten().argsort(descending=True, stable=True).tolist(), values.shape[1]
@@ -325,10 +327,8 @@ class Calibration:
     def expected_kl(self, policy: Policy) -> float | None:
         """Say which KL to dense is expected of a policy, nats per token; None without thresholds from prices."""
         target = _target_of(policy)
-        if target is None:
-            return None
-        layers = None if policy.layers is None else [self._layer_index(layer) for layer in policy.layers]
-        return self._found(self._estimate_of(policy)).expected_kl(target, layers)
+        layers = [self._layer_index(layer) for layer in policy.layers or self.manifest.layers]
+        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target, layers)
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:

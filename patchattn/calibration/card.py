@@ -11,6 +11,8 @@ import torch
 from patchattn.calibration import files
 from patchattn.calibration.findings import Findings
 from patchattn.calibration.manifest import Manifest
+from patchattn.calibration.price_table import price_table
+from patchattn.gates.thresholds import KL_BOUND
 from patchattn.writing import made
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -59,6 +61,7 @@ def card_text(findings: Findings, *, plots: tuple[str, ...] = (), repo: str | No
             "mass of a document is at most alpha. It is made for dense activations; on a patched model the layers "
             "below are gated too.",
             "",
+            *_kl_lines(findings),
             "## What was measured",
             "",
             "| | |",
@@ -72,6 +75,7 @@ def card_text(findings: Findings, *, plots: tuple[str, ...] = (), repo: str | No
             f"| layers measured | {len(manifest.layers)} |",
             f'| thresholds are for | `moments="{manifest.moments}"` |',
             f"| key moments | {_moments(manifest)} |",
+            *_price_lines(manifest),
             f"| versions | {', '.join(f'{name} {version}' for name, version in manifest.versions.items())} |",
             "",
             "## How good the estimate is",
@@ -103,6 +107,48 @@ def _risk_lines(findings: Findings) -> list[str]:
     return lines
 
 
+def _kl_lines(findings: Findings) -> list[str]:
+    """Write the section on KL; nothing without prices."""
+    found = price_table(findings)
+    if found is None:
+        return []
+    lines = [
+        "## What a KL costs",
+        "",
+        "| KL asked for | open pairs | KL expected | KL predicted | open pairs if promised | heads never open "
+        "| heads always open |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found.targets:
+        promised = row.promised_open_fraction
+        lines.append(
+            f"| {row.nats:g} | {row.open_fraction:.1%} | {row.expected:.2g} | {row.predicted:.2g} | "
+            f"{f'needs {row.documents_needed} held-out documents' if promised is None else f'{promised:.1%}'} | "
+            f"{row.never_open} | {row.always_open} |"
+        )
+    lines += [
+        "",
+        "KL says how far the model's predictions move, in nats per token: on text as the dense model would write it, "
+        "the loss rises by so much, so that at 0.01 perplexity rises by 1%. Predicted adds up the prices of all that "
+        "is closed; expected corrects that by what was measured on documents that chose nothing. What is promised, "
+        "with `KLTarget(nats=..., promised=True)`: in expectation, for documents like the measured ones in source and "
+        f"length, the KL of the patched model is at most that, where a document counts for {KL_BOUND:g} nats at most. "
+        "Nothing is promised for one document, for other text or for answers: a fact that is looked up once hardly "
+        "moves a mean over tokens.",
+        "",
+    ]
+    if found.tried:
+        lines += ["| tried on held-out documents: KL predicted | KL measured | can be promised | open pairs |"]
+        lines += ["|---|---|---|---|"]
+        lines += [
+            f"| {row.predicted:.2g} | {row.measured:.2g} | {row.bound:.2g} | {row.open_fraction:.1%} |"
+            for row in found.tried
+        ]
+        lines.append("")
+    named = ", ".join(f"layer {head.layer} head {head.query_head} ({head.share:.1%})" for head in found.dearest)
+    return [*lines, f"{found.concentration()}: {named}.", ""]
+
+
 def _fit_lines(findings: Findings) -> list[str]:
     lines = [
         "| estimate | pairs with an estimate | bias, median head | spread, median head | recall | precision |",
@@ -128,6 +174,15 @@ def _moments(manifest: Manifest) -> str:
         f"of {manifest.moment_documents} documents{apart}; half precision changes a covariance by at most "
         f"{manifest.covariance_error:.2%}"
     )
+
+
+def _price_lines(manifest: Manifest) -> list[str]:
+    if (source := manifest.prices) is None:
+        return []
+    return [
+        f"| prices | for the {source.estimate} estimate: a probe fitted to {source.fitted} documents, prices from "
+        f"{source.priced} others, the KL of the patched model on {source.held_out} yet others |"
+    ]
 
 
 def write_card(findings: Findings, folder: Path, *, repo: str | None = None) -> None:

@@ -27,7 +27,7 @@ _OF_SCHEMA_1 = ("bulk_counts", "covariance_error")
 _SINCE_SCHEMA_1 = {"moments": "prompt", "rotary": None, "moment_documents": 0}
 _SHARES = frozenset(
     "missed_mass open_fraction recall precision known_fraction oracle_open_fraction priced_open_fraction "
-    "kl_open_fraction".split()
+    "kl_open_fraction tried".split()
 )
 _NEGATIVE_KL = 1e-4
 """Rounding makes the KL of nearly equal predictions this little negative, nats."""
@@ -61,8 +61,9 @@ def expected_tensors(manifest: Manifest, n_margins: int, n_settings: int = 0) ->
         found["probe"] = ("F16", (*heads, of_prices.hidden))
         found["probe_offset"] = ("F32", heads)
         found["price"] = ("F32", (*heads, n_margins + 2))
+        found["value"] = ("F32", (*heads, n_margins + 2))
         found["priced_open_fraction"] = ("F16", (*heads, n_margins + 2))
-        found["exchanges"] = ("F32", (n_settings,))
+        found["tried"] = ("F32", (n_settings,))
         found["kl"] = ("F32", (of_prices.held_out, n_settings))
         found["kl_open_fraction"] = ("F16", (of_prices.held_out, n_settings))
     if manifest.rotary is not None:
@@ -115,8 +116,8 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     margins = tensors.get("margins")
     if margins is None or margins.dim() != 1 or not len(margins):
         raise damaged("the tensor margins is missing or is not a list")
-    exchanges = tensors.get("exchanges", torch.empty(0))
-    expected = expected_tensors(manifest, len(margins), exchanges.numel())
+    tried = tensors.get("tried", torch.empty(0))
+    expected = expected_tensors(manifest, len(margins), tried.numel())
     if set(tensors) != set(expected):
         missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
         raise damaged(f"tensors missing: {missing}, not known: {extra}")
@@ -133,15 +134,15 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
             raise damaged(f"{name} leaves [0, 1]")
     if (tensors["spread"] < 0).any():
         raise damaged("spread is negative")
-    for name in ("missed_mass", "price"):
+    for name in ("missed_mass", "price", "value"):
         curve = tensors.get(name, torch.zeros(1)).float()
         if (curve.diff(dim=-1) > 0).any() or (curve[..., -1] != 0).any():
             raise damaged(f"{name} does not fall to zero along the margins")
     for name in ("open_fraction", "priced_open_fraction"):
         if (tensors.get(name, torch.zeros(1)).float().diff(dim=-1) < 0).any():
             raise damaged(f"{name} does not rise along the margins")
-    if (exchanges < 0).any() or (exchanges.diff() < 0).any() or (tensors.get("kl", exchanges) < -_NEGATIVE_KL).any():
-        raise damaged("exchanges do not ascend, or a KL is negative")
+    if (tried.diff() > 0).any() or (tensors.get("kl", tried) < -_NEGATIVE_KL).any():
+        raise damaged("what was tried does not fall, or a KL is negative")
     if manifest.rotary is not None:
         check_factors(tensors["key_deviation"], tensors["key_factor"], manifest.fingerprint.head_dim)
 

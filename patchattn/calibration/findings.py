@@ -13,7 +13,7 @@ from torch import Tensor
 from patchattn.calibration.manifest import Manifest
 from patchattn.calibration.prices import Prices
 from patchattn.calibration.prices import documents_needed as documents_needed_for_kl
-from patchattn.calibration.risk import Curves, documents_needed, rungs
+from patchattn.calibration.risk import Curves, documents_needed, rung_margins, rungs
 from patchattn.errors import CalibrationError
 from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget, Target
 from patchattn.moments.gaussian import Estimate
@@ -134,9 +134,8 @@ class Findings:
     @cached_property
     def curves(self) -> Curves:
         """The curves."""
-        ends = torch.tensor([torch.inf])
         return Curves(
-            torch.cat([-ends, self.tensors["margins"], ends]),
+            rung_margins(self.tensors["margins"]),
             self.tensors["missed_mass"][:, self.index].float(),
             self.tensors["open_fraction"][self.index].float(),
             self.manifest.documents,
@@ -148,8 +147,7 @@ class Findings:
         source = self.manifest.prices
         if source is None or source.estimate != self.estimate:
             return None
-        names = ("price", "priced_open_fraction", "exchanges", "kl", "kl_open_fraction")
-        return Prices(self.curves.margins, *(self.tensors[name].float() for name in names))
+        return Prices.of(self.tensors, source.gated)
 
     def priced(self) -> Prices:
         """Return the prices.
@@ -208,7 +206,7 @@ class Findings:
         prices = self.prices_for(target)
         if prices is None or isinstance(target, RiskTarget):
             return None
-        chosen = prices.rungs(target)
+        chosen = prices.rungs(target).clone()
         dense = [at for at in range(len(chosen)) if layers is not None and at not in layers]
         chosen[dense] = len(prices.margins) - 1
         return prices.expected(chosen)

@@ -95,7 +95,8 @@ class PriceSource(_Frozen):
         estimate: Estimate of the bulk log mass that the probe corrects.
         hidden: Size of the hidden state that it reads.
         fitted: Number of documents that it was fitted to.
-        priced: Number of other documents that the prices are from.
+        priced: Number of other documents that prices and values are from.
+        gated: Open fraction of the gated model that values were measured in.
         held_out: Number of yet other documents on which the patched model's KL was measured.
     """
 
@@ -103,6 +104,7 @@ class PriceSource(_Frozen):
     hidden: Size
     fitted: Annotated[int, Field(ge=1, le=2**53)]
     priced: Annotated[int, Field(ge=1, le=2**53)]
+    gated: LocalShare
     held_out: Count
 
 

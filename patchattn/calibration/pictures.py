@@ -1,28 +1,35 @@
-"""Pictures of a calibration: what risk costs, which heads need the far keys, how good the estimate is."""
+"""Pictures of a calibration: what risk and KL cost, which heads need the far keys, how good the estimate is."""
 
 from __future__ import annotations
 
 import io
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 from patchattn.calibration.findings import CURVE_ALPHAS, SCOPES, Findings, name_of
+from patchattn.calibration.price_table import PriceTable, price_table, with_prices
+from patchattn.calibration.prices import Prices
 from patchattn.gates.thresholds import OpenFractionTarget
 
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+_LEAST_KL = 1e-4
 _MARKERS = {"guarded": "o", "saturating": "s", "lognormal": "^"}
 
 
 def draw(findings: Findings) -> dict[str, bytes]:
-    """Draw all pictures; PNG bytes by file name."""
-    return {
+    """Draw all pictures; PNG bytes by file name. Prices are drawn where there are some."""
+    drawn = {
         "risk.png": _png(risk_figure(findings)),
         "heads.png": _png(heads_figure(findings)),
         "estimate.png": _png(estimate_figure(findings)),
     }
+    if (table := price_table(findings)) is not None:
+        drawn["prices.png"] = _png(prices_figure(findings, table))
+    return drawn
 
 
 def risk_figure(findings: Findings) -> Figure:
@@ -77,6 +84,60 @@ def heads_figure(findings: Findings) -> Figure:
         _grid(both[1], findings, opened, f"thresholds for {name_of(target)}")
     figure.colorbar(image, ax=list(both), label="open fraction")
     return figure
+
+
+def prices_figure(findings: Findings, table: PriceTable) -> Figure:
+    """Draw what closing each head costs, and what a KL costs: as predicted, as expected, and as measured."""
+    prices = with_prices(findings).priced()
+    layers, heads = prices.price.shape[:2]
+    widths = min(0.35 * heads + 3, 10), 6
+    figure = Figure(figsize=(sum(widths), min(max(0.25 * layers + 1.4, 4.6), 8)), layout="constrained")
+    grid, curve = figure.subplots(1, 2, width_ratios=widths)
+    _price_grid(figure, grid, findings, prices.price[..., 0], table)
+    points = _price_curve(prices)
+    for name, style, at in (("predicted: prices added up", "--", 1), ("expected", "-", 2)):
+        curve.plot([100 * point[0] for point in points], [point[at] for point in points], style, label=name)
+    if table.tried:
+        opened, measured = [100 * row.open_fraction for row in table.tried], [row.measured for row in table.tried]
+        curve.plot(opened, measured, "o", color="black", label=f"measured, {len(prices.kl)} held-out documents")
+    curve.set_yscale("log")
+    curve.set_xlim(-3, 103)
+    curve.set_ylim(bottom=min([_LEAST_KL, *(row.measured / 2 for row in table.tried if row.measured > 0)]))
+    curve.yaxis.set_major_formatter("{x:g}")
+    curve.set_xlabel("open pairs, % (mean over heads)")
+    curve.set_ylabel("KL to dense attention, nats per token")
+    curve.set_title("what closing costs, heads weighed by their price", fontsize=10)
+    curve.grid(alpha=0.3)
+    curve.legend(fontsize=8)
+    return figure
+
+
+def _price_grid(figure: Figure, axes: Axes, findings: Findings, cost: Tensor, table: PriceTable) -> None:
+    """Draw a colour for each head, on a scale of three decades at most, and the rank of the dearest ones."""
+    most = max(float(cost.max()), 1e-12)
+    norm = LogNorm(min(max(float(cost.min()), 1e-3 * most), 0.1 * most), most, clip=True)
+    image = axes.imshow(cost.numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    measured = list(findings.manifest.layers)
+    for rank, head in enumerate(table.dearest, 1):
+        colour = "black" if norm(head.nats) > 0.6 else "white"
+        place = head.query_head, measured.index(head.layer)
+        axes.text(*place, str(rank), ha="center", va="center", color=colour, fontsize=8)
+    across, down = (-(-size // 16) for size in reversed(cost.shape))
+    axes.set_xticks(range(0, cost.shape[1], across))
+    axes.set_yticks(range(0, cost.shape[0], down), [str(layer) for layer in measured[::down]])
+    axes.set_xlabel(f"query head (1 to {len(table.dearest)}: those whose closing costs most)")
+    axes.set_ylabel("layer")
+    axes.set_title(table.concentration(), fontsize=10)
+    extend = "min" if float(cost.min()) < float(norm.vmin or 0) else "neither"
+    label = "cost of closing the head, nats of KL per token"
+    figure.colorbar(image, ax=axes, label=label, format="{x:g}", extend=extend)
+
+
+def _price_curve(prices: Prices) -> list[tuple[float, float, float]]:
+    """Return (open fraction, predicted KL, expected KL) of thresholds for one budget after another."""
+    chosen = [prices.at(step / 50) for step in range(50)]
+    found = {prices.opened(rungs): (prices.predicted(rungs), prices.expected(rungs)) for rungs in chosen}
+    return [(opened, *kl) for opened, kl in sorted(found.items()) if kl[0] > 0]
 
 
 def estimate_figure(findings: Findings) -> Figure:

@@ -1,30 +1,32 @@
 """From measured prices to thresholds: what closing costs in KL to the dense model, and the cheapest way to a target.
 
-Curves have rungs as in `patchattn.calibration.risk`. Prices of pairs are added up; what the patched model's KL really
-was on documents that chose nothing says how far that holds.
+Curves have rungs as in `patchattn.calibration.risk`. The price of a pair is what closing it costs where nothing else is
+closed, its value what it costs in a model that is gated already, measured at one open fraction. In between, what it
+costs goes from the one to the other in proportion to what is closed, for KL is of second order. What the KL of the
+patched model really was on documents that chose nothing says how far that holds.
 
 Source of the promise: Angelopoulos et al., Conformal Risk Control, arXiv 2208.02814, theorem 1 with B = `KL_BOUND`.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from patchattn.calibration.risk import at_price, within_budget
+from patchattn.calibration.risk import cheapest_within, rung_margins
 from patchattn.errors import CalibrationError
 from patchattn.gates.thresholds import KL_BOUND, KLTarget, OpenFractionTarget
 
-TRIED = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
-"""Predicted KL of the thresholds that are tried on held-out documents, nats per token."""
+TRIED = (0.6, 0.45, 0.3, 0.2, 0.13, 0.08)
+"""Open fractions that are tried on held-out documents, the safest first."""
 
-_HIGHEST = 1e6
+_FINENESS = 200
+"""Open fractions that a KL target chooses from: multiples of one over this."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,31 @@ class Prices:
 
     Args:
         margins: [rungs] nats, from -inf (closed for every query) to +inf (open for every query).
-        price: [layers, query_heads, rungs]; what closing at this rung costs, nats of KL per token.
+        price: [layers, query_heads, rungs]; what closing at this rung costs, each pair as if it were the only one, nats
+            of KL per token.
+        value: [layers, query_heads, rungs]; what it costs where the other heads are gated too.
         open_fraction: [layers, query_heads, rungs].
-        exchanges: [settings]; the rates that were tried, see `at_exchange`, none below the one before it.
+        tried: [settings] open fractions that were tried, none above the one before it.
         kl: [documents, settings]; KL(dense || patched) on held-out documents, nats per token.
         kl_open_fraction: [documents, settings]; open fraction there.
+        gated: Open fraction of the model in which values were measured.
     """
 
     margins: Tensor
     price: Tensor
+    value: Tensor
     open_fraction: Tensor
-    exchanges: Tensor
+    tried: Tensor
     kl: Tensor
     kl_open_fraction: Tensor
+    gated: float
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], gated: float) -> Prices:
+        """Read them from the tensors of a calibration."""
+        names = ("price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction")
+        found = {name.removeprefix("priced_"): tensors[name].float() for name in names}
+        return cls(margins=rung_margins(tensors["margins"]), gated=gated, **found)
 
     def rungs(self, target: KLTarget | OpenFractionTarget) -> Tensor:
         """Choose a rung for each head, [layers, query_heads] int64.
@@ -54,48 +68,57 @@ class Prices:
             CalibrationError: The target promises more than so few held-out documents can carry.
         """
         if isinstance(target, OpenFractionTarget):
-            return within_budget(self._scaled, self.open_fraction, target.fraction)
-        return self._promised(target.nats) if target.promised else self._expected(target.nats)
+            return self.at(target.fraction)
+        return self.at(self._promised(target.nats) if target.promised else self._expected(target.nats))
+
+    def at(self, fraction: float) -> Tensor:
+        """Choose the rungs that cost least while at most so many pairs are open, [layers, query_heads] int64."""
+        if fraction not in self._chosen:
+            share = self._share_of_gated(fraction)
+            cost = (1 - share) * self.price.double() + share * self.value.double()
+            # Of the size of missed masses, for which the search is made.
+            whole = cost[..., 0].sum().clamp(min=1e-30)
+            self._chosen[fraction] = cheapest_within(cost / whole * cost[..., 0].numel(), self.open_fraction, fraction)
+        return self._chosen[fraction]
 
     @cached_property
-    def _scaled(self) -> Tensor:
-        """Prices as shares of what closing everything costs: of the size that the search for a budget is made for."""
-        return self.price.double() / self.price[..., 0].double().sum().clamp(min=1e-30) * self.price[..., 0].numel()
+    def _chosen(self) -> dict[float, Tensor]:
+        return {1.0: torch.full(self.price.shape[:2], self.price.shape[-1] - 1)}
 
-    def at_exchange(self, exchange: float) -> Tensor:
-        """Return the rungs at which no opening gains less than the rate; [layers, query_heads].
-
-        Args:
-            exchange: What an open fraction of 1 has to gain, as a share of what closing everything costs.
-        """
-        return at_price(self._scaled, self.open_fraction, exchange)
-
-    def predicted(self, rungs: Tensor) -> float:
-        """Add up the prices of what is closed, nats of KL per token."""
-        return float(self.price.double().gather(-1, rungs[..., None]).sum())
+    def _share_of_gated(self, fraction: float) -> float:
+        """Say how much is closed, as a share of what was closed where values were measured; at most 1."""
+        return min((1 - fraction) / (1 - self.gated), 1.0)
 
     def opened(self, rungs: Tensor) -> float:
         """Return the open fraction, mean over heads."""
         return float(self.open_fraction.double().gather(-1, rungs[..., None]).mean())
 
-    def expected(self, rungs: Tensor) -> float:
-        """Say which KL is to be expected: the prices, by the factor that held-out documents show at this size."""
-        predicted = self.predicted(rungs)
-        return predicted * self.factor(predicted)
+    def predicted(self, rungs: Tensor) -> float:
+        """Predict the KL of what is closed, nats per token: costs on average along the way from the dense model."""
+        half = self._share_of_gated(self.opened(rungs)) / 2
+        cost = (1 - half) * self.price.double() + half * self.value.double()
+        return float(cost.gather(-1, rungs[..., None]).sum())
 
-    def factor(self, predicted: float) -> float:
-        """Return measured over predicted KL near a predicted one; 1 where nothing was held out."""
-        known = [(p, m) for p, m in self.measured() if p > 0 and m > 0]
-        if not known:
+    def expected(self, rungs: Tensor) -> float:
+        """Say which KL is to be expected: the predicted one, by the factor that held-out documents show there."""
+        return self.predicted(rungs) * self.factor(self.opened(rungs))
+
+    def factor(self, opened: float) -> float:
+        """Return measured over predicted KL near an open fraction; 1 where nothing was held out."""
+        found = self._factors
+        if not found:
             return 1.0
-        known.sort()
-        if predicted <= known[0][0]:
-            return known[0][1] / known[0][0]
-        for (low, of_low), (high, of_high) in pairwise(known):
-            if predicted <= high:
-                share = math.log(predicted / low) / math.log(high / low) if high > low else 0.0
-                return (of_low / low) ** (1 - share) * (of_high / high) ** share
-        return known[-1][1] / known[-1][0]
+        after = bisect.bisect([at for at, _ in found], opened)
+        (low, of_low), (high, of_high) = found[max(after - 1, 0)], found[min(after, len(found) - 1)]
+        share = (opened - low) / (high - low) if high > low else 0.0
+        return of_low ** (1 - share) * of_high**share
+
+    @cached_property
+    def _factors(self) -> list[tuple[float, float]]:
+        """(open fraction, measured over predicted KL) where both say something, ascending."""
+        at = [self.opened(self.at(float(fraction))) for fraction in self.tried]
+        both = zip(at, self.measured(), strict=False)
+        return sorted((opened, kl / predicted) for opened, (predicted, kl) in both if predicted > 0 and kl > 0)
 
     def measured(self) -> list[tuple[float, float]]:
         """Return (predicted, measured) KL of each setting that was tried, nats per token; empty if none was."""
@@ -105,28 +128,23 @@ class Prices:
     def _measured(self) -> list[tuple[float, float]]:
         if not len(self.kl):
             return []
-        predicted = [self.predicted(self.at_exchange(float(exchange))) for exchange in self.exchanges]
+        predicted = [self.predicted(self.at(float(fraction))) for fraction in self.tried]
         return list(zip(predicted, self.kl.double().mean(0).tolist(), strict=True))
 
-    def exchange_for(self, nats: float, kl: Callable[[Tensor], float]) -> float:
-        """Return the highest rate at which a KL, found from rungs, is at most so many nats; 0 where none is.
+    def _expected(self, nats: float) -> float:
+        """Return the least open fraction of `_FINENESS` whose expected KL is at most so many nats."""
 
-        The rate is a number of float32, as files keep it: it stands right at a step of some head, and the next number
-        is another policy.
-        """
-        if kl(self.at_exchange(_HIGHEST)) <= nats:
-            return _HIGHEST
-        low, high = _float32(1 / _HIGHEST), _HIGHEST
-        if kl(self.at_exchange(low)) > nats:
-            return 0.0
-        while low < (middle := _float32(math.sqrt(low * high))) < high:
-            low, high = (middle, high) if kl(self.at_exchange(middle)) <= nats else (low, middle)
-        return low
+        def is_enough(step: int) -> bool:
+            return self.expected(self.at(step / _FINENESS)) <= nats
 
-    def _expected(self, nats: float) -> Tensor:
-        return self.at_exchange(self.exchange_for(nats, self.expected))
+        step = bisect.bisect_left(range(_FINENESS), 1, key=is_enough)
+        # Expected KL rises a little here and there as more opens.
+        while not is_enough(step):
+            step += 1
+        return step / _FINENESS
 
-    def _promised(self, nats: float) -> Tensor:
+    def _promised(self, nats: float) -> float:
+        """Return the least open fraction that was tried and is bounded by so many nats, and by all that are safer."""
         documents = len(self.kl)
         if (needed := documents_needed(nats)) > documents:
             raise CalibrationError(
@@ -135,21 +153,14 @@ class Prices:
                 fix=f"measure more documents, ask for at least {KL_BOUND / (documents + 1):.2g} nats, or leave "
                 "promised out",
             )
-        best = self.at_exchange(0.0)
-        for exchange, bound in zip(self.exchanges.tolist(), self.bounds().tolist(), strict=True):
-            if bound > nats * (1 + 1e-12):
-                break
-            best = self.at_exchange(exchange)
-        return best
+        kept = int((self.bounds() <= nats * (1 + 1e-12)).sum())
+        return float(self.tried[kept - 1]) if kept else 1.0
 
     def bounds(self) -> Tensor:
-        """Bound the KL of the next document for each setting, [settings] nats per token."""
-        documents = len(self.kl)
-        return (self.kl.double().clamp(max=KL_BOUND).sum(0) + KL_BOUND) / (documents + 1)
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+        """Bound the KL of the next document for each setting, [settings] nats per token, none below the one before."""
+        # A document's KL must not fall as less is open, or the bound would not hold.
+        kl = self.kl.double().clamp(0, KL_BOUND).cummax(-1).values
+        return (kl.sum(0) + KL_BOUND) / (len(kl) + 1)
 
 
 def documents_needed(nats: float) -> int:

@@ -43,6 +43,12 @@ class Curves:
         return (even * self.missed_mass[0] + odd * self.missed_mass[1]) / (even + odd)
 
 
+def rung_margins(margins: Tensor) -> Tensor:
+    """Return the margin of every rung, [rungs] nats, from "closed for every query" to "open for every query"."""
+    ends = torch.tensor([torch.inf])
+    return torch.cat([-ends, margins, ends])
+
+
 def rungs(curves: Curves, target: RiskTarget | OpenFractionTarget) -> Tensor:
     """Choose a rung for each head, [layers, query_heads] int64.
 
@@ -50,7 +56,7 @@ def rungs(curves: Curves, target: RiskTarget | OpenFractionTarget) -> Tensor:
         CalibrationError: The target promises more than so few documents can carry.
     """
     if isinstance(target, OpenFractionTarget):
-        return within_budget(curves.missed_mass_of_all, curves.open_fraction, target.fraction)
+        return _within_budget(curves.missed_mass_of_all, curves.open_fraction, target.fraction)
     if target.scope == "head":
         _check_documents(target, sum(curves.documents), sum(curves.documents))
         return _first(_bounded(curves.missed_mass_of_all, sum(curves.documents), target.alpha))
@@ -93,18 +99,13 @@ def at_price(missed: Tensor, opened: Tensor, price: float) -> Tensor:
     return torch.where(cheapest, order, -1).amax(-1)
 
 
-def within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
+def _within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
     """Choose rungs with the least missed mass in all, at most `fraction` open on average over heads.
 
     The price of opening is the same for all heads: at the best allocation no head could spend a bit of the budget
     better than another. What is left of the budget because rungs are steps goes to whichever single step gains most.
     """
-    low, high = 1e-9, 1e9
-    for _ in range(_STEPS):
-        price = math.sqrt(low * high)
-        fits = _mean_at(opened, at_price(missed, opened, price)) <= fraction
-        low, high = (low, price) if fits else (price, high)
-    chosen = at_price(missed, opened, high)
+    chosen = cheapest_within(missed, opened, fraction)
     left = (fraction - _mean_at(opened, chosen)) * chosen.numel()
     while True:
         now_open, now_missed = _at(opened, chosen), _at(missed, chosen)
@@ -115,6 +116,16 @@ def within_budget(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
             return chosen
         left -= float(cost.flatten()[best])
         chosen.view(-1)[best // missed.shape[-1]] = best % missed.shape[-1]
+
+
+def cheapest_within(missed: Tensor, opened: Tensor, fraction: float) -> Tensor:
+    """Choose rungs at one price of opening, the lowest at which at most `fraction` is open on average over heads."""
+    low, high = 1e-9, 1e9
+    for _ in range(_STEPS):
+        price = math.sqrt(low * high)
+        fits = _mean_at(opened, at_price(missed, opened, price)) <= fraction
+        low, high = (low, price) if fits else (price, high)
+    return at_price(missed, opened, high)
 
 
 def _shared_risk(curves: Curves, target: RiskTarget) -> Tensor:

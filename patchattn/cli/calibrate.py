@@ -19,10 +19,12 @@ from patchattn.cli.options import Json
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.processes import Process, joined, rank
 from patchattn.gates import MomentGate
-from patchattn.gates.thresholds import RiskTarget
+from patchattn.gates.thresholds import KLTarget, RiskTarget
 from patchattn.measuring import collect
 from patchattn.policy import Policy
 from patchattn.writing import tidied
+
+_ALPHA = 0.02
 
 
 def calibrate(
@@ -45,8 +47,23 @@ def calibrate(
         int | None, typer.Option(help="Queries with fewer far keys attend densely. Default: where patching pays.")
     ] = None,
     alpha: Annotated[
-        float, typer.Option(help="Risk in (0, 1) of the calibration's own policy, without --policy.")
-    ] = 0.02,
+        float | None,
+        typer.Option(help=f"Risk in (0, 1) of the calibration's own policy, without --policy. Default: {_ALPHA:g}."),
+    ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(
+            help="KL to dense of the calibration's own policy, nats per token, in place of --alpha; brings --prices."
+        ),
+    ] = None,
+    prices: Annotated[
+        bool,
+        typer.Option(
+            "--prices",
+            help="Also measure what closing does to the model's output, for targets in KL: reads up to 20 documents "
+            "again with a backward pass, and up to 16 with thresholds that are tried.",
+        ),
+    ] = False,
     moments: Annotated[
         Literal["prompt", "calibration"] | None,
         typer.Option(help="Where the gate takes key moments from. Default: as in --policy, or prompt."),
@@ -73,9 +90,10 @@ def calibrate(
 
     - `patchattn calibrate Qwen/Qwen3-0.6B --texts "books/*.txt" --lengths 8192 --out calibrations/qwen3-0.6b`
     - `patchattn calibrate --texts notes --window 256 --documents 64 --out calibrations/demo`: the shipped model
+    - `patchattn calibrate --texts notes --window 256 --kl 0.01 --out calibrations/demo`: predictions that stay close
     - `torchrun --nproc-per-node 4 -m patchattn.cli calibrate MODEL --texts books --device cuda --out found`: four GPUs
     """
-    chosen = _policy(policy, alpha=alpha, moments=moments, sink_size=sink, window_size=window, min_bulk=min_bulk)
+    chosen = _policy(policy, alpha=alpha, kl=kl, moments=moments, sink_size=sink, window_size=window, min_bulk=min_bulk)
     read = _texts(texts)
     if rank() == 0:
         check_out(out)
@@ -94,6 +112,7 @@ def calibrate(
                 model_name=name or ("patchattn-demo" if model is None else None),
                 note=note,
                 key_moments=key_moments,
+                prices=prices or _asks_for_kl(chosen),
                 checkpoint=out / ".checkpoint",
                 progress=tell,
             )
@@ -107,7 +126,8 @@ def calibrate(
 def _progress(process: Process) -> Iterator[Callable[[int, int | None], None]]:
     """Show a bar, and warnings, in the first process only: the others say the same."""
     bar = Progress(
-        TextColumn("measuring documents"),
+        # Prices take some documents more than once.
+        TextColumn("readings of documents"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -122,10 +142,22 @@ def _progress(process: Process) -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
-def _policy(path: Path | None, *, alpha: float, moments: str | None, **given: int | None) -> Policy:
-    """Read the policy file, or ask for a risk; options go on top."""
-    risk = Policy(gate=MomentGate(threshold=RiskTarget(alpha=alpha)))
-    start = risk if path is None else Policy.model_validate_json(read_text(path))
+def _asks_for_kl(policy: Policy) -> bool:
+    return isinstance(policy.gate, MomentGate) and isinstance(policy.gate.threshold, KLTarget)
+
+
+def _policy(
+    path: Path | None, *, alpha: float | None, kl: float | None, moments: str | None, **given: int | None
+) -> Policy:
+    """Read the policy file, or ask for a risk or a KL; options go on top."""
+    said = [name for name, value in (("--policy", path), ("--alpha", alpha), ("--kl", kl)) if value is not None]
+    if len(said) > 1:
+        raise stop(
+            f"{' and '.join(said)} each say what the calibration's own policy asks for.", fix="Give one of them."
+        )
+    target = RiskTarget(alpha=_ALPHA if alpha is None else alpha) if kl is None else KLTarget(nats=kl)
+    own = Policy(gate=MomentGate(threshold=target))
+    start = own if path is None else Policy.model_validate_json(read_text(path))
     fields: dict[str, Any] = start.model_dump()
     if moments is not None:
         if fields["gate"]["kind"] != "moment":

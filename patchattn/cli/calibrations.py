@@ -17,6 +17,7 @@ from patchattn.calibration import Calibration
 from patchattn.calibration.card import card_text, write_card
 from patchattn.calibration.files import writing
 from patchattn.calibration.findings import Findings, RiskRow, name_of
+from patchattn.calibration.price_table import PriceTable, price_table
 from patchattn.cli.options import Json
 from patchattn.writing import made
 
@@ -24,6 +25,7 @@ HubId = Annotated[str, typer.Argument(help="Hub id: namespace/name.")]
 Place = Annotated[str, typer.Argument(help="Folder or Hub id of a calibration.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 
+_ENDS = ("heads\nnever open", "heads\nalways open")
 _SOURCES = {"prompt": "prompt", "calibration": "calibration's own text"}
 
 
@@ -34,7 +36,7 @@ def inspect(
     plots: Annotated[Path | None, typer.Option(help="Folder to write the plots and the card into.")] = None,
     json: Json = False,
 ) -> None:
-    """Show what a calibration holds: what was measured, what a risk costs, and a row for each layer.
+    """Show what a calibration holds: what was measured, what a risk costs, what a KL costs, and a row for each layer.
 
     **Examples**
 
@@ -125,14 +127,15 @@ def _read(where: str, *, revision: str | None = None) -> Calibration:
 
 
 def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
-    """Print the manifest, what risks cost, and a row for each layer."""
+    """Print the manifest, what risks and KLs cost, and a row for each layer."""
     findings = calibration.findings
-    rows = findings.risk_table()
+    rows, prices = findings.risk_table(), price_table(findings)
     found = {
         "calibration": where,
         "manifest": calibration.manifest.model_dump(mode="json"),
         "policy": calibration.policy.model_dump(mode="json"),
         "risks": [asdict(row) for row in rows],
+        "prices": None if prices is None else asdict(prices),
         "layers": _layers(findings),
     }
     console = Console()
@@ -148,15 +151,11 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
         highlight=False,
     )
     _print_risks(console, rows)
+    if prices is not None:
+        _print_prices(console, prices)
     target = findings.shown_target()
-    layers = Table("layer", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
-        "open by exact share",
-        *([f"open at {name_of(target)}", "missed"] if target else []),
-        "bias",
-        "spread",
-    ):
-        layers.add_column(name, justify="right")
+    chosen = [f"open at {name_of(target)}", "missed"] if target else []
+    layers = _table("layer", "open by exact share", *chosen, "bias", "spread")
     for row in found["layers"]:
         chosen = (f"{row['open_fraction']:.1%}", f"{row['missed_mass']:.2%}") if target else ()
         exact = f"{row['oracle_open_fraction']:.1%}"
@@ -171,9 +170,7 @@ def show(calibration: Calibration, *, where: str, as_json: bool) -> None:
 
 def _print_risks(console: Console, rows: list[RiskRow]) -> None:
     """Print what can be promised as a table, and below it what would take how many documents."""
-    risks = Table("alpha", "promise for", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("open pairs", "missed mass", "heads\nnever open", "heads\nalways open"):
-        risks.add_column(name, justify="right")
+    risks = _table("alpha", "promise for", "open pairs", "missed mass", *_ENDS)
     needed: dict[str, list[str]] = {}
     for row in rows:
         scope = "each head" if row.scope == "head" else "mean of heads"
@@ -186,6 +183,47 @@ def _print_risks(console: Console, rows: list[RiskRow]) -> None:
         console.print(risks)
     for scope, lines in needed.items():
         console.print(f"Promise for {scope}: {', '.join(lines)}.", style="dim", highlight=False)
+
+
+def _print_prices(console: Console, prices: PriceTable) -> None:
+    """Print what a KL costs, what came of it on held-out documents, and which heads matter."""
+    targets = _table("KL asked", "open pairs", "KL\nexpected", "KL\npredicted", "open pairs\nif promised", *_ENDS)
+    for row in prices.targets:
+        promised = row.promised_open_fraction
+        targets.add_row(
+            f"{row.nats:g}",
+            f"{row.open_fraction:.1%}",
+            f"{row.expected:.2g}",
+            f"{row.predicted:.2g}",
+            f"needs {row.documents_needed} held out" if promised is None else f"{promised:.1%}",
+            str(row.never_open),
+            str(row.always_open),
+        )
+    console.print(targets)
+    console.print(
+        "KL to dense attention in nats per token: how far predictions move. Predicted: prices added up; expected: as "
+        "measured on held-out documents.",
+        style="dim",
+    )
+    if prices.tried:
+        tried = _table("tried on held-out documents: KL predicted", "KL measured", "can be promised", "open pairs")
+        for row in prices.tried:
+            known = (f"{value:.2g}" for value in (row.predicted, row.measured, row.bound))
+            tried.add_row(*known, f"{row.open_fraction:.1%}")
+        console.print(tried)
+    dearest = _table("closing costs most: layer", "head", "KL", "of the price")
+    for head in prices.dearest:
+        dearest.add_row(str(head.layer), str(head.query_head), f"{head.nats:.2g}", f"{head.share:.1%}")
+    console.print(dearest)
+    console.print(f"{prices.concentration()}.", highlight=False)
+
+
+def _table(first: str, *others: str) -> Table:
+    """Make a table whose columns but the first are numbers."""
+    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _layers(findings: Findings) -> list[dict[str, Any]]:

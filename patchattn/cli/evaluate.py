@@ -48,7 +48,9 @@ def evaluate(
         typer.Option(
             help="Short names and policy files (.json), with commas between them: default, an estimate such as "
             "lognormal, oracle, static, open, closed, calibrated; a number as in default:0.8 sets threshold or share. "
-            "static-transfer:TASK ranks its heads on a task that is not measured. Dense is always measured."
+            "static-transfer:TASK ranks its heads on a task that is not measured. With --calibration: budget:0.3 opens "
+            "so many pairs; if it has prices, kl:0.01 keeps so close to dense, in nats per token, and static-price:0.3 "
+            "ranks its heads by price. Dense is always measured."
         ),
     ] = "default,closed",
     tasks: Annotated[

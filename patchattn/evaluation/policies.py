@@ -9,10 +9,12 @@ from typing import Any, get_args
 import torch
 
 from patchattn.calibration.calibration import Calibration
+from patchattn.calibration.price_table import with_prices
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import check_longest
 from patchattn.evaluation.tasks import TASKS
 from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, Target
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.moments.gaussian import Estimate
@@ -28,7 +30,13 @@ _GATES: dict[str, Any] = {"default": MomentGate, **dict.fromkeys(_ESTIMATES, Mom
 TRANSFER = "static-transfer"
 """Static heads that were ranked on one task, to be judged on others: `static-transfer:TASK`."""
 
-NAMES = (DENSE, *_GATES, TRANSFER, "calibrated")
+_TARGETS: dict[str, Callable[[float], Target]] = {
+    "kl": lambda number: KLTarget(nats=number),
+    "budget": lambda number: OpenFractionTarget(fraction=number),
+}
+_OF_CALIBRATION = ("static-price", *_TARGETS, "calibrated")
+
+NAMES = (DENSE, *_GATES, TRANSFER, *_OF_CALIBRATION)
 """Short names; every kind of gate and every estimate is one. docs/how-to/evaluate-your-model.md says what they mean."""
 
 _STATIC_SHARE = 0.25
@@ -70,12 +78,15 @@ def named_policy(
     Args:
         name: One of `NAMES`. A colon and a number in (0, 1) may follow where a gate has a threshold; for `static` it is
             the share of the heads that are open. `static-transfer` needs a task first, as in `static-transfer:kv:0.3`.
+            `kl` and `budget` need one: nats per token and the share of open pairs that a calibration is asked for.
         base: Sink, window, break-even, layers and phases.
-        calibration: Brings the policy of `calibrated`, and the ranking of heads for `static`.
+        calibration: Brings the policy of `calibrated`, thresholds for `kl` and `budget`, and the ranking of heads for
+            `static` and `static-price`.
         ranked_heads: Ranks heads for `static` without a calibration and for `static-transfer`; see `heads_by_oracle`.
 
     Raises:
         PolicyError: There is no such name, its number is not in (0, 1), or it needs a calibration.
+        CalibrationError: The calibration can't carry the target, or has no prices.
 
     Example:
         >>> named_policy("oracle:0.3", Policy(window_size=64)).gate
@@ -91,7 +102,9 @@ def named_policy(
                 fix=f"Name one, as in {TRANSFER}:kv or {TRANSFER}:kv:0.3; there are {', '.join(TASKS)}.",
             )
     gate = _GATES.get(kind) if task is None else StaticGate
-    takes_number = gate is not None and (gate is StaticGate or "threshold" in gate.model_fields)
+    takes_number = (
+        kind in _OF_CALIBRATION[:-1] if gate is None else gate is StaticGate or "threshold" in gate.model_fields
+    )
     if kind not in NAMES or (setting and not takes_number):
         raise PolicyError(
             f"There is no policy {name!r}.",
@@ -101,14 +114,13 @@ def named_policy(
         number = float(setting) if setting else None
     except ValueError:
         number = math.nan
-    if number is not None and not 0 < number < 1:
-        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix="Give one, as in default:0.8.")
+    if (number is None and kind in _TARGETS) or (number is not None and not 0 < number < 1):
+        example = f"{kind}:0.01" if kind in _TARGETS else "default:0.8"
+        raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix=f"Give one, as in {example}.")
     if kind == DENSE:
         return None
     if gate is None:
-        if calibration is None:
-            raise PolicyError("The policy calibrated needs a calibration.", fix="Give one, or leave this policy out.")
-        return calibration.policy
+        return _of_calibration(kind, number, base, calibration)
     settings: dict[str, Any] = {} if number is None else {"threshold": number}
     if kind in _ESTIMATES:
         settings["estimate"] = kind
@@ -119,8 +131,29 @@ def named_policy(
             heads = ranked_heads(task)
         else:
             raise PolicyError(f"The policy {kind} needs ranked heads.", fix="Pass calibration=... or ranked_heads=...")
-        settings = {"open_heads": tuple(heads[: max(1, round((number or _STATIC_SHARE) * len(heads)))])}
+        return base.model_copy(update={"gate": _static(heads, number)})
     return base.model_copy(update={"gate": gate(**settings)})
+
+
+def _static(heads: list[tuple[int, int]], share: float | None) -> StaticGate:
+    """Open the first of some ranked heads."""
+    return StaticGate(open_heads=tuple(heads[: max(1, round((share or _STATIC_SHARE) * len(heads)))]))
+
+
+def _of_calibration(kind: str, number: float | None, base: Policy, calibration: Calibration | None) -> Policy:
+    """Return a policy that only a calibration can give; see `named_policy`."""
+    if calibration is None:
+        raise PolicyError(f"The policy {kind} needs a calibration.", fix="Give one, or leave this policy out.")
+    if kind == "static-price":
+        return base.model_copy(update={"gate": _static(calibration.heads_by_price(), number)})
+    if number is None:
+        return calibration.policy
+    estimate, moments = with_prices(calibration.findings).estimate, calibration.manifest.moments
+    gate = MomentGate(threshold=_TARGETS[kind](number), estimate=estimate, moments=moments)
+    policy = base.model_copy(update={"gate": gate})
+    # A target that can't be carried is refused here, before anything is measured.
+    calibration.measured_heads(policy)
+    return policy
 
 
 def heads_by_oracle(model: Any, prompts: Sequence[Sequence[int]], base: Policy) -> list[tuple[int, int]]:

@@ -27,12 +27,12 @@ from patchattn.hf.fingerprint import fingerprint_of
 from patchattn.hf.support import Supported, check_support
 from patchattn.measuring.documents import cut_documents, digest_of, share_out
 from patchattn.measuring.find_rotary import FoundRotary, find_rotary
-from patchattn.measuring.pricing import Split, check_prices, price_documents, with_measured_kl
+from patchattn.measuring.pricing import GATED, Split, check_prices, price_documents, with_measured_kl
 from patchattn.measuring.probe import Probe
 from patchattn.measuring.reading import Collecting, read_document
 from patchattn.measuring.statistics import ESTIMATES, Document, Settings, Totals
 from patchattn.measuring.steps import Progress, Steps, ranks
-from patchattn.measuring.tensors import curve_tensors, key_tensors, price_tensors
+from patchattn.measuring.tensors import curve_tensors, key_tensors
 from patchattn.policy import Policy
 from patchattn.version import VERSION
 
@@ -165,6 +165,7 @@ def calibrate(
                 hidden=hidden_size(model),
                 fitted=len(split.fitted),
                 priced=len(split.priced),
+                gated=GATED,
                 held_out=0,
             )
             if prices
@@ -193,7 +194,6 @@ def calibrate(
         if source is None:
             calibration = Calibration(manifest, policy, tensors)
         else:
-            tensors |= price_tensors(sums, source.priced)
             calibration = with_measured_kl(model, manifest, policy, tensors, totals, split, steps, texts_measured)
     if kept is not None:
         kept.unlink(missing_ok=True)

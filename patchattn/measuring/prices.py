@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from patchattn.backends.blockwise import closed_attention
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.masses import attention_with_graph
+from patchattn.call.with_graph import dense_with_graph
 from patchattn.errors import CalibrationError, PatchAttnError
 from patchattn.hf.architecture import hidden_of, vocabulary_of, without_head
 from patchattn.hf.loading import first_line
@@ -51,81 +51,150 @@ class Priced:
 Visit = Callable[[int, Priced], None]
 """Called with the index of a layer."""
 
+Loss = Callable[[Callable[[Tensor, Tensor], Tensor], slice, Tensor], Tensor]
+"""What is differentiated: of a function that makes logits (see `head_of`), some positions, and their logits,
+[tokens, vocabulary], it returns the sum over these positions."""
+
 # Logits of one call, in numbers; with their gradients they take about a gibibyte.
 _MOST_LOGITS = 2**25
 
 
-class Pricing:
-    """Find what closing each pair of a document would cost.
+class Backward:
+    """One backward pass of a document that tells about every pair. Subclasses say of what, and attend.
+
+    Activations between layers are kept, those inside are computed twice.
+
+    Args:
+        model: The model, in evaluation mode and not patched.
+        layers: Indices of the layers.
+        local: Sink and window, tokens.
+    """
+
+    def __init__(self, model: Any, layers: tuple[int, ...], local: tuple[int, int]) -> None:
+        self.model, self._layers, self._local = model, layers, local
+        self._hidden: dict[int, Tensor] = {}
+
+    def run(self, ids: Tensor, loss: Loss) -> None:
+        """Read a document and differentiate.
+
+        Args:
+            ids: [1, tokens] ids, on the model's device.
+            loss: What is differentiated, in parts.
+
+        Raises:
+            CalibrationError: The model can't run backward, or its gradients are not finite.
+        """
+        seen = seen_by(self._attend, self.model, self._layers, local=self._local)
+        with seen, given_to(self.model, self._hidden), ready(self.model):
+            try:
+                output = without_head(self.model)(input_ids=ids, use_cache=False)
+                output.last_hidden_state.backward(gradient_of_loss(self.model, output, ids, loss))
+            except (PatchAttnError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError as error:
+                raise CalibrationError(
+                    f"{type(self.model).__name__} can't run backward, which prices need: {first_line(error)}.",
+                    fix="measure without prices, or load the weights in a dtype that has gradients",
+                ) from error
+
+    def _attend(self, layer: int, inputs: AttentionInputs, _: Callable[[], Attended]) -> Attended:
+        output, given = self.attend(layer, inputs, without_graph(inputs), self._hidden[layer])
+        if not output.requires_grad:
+            # Nothing before the first layer needs a graph.
+            output.requires_grad_()
+        output.register_hook(partial(self._visit, layer, given))
+        opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
+        return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
+
+    @torch.no_grad()
+    def _visit(self, layer: int, given: Any, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            raise CalibrationError(
+                f"The gradients of layer {layer} are not finite.",
+                fix="load the model in float32 or bfloat16, or measure without prices",
+            )
+        self.visit(layer, given, gradient)
+
+    def attend(self, layer: int, inputs: AttentionInputs, bare: AttentionInputs, hidden: Tensor) -> tuple[Tensor, Any]:
+        """Return the layer's output, with a graph, and what `visit` is to be given.
+
+        Args:
+            layer: Index of the layer.
+            inputs: The attention call.
+            bare: The same without a graph.
+            hidden: [1, query, hidden]; what the attention module was given.
+        """
+        raise NotImplementedError
+
+    def visit(self, layer: int, given: Any, gradient: Tensor) -> None:
+        """Take the gradient of a layer's output, [1, heads, query, value_dim]; called for the last layer first."""
+        raise NotImplementedError
+
+
+class Pricing(Backward):
+    """Find what closing each pair of a document would cost, alone and in the dense model.
 
     Args:
         model: The model, in evaluation mode and not patched.
         layers: Indices of the layers to price.
         local: Sink and window, tokens.
-        visit: Called once for each layer and document, last layer first.
+        show: Called once for each layer and document.
     """
 
-    def __init__(self, model: Any, layers: tuple[int, ...], local: tuple[int, int], visit: Visit) -> None:
-        self._model, self._layers, self._local, self._visit = model, layers, local, visit
-        self._hidden: dict[int, Tensor] = {}
+    def __init__(self, model: Any, layers: tuple[int, ...], local: tuple[int, int], show: Visit) -> None:
+        super().__init__(model, layers, local)
+        self._show = show
 
     def price(self, ids: Tensor, seed: int) -> None:
-        """Price one document. Activations between layers are kept, those inside are computed twice.
+        """Price one document.
 
         Args:
             ids: [tokens] ids.
             seed: Of the labels that are drawn.
 
         Raises:
-            CalibrationError: The model can't run backward, or its gradients are not finite.
+            CalibrationError: See `run`.
         """
-        ids = ids[None].to(input_device(self._model))
-        seen = seen_by(self._attend, self._model, self._layers, local=self._local)
-        with seen, given_to(self._model, self._hidden), ready(self._model):
-            try:
-                output = without_head(self._model)(input_ids=ids, use_cache=False)
-                hidden = output.last_hidden_state
-                hidden.backward(gradient_of_labels(self._model, output, ids, seed))
-            except (PatchAttnError, torch.OutOfMemoryError):
-                raise
-            except RuntimeError as error:
-                raise CalibrationError(
-                    f"{type(self._model).__name__} can't run backward, which prices need: {first_line(error)}.",
-                    fix="measure without prices, or load the weights in a dtype that has gradients",
-                ) from error
+        generator = torch.Generator().manual_seed(seed)
 
-    def _attend(self, layer: int, inputs: AttentionInputs, _: Callable[[], Attended]) -> Attended:
-        output = attention_with_graph(inputs)
-        if not output.requires_grad:
-            # Nothing before the first priced layer needs a graph.
-            output.requires_grad_()
-        dense = output.detach()
-        given = replace(inputs, query=inputs.query.detach(), key=inputs.key.detach(), value=inputs.value.detach())
-        output.register_hook(partial(self._priced, layer, given, self._hidden[layer], dense))
-        opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
-        return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
+        def loss(_: Any, __: slice, logits: Tensor) -> Tensor:
+            labels = drawn(logits.detach(), generator)
+            return exactly(logits).log_softmax(-1).gather(1, labels[:, None]).sum()
 
-    @torch.no_grad()
-    def _priced(self, layer: int, inputs: AttentionInputs, hidden: Tensor, dense: Tensor, gradient: Tensor) -> None:
+        self.run(ids[None].to(input_device(self.model)), loss)
+
+    def attend(self, layer: int, inputs: AttentionInputs, bare: AttentionInputs, hidden: Tensor) -> tuple[Tensor, Any]:
+        """Attend densely."""
+        output = dense_with_graph(inputs)
+        return output, (bare, hidden, output.detach())
+
+    def visit(self, layer: int, given: Any, gradient: Tensor) -> None:
+        """Price the pairs of a layer."""
+        inputs, hidden, dense = given
         closed, local = closed_attention(inputs)
         along = (gradient.double() * (closed.double() - dense.double())).sum(-1)
         cost = torch.where(inputs.regions.asked[:, None], along.square() / 2, 0)
-        if not cost.isfinite().all():
-            raise CalibrationError(
-                f"The gradients of layer {layer} are not finite.",
-                fix="load the model in float32 or bfloat16, or measure without prices",
-            )
-        self._visit(layer, Priced(inputs, hidden, local, cost))
+        self._show(layer, Priced(inputs, hidden, local, cost))
 
 
-def gradient_of_labels(model: Any, output: Any, ids: Tensor, seed: int) -> Tensor:
-    """Draw a label at every position from the model's own prediction, and differentiate their summed log-probability.
+def without_graph(inputs: AttentionInputs) -> AttentionInputs:
+    """Return an attention call that can't be differentiated."""
+    return replace(inputs, query=inputs.query.detach(), key=inputs.key.detach(), value=inputs.value.detach())
+
+
+def exactly(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def gradient_of_loss(model: Any, output: Any, ids: Tensor, loss: Loss) -> Tensor:
+    """Differentiate a sum over positions of what the model's logits give, some positions at a time.
 
     Args:
         model: The model.
         output: What its decoder returned for the tokens.
         ids: [1, tokens] the tokens.
-        seed: Of the labels.
+        loss: See `Loss`.
 
     Returns:
         Gradient with respect to the decoder's hidden states, [1, tokens, dim].
@@ -133,15 +202,11 @@ def gradient_of_labels(model: Any, output: Any, ids: Tensor, seed: int) -> Tenso
     hidden = output.last_hidden_state.detach()
     found = torch.empty_like(hidden)
     size = max(_MOST_LOGITS // vocabulary_of(model), 1)
-    generator = torch.Generator().manual_seed(seed)
     with head_of(model, output) as logits_of:
         for begin in range(0, ids.shape[1], size):
-            part = hidden[:, begin : begin + size].clone().requires_grad_()
-            logits = logits_of(ids[:, begin : begin + size], part)[0]
-            labels = drawn(logits.detach(), generator)
-            log_probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            (of_part,) = torch.autograd.grad(log_probability.gather(1, labels[:, None]).sum(), part)
-            found[:, begin : begin + size] = of_part
+            rows = slice(begin, begin + size)
+            part = hidden[:, rows].clone().requires_grad_()
+            (found[:, rows],) = torch.autograd.grad(loss(logits_of, rows, logits_of(ids[:, rows], part)[0]), part)
     return found
 
 

@@ -11,22 +11,28 @@ from torch import Tensor
 
 from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.manifest import Manifest
-from patchattn.calibration.prices import TRIED
+from patchattn.calibration.prices import Prices
+from patchattn.calibration.risk import rung_margins
 from patchattn.errors import CalibrationError
 from patchattn.gates import MomentGate
-from patchattn.gates.thresholds import KLTarget
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget
 from patchattn.hf.architecture import makes_logits, without_head
 from patchattn.hf.logits import head_of
 from patchattn.hf.patching import patch
 from patchattn.hf.weights import input_device
 from patchattn.measuring.prices import Pricing
 from patchattn.measuring.probe import Probe
-from patchattn.measuring.statistics import Totals
+from patchattn.measuring.statistics import MARGINS, Totals
 from patchattn.measuring.steps import Steps
+from patchattn.measuring.tensors import price_tensors
+from patchattn.measuring.values import Valuing
 from patchattn.policy import Policy
 
 _MOST_FITTED, _MOST_PRICED, _MOST_HELD_OUT = 12, 8, 16
 _LEAST = 3
+
+GATED = 0.2
+"""Open fraction of the gated model in which pairs are valued."""
 
 _EVERY = 4
 """The KL of a held-out document is the mean over one token in so many."""
@@ -94,14 +100,14 @@ class Split:
 
     @property
     def count(self) -> int:
-        """How many documents that are."""
-        return len(self.fitted) + len(self.priced) + len(self.held_out)
+        """How many readings of documents that are."""
+        return len(self.fitted) + 2 * len(self.priced) + len(self.held_out)
 
 
 def price_documents(
     model: Any, policy: Policy, layers: tuple[int, ...], probe: Probe, split: Split, steps: Steps, cut: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Fit the probe, then price with it.
+    """Fit the probe, price with it, and value what it prices in a gated model.
 
     Args:
         model: The model.
@@ -113,7 +119,7 @@ def price_documents(
         cut: The documents, [tokens] ids.
 
     Returns:
-        The tensors of the probe.
+        The tensors of the probe and of the curves.
     """
     local = (policy.sink_size, policy.window_size)
     fitting = Pricing(model, layers, local, probe.fit_to)
@@ -121,7 +127,11 @@ def price_documents(
     tensors = probe.tensors(steps.added_up())
     pricing = Pricing(model, layers, local, partial(probe.price_with, tensors))
     steps.each(split.priced, lambda index: pricing.price(cut[index], index))
-    return tensors
+    sums, n_priced = steps.added_up(), len(split.priced)
+    gated = Prices.of(price_tensors(sums, n_priced) | {"margins": MARGINS}, GATED).at(GATED)
+    valuing = Valuing(model, layers, local, probe, tensors, rung_margins(MARGINS)[gated])
+    steps.each(split.priced, lambda index: valuing.value(cut[index]))
+    return tensors | price_tensors(steps.added_up(), n_priced, gated)
 
 
 def with_measured_kl(
@@ -150,8 +160,6 @@ def with_measured_kl(
     gate = MomentGate(estimate=manifest.prices.estimate)
     neutral = Policy(sink_size=policy.sink_size, window_size=policy.window_size, gate=gate)
     calibration = Calibration(manifest, neutral, tensors)
-    prices = calibration.findings.priced()
-    exchanges = [prices.exchange_for(nats, prices.predicted) for nats in TRIED]
 
     def measure(at: int) -> None:
         kl, opened = measured_kl(model, calibration, cut[split.held_out[at]])
@@ -160,7 +168,6 @@ def with_measured_kl(
     steps.each(range(len(split.held_out)), measure)
     sums = steps.added_up()
     held_out = {
-        "exchanges": torch.tensor(exchanges),
         "kl": sums["kl"].float(),
         "kl_open_fraction": sums["kl_open"].clamp(0, 1).half(),
     }
@@ -172,7 +179,8 @@ def policies_tried(calibration: Calibration) -> list[Policy]:
     """Return the policies whose KL is measured, one for each of `TRIED`; every query with bulk keys is asked."""
     source, policy = calibration.manifest.prices, calibration.policy
     assert source is not None
-    gates = [MomentGate(threshold=KLTarget(nats=nats), estimate=source.estimate) for nats in TRIED]
+    targets = [OpenFractionTarget(fraction=fraction) for fraction in calibration.tensors["tried"].tolist()]
+    gates = [MomentGate(threshold=target, estimate=source.estimate) for target in targets]
     layers, sink, window = calibration.manifest.layers, policy.sink_size, policy.window_size
     return [Policy(sink_size=sink, window_size=window, gate=gate, layers=layers, min_bulk=0) for gate in gates]
 

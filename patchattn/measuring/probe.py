@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patchattn.call.inputs import AttentionInputs
 from patchattn.measuring.prices import Priced
 from patchattn.measuring.statistics import MARGINS, Totals, closed_sums
 from patchattn.moments.gaussian import Estimate
@@ -59,6 +60,7 @@ class Probe:
             "probe_log_price": (layers, features, heads),
             "price": (layers, heads, n_rungs),
             "priced_open_fraction": (layers, heads, n_rungs),
+            "slope": (layers, heads, n_rungs),
         }
         totals.sums |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
@@ -109,22 +111,39 @@ class Probe:
             offsets.append(-means[size + head] - seen - _MEAN_MARGIN)
         return torch.stack(weights), torch.stack(offsets)
 
-    def price_with(self, tensors: dict[str, Tensor], layer: int, priced: Priced) -> None:
-        """Add the prices of one layer of a document, by the margin that the probe gives.
+    def margin(self, tensors: dict[str, Tensor], layer: int, inputs: AttentionInputs, hidden: Tensor, local: Tensor):
+        """Return the margin that the probe gives, [1, heads, query] nats; -inf before the first chunk of keys is full.
 
         Args:
             tensors: What `tensors` returned, from other documents.
             layer: Index of the layer.
-            priced: The prices of its pairs.
+            inputs: The attention call.
+            hidden: [1, query, hidden].
+            local: [1, heads, query] nats; exact log mass of the local keys.
         """
-        at, asked = self._layers.index(layer), priced.inputs.regions.asked[0]
-        bulk, _ = bulk_log_mass_from_prompt(priced.inputs, estimate=self._estimate)
+        bulk, _ = bulk_log_mass_from_prompt(inputs, estimate=self._estimate)
+        at = self._layers.index(layer)
         probe, offset = (tensors[name][at].to(bulk.device, bulk.dtype) for name in ("probe", "probe_offset"))
-        bulk = bulk + torch.nn.functional.linear(priced.hidden.to(bulk.dtype), probe).mT + offset[:, None]
-        margin, cost = (priced.local - bulk)[0][:, asked], priced.cost[0][:, asked]
+        return local - (bulk + torch.nn.functional.linear(hidden.to(bulk.dtype), probe).mT + offset[:, None])
+
+    def price_with(self, tensors: dict[str, Tensor], layer: int, priced: Priced) -> None:
+        """Add the prices of one layer of a document, by the margin that the probe gives."""
+        at, asked = self._layers.index(layer), priced.inputs.regions.asked[0]
+        margin = self.margin(tensors, layer, priced.inputs, priced.hidden, priced.local)[0][:, asked]
+        cost = priced.cost[0][:, asked]
         closed = closed_sums(margin, torch.ones_like(cost)) / asked.sum().cpu()
         self._totals.sums["price"][at] += closed_sums(margin, cost) / priced.cost.shape[2]
         self._totals.sums["priced_open_fraction"][at] += 1 - closed
+
+    def add_slopes(self, layer: int, margin: Tensor, slope: Tensor) -> None:
+        """Add what changing the pairs of a layer does to the KL of the gated model, by margin.
+
+        Args:
+            layer: Index of the layer.
+            margin: [heads, query] nats.
+            slope: [heads, query]; the first-order change of the KL, nats per token of the document, of closing a pair.
+        """
+        self._totals.sums["slope"][self._layers.index(layer)] += closed_sums(margin, slope.double())
 
 
 def directions(hidden: int) -> Tensor:

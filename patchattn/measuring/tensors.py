@@ -8,6 +8,7 @@ from torch import Tensor
 from patchattn.calibration.key_moments import pack_covariance
 from patchattn.calibration.prices import TRIED
 from patchattn.measuring.statistics import MARGINS
+from patchattn.measuring.values import values_of
 from patchattn.moments.text import Rotation
 
 
@@ -43,20 +44,29 @@ def key_tensors(sums: dict[str, Tensor], rotations: dict[int, Rotation]) -> tupl
     return found | {"key_frequencies": frequencies.float()}, min(float(f"{error:.1e}"), 1.0)
 
 
-def price_tensors(sums: dict[str, Tensor], documents: int) -> dict[str, Tensor]:
-    """Return the tensors of the price curves, means over documents; nothing was tried on held-out documents yet."""
+def price_tensors(sums: dict[str, Tensor], documents: int, gated: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the tensors of the price curves, means over documents; nothing was tried on held-out documents yet.
+
+    Args:
+        sums: Those of all processes.
+        documents: Number of documents that prices are from.
+        gated: [layers, query_heads] int64; rungs of the gated model that values are of; None where there are none yet.
+    """
+    price, slope = sums["price"] / documents, sums["slope"] / documents
+    value = price if gated is None else values_of(price, slope, gated)
     nothing = torch.zeros(0, len(TRIED))
     return {
-        # What stays of the order of sums must not make a curve rise.
-        "price": _falling((sums["price"] / documents).float()),
+        "price": _falling(price.float()),
+        "value": _falling(value.float()),
         "priced_open_fraction": (sums["priced_open_fraction"] / documents).clamp(0, 1).half(),
-        "exchanges": torch.zeros(len(TRIED)),
+        "tried": torch.tensor(TRIED),
         "kl": nothing,
         "kl_open_fraction": nothing.half(),
     }
 
 
 def _falling(curve: Tensor) -> Tensor:
+    """Return the lowest curve above one that falls to zero along the rungs: what is worth less than nothing is free."""
     return curve.clamp(min=0).flip(-1).cummax(-1).values.flip(-1)
 
 

@@ -57,7 +57,7 @@ def test_the_command_gives_what_one_process_gives(moments: str, options: list[st
     assert ran.returncode == 0, ran.stderr
     # One document: only one process has printed.
     printed = json.loads(ran.stdout)
-    assert ran.stderr.count("measuring documents") <= 1
+    assert ran.stderr.count("readings of documents") <= 1
     one = CliRunner().invoke(app, [*options, "--out", str(tmp_path / "one")])
     assert one.exit_code == 0, one.output
     assert printed["manifest"] == json.loads(one.stdout)["manifest"]

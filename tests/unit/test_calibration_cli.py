@@ -15,8 +15,9 @@ import patchattn
 from patchattn import demo
 from patchattn.calibration import Calibration, pictures
 from patchattn.cli.app import app
-from patchattn.gates.thresholds import OpenFractionTarget, RiskTarget
+from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget
 from patchattn.hf.fingerprint import fingerprint_of
+from patchattn.measuring import collect
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -81,6 +82,38 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
     assert calibration.manifest.n_documents == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_calibrate_for_a_kl_measures_prices(texts: Path, tmp_path: Path) -> None:
+    options = ("--lengths", 128, "--window", 32, "--sink", 4, "--documents", 3, "--kl", 0.05, "--no-key-moments")
+    result = run("calibrate", "--texts", texts, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "KL asked" in result.stdout
+    assert "readings of documents" in result.stderr
+    calibration = Calibration.from_pretrained(tmp_path / "out")
+    assert calibration.policy.gate.threshold == KLTarget(nats=0.05)
+    assert calibration.manifest.prices is not None
+    assert calibration.expected_kl(calibration.policy) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "prices"),
+    [((), False), (("--prices",), True), (("--kl", 0.01), True), (("--policy", "kl.json"), True)],
+)
+def test_a_policy_that_asks_for_a_kl_brings_prices(options, prices, texts: Path, tmp_path: Path, monkeypatch) -> None:
+    class Asked(Exception):
+        """What was asked for is known; nothing is measured."""
+
+    def ask(*_: object, **fields: object) -> None:
+        raise Asked(fields["prices"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(collect, "calibrate", ask)
+    Path("kl.json").write_text('{"gate": {"kind": "moment", "threshold": {"kind": "kl", "nats": 0.01}}}')
+    result = run("calibrate", "--texts", texts, "--out", "out", *options)
+    assert isinstance(result.exception, Asked)
+    assert result.exception.args == (prices,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,6 +125,12 @@ def test_calibrate_takes_a_policy_and_a_pattern(texts: Path, tmp_path: Path) -> 
         (("--texts", "{texts}", "--window", "64", "--moments", "calibration", "--no-key-moments"), "key_moments is"),
         (("--texts", "{texts}", "--policy", "oracle.json", "--moments", "prompt"), "goes with a moment gate"),
         (("--texts", "{texts}", "--alpha", "2"), "alpha"),
+        (("--texts", "{texts}", "--alpha", "0.1", "--kl", "0.01"), "--alpha and --kl each say"),
+        (("--texts", "{texts}", "--policy", "oracle.json", "--kl", "0.01"), "--policy and --kl each say"),
+        (("--texts", "{texts}", "--policy", "oracle.json", "--alpha", "0.1"), "--policy and --alpha each say"),
+        (("--texts", "{texts}", "--kl", "0"), "nats"),
+        (("--texts", "{texts}", "--window", "64", "--prices", "--moments", "calibration"), "go with moments="),
+        (("--texts", "{texts}", "--lengths", "256", "--window", "64", "--prices", "--documents", "2"), "need 3 doc"),
         (("--texts", "{texts}", "--policy", "nothing.json"), "Can't read nothing.json"),
         (("--texts", "picture.png"), "not UTF-8"),
         (("./nothing", "--texts", "{texts}"), "Can't load './nothing'"),
@@ -122,6 +161,26 @@ def test_inspect_shows_tables_and_writes_plots(tmp_path: Path) -> None:
     risks = {(row["scope"], row["alpha"]): row for row in json.loads(result.stdout)["risks"]}
     assert risks["head", 0.005]["open_fraction"] is None
     assert 0 < risks["head", 0.1]["open_fraction"] <= 1
+    assert json.loads(result.stdout)["prices"] is None
+
+
+def test_inspect_shows_what_a_kl_costs(tmp_path: Path) -> None:
+    calibration = made_up_calibration(prices=True)
+    calibration.save_pretrained(tmp_path / "in", card=False)
+    shown = run("inspect", tmp_path / "in", "--plots", tmp_path / "plots").stdout
+    found = json.loads(run("inspect", tmp_path / "in", "--json").stdout)["prices"]
+    assert (tmp_path / "plots" / "plots" / "prices.png").stat().st_size > 10_000
+    assert "8 of 8 heads carry 100% of the price of closing them all." in shown
+    cells = {row.split()[0]: row for row in shown.split("KL asked")[1].splitlines() if row.strip()}
+    for row in found["targets"]:
+        promised = row["promised_open_fraction"]
+        words = f"needs {row['documents_needed']} held out" if promised is None else f"{promised:.1%}"
+        for cell in (f"{row['open_fraction']:.1%}", f"{row['expected']:.2g}", f"{row['predicted']:.2g}", words):
+            assert cell in cells[f"{row['nats']:g}"]
+    assert len(found["tried"]) == 6
+    for row in found["tried"]:
+        assert f"{row['measured']:.2g}" in cells[f"{row['predicted']:.2g}"]
+    assert [(head["layer"], head["query_head"]) for head in found["dearest"]] == calibration.heads_by_price()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -134,6 +193,24 @@ def test_card_is_printed_or_written(tmp_path: Path) -> None:
     found = json.loads(run("card", tmp_path, "--json").stdout)
     assert found["written"] is False
     assert "library_name: patchattn" in found["card"]
+    assert "What a KL costs" not in found["card"]
+    assert "prices" not in found["card"]
+
+
+def test_the_card_says_what_a_kl_costs_and_what_is_promised(tmp_path: Path) -> None:
+    calibration = made_up_calibration(prices=True)
+    calibration.save_pretrained(tmp_path, card=False)
+    text = run("card", tmp_path).stdout
+    section = text.split("## What a KL costs")[1].split("##")[0]
+    for row in calibration.findings.kl_table():
+        assert f"| {row.nats:g} | {row.open_fraction:.1%} | {row.expected:.2g} | {row.predicted:.2g} |" in section
+    assert "needs 49 held-out documents" in section
+    assert "Nothing is promised for one document" in section
+    (predicted, measured), *_ = calibration.findings.priced().measured()
+    assert f"| {predicted:.2g} | {measured:.2g} |" in section
+    layer, head = calibration.heads_by_price()[0]
+    assert f"closing them all: layer {layer} head {head} (" in section
+    assert "fitted to 8 documents, prices from 6 others, the KL of the patched model on 9 yet others" in text
 
 
 def test_the_shipped_calibration_is_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from patchattn.call.inputs import Attended
 from patchattn.errors import CalibrationError
 from patchattn.measuring.prices import Pricing, drawn
 from patchattn.measuring.reading import seen_by
+from patchattn.measuring.values import Valuing, values_of
 from patchattn.testing import tiny_model
 from patchattn.testing.models import FAMILIES, HYBRID_FAMILIES
 
@@ -66,6 +67,70 @@ def test_a_price_is_the_second_order_divergence_of_closing_the_pair(family, laye
     assert expected > 0
     assert abs(float(drawn_prices.mean()) - expected) < 4 * error
     assert error < 0.25 * expected
+
+
+class Recorder:
+    """In place of a probe: margins that are drawn, and what comes of the pairs."""
+
+    def __init__(self, heads, length):
+        generator = torch.Generator().manual_seed(0)
+        self.drawn = torch.randn(3, 1, heads, length, generator=generator, dtype=torch.float64)
+        self.slopes = {}
+
+    def margin(self, tensors, layer, inputs, hidden, local):
+        return self.drawn[layer]
+
+    def add_slopes(self, layer, margin, slope):
+        self.slopes[layer] = slope
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_slope_is_that_of_the_divergence_along_a_pair(family):
+    model = tiny_model(family, dtype=torch.float64)
+    layers, ids = check_support(model).layers, ids_of(40)
+    recorder = Recorder(6, len(ids))
+    Valuing(model, layers, LOCAL, recorder, {}, torch.zeros(len(layers), 6)).value(ids)
+    first = sum(LOCAL)
+
+    def divergence(layer, head, query, step):
+        from patchattn.backends.reference import attend
+
+        def gated(at, inputs, dense):
+            bulk = torch.where(recorder.drawn[at] >= 0, -math.inf, math.inf)
+            closed, found = (attend(inputs, mass, 0.0).output for mass in (torch.full_like(bulk, -math.inf), bulk))
+            if at == layer:
+                found[0, head, query] += step * (closed - dense().output)[0, head, query]
+            return Attended(found, inputs.regions.asked[:, None].expand(found.shape[:3]), torch.tensor(0))
+
+        with torch.no_grad():
+            wanted = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            with seen_by(gated, model, layers, local=LOCAL):
+                other = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        return float((wanted.exp() * (wanted - other)).sum(-1).mean())
+
+    for layer, head, query in [(layers[0], 1, 15), (layers[0], 4, 30), (layers[-1], 0, 20), (layers[-1], 5, 33)]:
+        # Norms compute in float32, so that a smaller step says less.
+        up, down = (divergence(layer, head, query, sign * 1e-2) for sign in (1, -1))
+        slope = float(recorder.slopes[layer][head, query - first])
+        assert slope == pytest.approx((up - down) / 2e-2, rel=0.01, abs=5e-6)
+
+
+def test_values_are_slopes_and_half_of_the_curvature():
+    # Three pairs of one head, which move the log-probabilities together: KL = (sum of x over closed pairs)^2 / 2.
+    x = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+    # Rungs close all three, the first two, the first, none; the gated model closes two.
+    closed = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    price, slope = closed @ (x.square() / 2), closed @ (x * (x[0] + x[1]))
+    found = values_of(price[None, None], slope[None, None], torch.tensor([[1]]))[0, 0]
+
+    def kl(pairs):
+        return (closed[pairs] @ x).square() / 2
+
+    # Single steps from the gated model are exact: closing the third pair, or opening the second or the first.
+    torch.testing.assert_close(found[0] - found[1], kl(0) - kl(1))
+    torch.testing.assert_close(found[1] - found[2], kl(1) - kl(2))
+    torch.testing.assert_close(found[2] - found[3], kl(1) - x[1].square() / 2)
+    assert found[3] == 0
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *HYBRID_FAMILIES])

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.documents import tokenize_text
 
 pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from made_up import made_up_calibration
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]\n{% endfor %}"
 LENGTH = 8000
@@ -109,12 +113,15 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
     cases = study("cases")
     heads = [(layer, head) for layer in range(2) for head in range(5)]
     rankings = cases.Rankings(heads, heads[::-1], {"a": heads, "b": heads[::-1]})
-    of_a, of_b = (list(cases.cases(rankings, task, calibrated=False)) for task in ("a", "b"))
+    of_a, of_b = (list(cases.cases(rankings, task, None)) for task in ("a", "b"))
     assert [case[:2] for case in of_a] == [case[:2] for case in of_b]
     assert len({case[:2] for case in of_a}) == len(of_a)
-    with_calibration = list(cases.cases(rankings, "a", calibrated=True))
-    more = {case.family for case in with_calibration} - {case.family for case in of_a}
-    assert more == {"risk, each head", "budget"}
+    for prices, expected in (
+        (False, {"risk, each head", "budget"}),
+        (True, {"price of the output", "static, by price"}),
+    ):
+        with_calibration = list(cases.cases(rankings, "a", made_up_calibration(layers=2, query_heads=5, prices=prices)))
+        assert {case.family for case in with_calibration} - {case.family for case in of_a} == expected
     assert {case.family for case in of_a if case.reads_densely} == {
         f"{kind}, {cases.DENSELY}" for kind in ("log-normal", "static")
     }

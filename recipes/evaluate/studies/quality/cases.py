@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from patchattn import ClosedGate, MomentGate, OpenFractionTarget, OpenGate, OracleGate, RiskTarget, StaticGate
+from patchattn.calibration import Calibration
 from patchattn.gates import Gate
 
 Head = tuple[int, int]
 
 GUARDED = (0.3, 0.45, 0.6, 0.75, 0.9)
 STATIC_SHARES = (0.3, 0.15)
+BUDGETS = (0.17, 0.3, 0.22, 0.13, 0.1)
 DRAWN = "static, drawn"
 DENSELY = "context read densely"
 
@@ -43,13 +45,13 @@ class Case(NamedTuple):
     reads_densely: bool = False
 
 
-def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
+def cases(rankings: Rankings, task: str, calibration: Calibration | None) -> Iterator[Case]:
     """List the gates in the order of how much they matter.
 
     Args:
         rankings: Heads for static gates.
         task: The task that is judged: `static, other task` has its heads from the next one.
-        calibrated: Whether there is a calibration, for thresholds that need one.
+        calibration: For thresholds that need one; None for none.
     """
     yield Case("all open", "", OpenGate())
     yield Case("all closed", "", ClosedGate())
@@ -58,7 +60,15 @@ def cases(rankings: Rankings, task: str, *, calibrated: bool) -> Iterator[Case]:
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     for threshold in (0.8, 0.6):
         yield Case(f"log-normal, {DENSELY}", f"{threshold}", MomentGate(threshold=threshold), reads_densely=True)
-    if calibrated:
+    if calibration is not None and calibration.manifest.prices is not None:
+        for fraction in BUDGETS:
+            gate = MomentGate(threshold=OpenFractionTarget(fraction=fraction))
+            yield Case("price of the output", f"{fraction:.0%}", gate)
+        for share in STATIC_SHARES:
+            count = round(share * len(rankings.mass))
+            gate = StaticGate.from_calibration(calibration, heads=count, by="price")
+            yield Case("static, by price", f"{share:.0%} of heads", gate)
+    elif calibration is not None:
         for alpha in (0.05, 0.1):
             yield Case("risk, each head", f"{alpha}", MomentGate(threshold=RiskTarget(alpha=alpha)))
         for fraction in (0.1, 0.2):

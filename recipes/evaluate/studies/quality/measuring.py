@@ -310,8 +310,7 @@ def jobs(context: Context) -> list[Job]:
 
 def listed(place: Place, rankings: Rankings, task: str) -> list[Any]:
     """List the gates at one place."""
-    has_calibration = place.model != "shipped" and calibration(place.window) is not None
-    return list(cases(rankings, task, calibrated=has_calibration))
+    return list(cases(rankings, task, None if place.model == "shipped" else calibration(place.window)))
 
 
 def measure(

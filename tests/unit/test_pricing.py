@@ -132,7 +132,7 @@ def test_documents_are_shared_out_and_none_does_two_things() -> None:
         assert sorted(set(together)) == together
         assert split.count == len(together) + len(split.priced)
         assert len(together) <= count
-    assert [len(part) for part in parts] == [8, 6, 16]
+    assert [len(part) for part in parts] == [12, 8, 16]
 
 
 def assert_untouched(model, twin) -> None:

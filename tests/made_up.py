@@ -37,7 +37,12 @@ def made_up_manifest(
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
             "prices": PriceSource(
-                estimate="lognormal", hidden=16, fitted=8, priced=6, gated=0.2, held_out=9 if prices is True else prices
+                estimate="lognormal" if "lognormal" in estimates else estimates[0],
+                hidden=16,
+                fitted=8,
+                priced=6,
+                gated=0.2,
+                held_out=9 if prices is True else prices,
             )
             if prices
             else None,

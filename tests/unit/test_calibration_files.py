@@ -97,12 +97,13 @@ def test_golden_files_of_every_schema_are_read(schema: int) -> None:
     assert ("key_factor" in calibration.tensors) == (schema > 1)
     assert calibration.tensors["margins"].tolist() == [i / 2 for i in range(-4, 8)]
     assert ("probe" in calibration.tensors) == (schema > 2)
-    missed = {1: 25.278900146484375, 2: 28.79925537109375, 3: 25.153541564941406}[schema]
+    missed = {1: 25.278900146484375, 2: 28.79925537109375, 3: 29.154930114746094}[schema]
     assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(missed)
     assert calibration.policy == made_up_calibration(**fields).policy
     if prices:
-        assert calibration.tensors["price"].double().sum() == pytest.approx(2.060569222085178)
-        assert calibration.findings.expected_kl(KLTarget(nats=0.02)) == pytest.approx(0.013983289885800332)
+        assert calibration.tensors["price"].double().sum() == pytest.approx(1.6687974212582048)
+        assert calibration.tensors["value"].double().sum() == pytest.approx(3.3375948425164097)
+        assert calibration.findings.expected_kl(KLTarget(nats=0.02)) == pytest.approx(0.0033059369963660376)
 
 
 def test_size_for_a_model_of_8b_parameters() -> None:
@@ -180,9 +181,13 @@ DAMAGED = {
     "priced shares": (change_tensor("priced_open_fraction", put(1.5, -1)), "priced_open_fraction leaves"),
     "priced shares that fall": (change_tensor("priced_open_fraction", lambda t: t.flip(-1)), "does not rise"),
     "measured shares": (change_tensor("kl_open_fraction", put(-0.5)), "kl_open_fraction leaves"),
-    "rates that fall": (change_tensor("exchanges", lambda t: t.flip(0)), "exchanges do not ascend"),
-    "a negative rate": (change_tensor("exchanges", put(-1.0)), "exchanges do not ascend"),
-    "rates in a table": (change_tensor("exchanges", lambda t: t[None]), "exchanges should be F32"),
+    "a value that rises": (change_tensor("value", lambda t: t.flip(-1)), "value does not fall"),
+    "a value that is negative": (change_tensor("value", put(-1.0, -1)), "value does not fall"),
+    "a value of nothing": (change_tensor("value", lambda t: t + 0.1), "value does not fall to zero"),
+    "tried fractions that rise": (change_tensor("tried", lambda t: t.flip(0)), "what was tried does not fall"),
+    "a tried fraction below nothing": (change_tensor("tried", put(-0.1, -1)), "tried leaves"),
+    "a tried fraction above all": (change_tensor("tried", put(1.5)), "tried leaves"),
+    "tried fractions in a table": (change_tensor("tried", lambda t: t[None]), "tried should be F32"),
     "a negative KL": (change_tensor("kl", put(-0.1)), "a KL is negative"),
     "prices without their estimate": (
         lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(estimate="guarded")),
@@ -191,6 +196,10 @@ DAMAGED = {
     "prices with other moments": (
         lambda: with_manifest(encoded(prices=4), lambda m: m.update(moments="calibration")),
         "prices go with the moments of the prompt",
+    ),
+    "values of a model that is not gated": (
+        lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(gated=1.0)),
+        "prices.gated",
     ),
     "prices of nothing": (lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(priced=0)), "priced"),
     "rising": (change_tensor("missed_mass", lambda t: t.flip(-1)), "missed_mass does not fall"),
@@ -231,7 +240,7 @@ DAMAGED = {
 
 
 for name, (dtype, _) in encoding.expected_tensors(made_up_manifest(prices=4), 12, 6).items():
-    if name in ("probe", "probe_offset", "price", "priced_open_fraction", "exchanges", "kl", "kl_open_fraction"):
+    if name in {"probe", "probe_offset", "price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction"}:
         DAMAGED |= {
             f"{name} is missing": (change_tensor(name, lambda t: None), f"tensors missing: .*'{name}'"),
             f"{name} has NaN": (change_tensor(name, put(float("nan"))), f"{name} has NaN or Inf"),

@@ -393,8 +393,8 @@ MUTANTS = (
         "prices_without_the_offset",
         "prices are put on margins without the offset of the probe",
         "measuring/probe.py",
-        "margin, cost = (priced.local - bulk)[0]",
-        "margin, cost = (priced.local - bulk + offset[:, None])[0]",
+        "hidden.to(bulk.dtype), probe).mT + offset[:, None])",
+        "hidden.to(bulk.dtype), probe).mT)",
         "tests/unit/test_probe.py",
     ),
     Mutant(

@@ -39,11 +39,19 @@ class Masses:
 
 def attention_scores(inputs: AttentionInputs) -> Tensor:
     """Compute scaled and capped scores, [batch, heads, query, keys], in `inputs.compute_dtype`."""
-    query = inputs.query.to(inputs.compute_dtype).unflatten(1, (inputs.key.shape[1], -1))
-    scores = (query @ inputs.key.to(inputs.compute_dtype)[:, :, None].mT).flatten(1, 2) * inputs.scale
+    query = by_kv_head(inputs.query.to(inputs.compute_dtype), inputs.key.shape[1])
+    scores = (query @ inputs.key.to(inputs.compute_dtype).mT).view(*inputs.query.shape[:3], -1) * inputs.scale
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     return scores
+
+
+def by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Put the rows of all query heads of a group one after another, [batch, kv_heads, group * query, ...].
+
+    A product with keys or values then needs no copy of them for each query head.
+    """
+    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
 def masked_log_mass(scores: Tensor, mask: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -97,8 +105,8 @@ def exact_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         _, terms, largest = _terms(slab)
         local, bulk = (part.log() + largest for part in _Split.of(slab.regions).sums(terms))
         local = _with_sink_logits(local, slab.sink_logits)
-        value = slab.value.to(terms.dtype)[:, :, None]
-        output = (terms.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
+        value = slab.value.to(terms.dtype)
+        output = (by_kv_head(terms, value.shape[1]) @ value).view(*terms.shape[:3], -1)
         whole = torch.logaddexp(local, bulk)
         output = output * torch.where(whole == -torch.inf, 0, (largest - whole).exp())[..., None]
         parts.append((output.to(inputs.query.dtype), local, bulk))

@@ -12,7 +12,7 @@ from torch import nn
 from patchattn.backends import BackendName, load, resolve
 from patchattn.backends.self_check import self_check
 from patchattn.calibration.calibration import Calibration
-from patchattn.errors import PatchStateError, PolicyError, UnsupportedModelError
+from patchattn.errors import CalibrationMismatchError, PatchStateError, PolicyError, UnsupportedModelError
 from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.architecture import (
     ORIGINAL_OF,
@@ -23,6 +23,7 @@ from patchattn.hf.architecture import (
     has_sink_logits,
     head_sizes,
     head_slices,
+    hidden_size,
     implementation_of,
     is_local,
     original_attention,
@@ -249,6 +250,12 @@ def _measured(policy: Policy, calibration: Calibration | None, model: Any) -> di
     """Return what a calibration says about each layer; empty where the gate has no use for it."""
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(underlying(model)))
+        prices, hidden = calibration.manifest.prices, hidden_size(underlying(model))
+        if prices is not None and prices.hidden != hidden:
+            raise CalibrationMismatchError(
+                f"The calibration's prices are of hidden states of size {prices.hidden}; this model has {hidden}.",
+                fix="use the calibration of this model, or measure one with patchattn.calibrate",
+            )
         return calibration.measured_heads(policy)
     if policy.gate.needs_calibration:
         raise PolicyError(

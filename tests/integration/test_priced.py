@@ -345,6 +345,13 @@ def test_policies_without_what_they_need_are_refused() -> None:
         assert not patchattn.is_patched(model)
 
 
+def test_a_model_with_a_smaller_hidden_state_is_refused() -> None:
+    model = tiny_model("llama", hidden_size=48)
+    with pytest.raises(patchattn.CalibrationMismatchError, match="of size 96; this model has 48"):
+        patchattn.patch(model, aimed_at(llama()), calibration=llama())
+    assert not patchattn.is_patched(model)
+
+
 def test_what_is_expected_is_said_for_the_layers_with_gates() -> None:
     model, calibration = tiny_model("llama"), llama()
     policy = aimed_at(calibration)

@@ -134,7 +134,7 @@ class Prices:
     def _expected(self, nats: float) -> float:
         """Return an open fraction of `_FINENESS` whose expected KL is at most so many nats, where one step less is not.
 
-        Expected KL rises a little here and there as more opens, so that there may be several; more nats never give more.
+        There may be several, for expected KL rises here and there as more opens. More nats never give a larger one.
         """
 
         def is_enough(step: int) -> bool:

@@ -76,7 +76,7 @@ def test_more_nats_never_ask_for_more_open_pairs(nats, factor, seed, documents) 
 
 
 @given(st.floats(KL_BOUND / 16, 0.2), SEEDS)
-def test_the_promise_is_kept_by_the_bound(nats, seed) -> None:
+def test_the_promise_is_kept_by_the_bound_and_never_dearer_than_what_was_tried(nats, seed) -> None:
     prices = random_prices(seed, documents=16, spread=0.3)
     chosen = prices.rungs(KLTarget(nats=nats, promised=True))
     worst = [[min(max(row[: at + 1]), KL_BOUND) for at in range(len(TRIED))] for row in prices.kl.double().tolist()]

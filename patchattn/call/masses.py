@@ -39,8 +39,12 @@ class Masses:
 
 def attention_scores(inputs: AttentionInputs) -> Tensor:
     """Compute scaled and capped scores, [batch, heads, query, keys], in `inputs.compute_dtype`."""
-    query = by_kv_head(inputs.query.to(inputs.compute_dtype), inputs.key.shape[1])
-    scores = (query @ inputs.key.to(inputs.compute_dtype).mT).view(*inputs.query.shape[:3], -1) * inputs.scale
+    return scores_of(inputs.query.to(inputs.compute_dtype), inputs.key.to(inputs.compute_dtype), inputs)
+
+
+def scores_of(query: Tensor, key: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Compute the scores of some queries and keys, with the scale and the softcap of a call."""
+    scores = (by_kv_head(query, key.shape[1]) @ key.mT).view(*query.shape[:3], -1) * inputs.scale
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     return scores

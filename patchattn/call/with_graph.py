@@ -5,15 +5,13 @@ Every call is of all tokens of sequences of one length, without padding.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from patchattn.call.inputs import AttentionInputs
-from patchattn.call.masses import attention_scores, masked_log_mass
+from patchattn.call.masses import by_kv_head, masked_log_mass, scores_of
 
 _ROWS = 512
 
@@ -28,11 +26,9 @@ def dense_with_graph(inputs: AttentionInputs) -> Tensor:
     slots, parts = torch.arange(inputs.query.shape[2], device=inputs.query.device), []
     for begin in range(0, len(slots), _ROWS):
         rows, seen = slice(begin, begin + _ROWS), slice(0, begin + _ROWS)
-        part = replace(
-            inputs, query=inputs.query[:, :, rows], key=inputs.key[:, :, seen], value=inputs.value[:, :, seen]
-        )
+        part = inputs.query[:, :, rows], inputs.key[:, :, seen], inputs.value[:, :, seen]
         # The scores are made again on the way back: those of all rows are queries x keys.
-        parts.append(checkpoint(_masked, part, slots[seen] <= slots[rows, None], use_reentrant=False))
+        parts.append(checkpoint(_masked, *part, slots[seen] <= slots[rows, None], inputs, use_reentrant=False))
     return torch.cat(parts, dim=2)
 
 
@@ -50,23 +46,22 @@ def local_with_graph(inputs: AttentionInputs) -> Tensor:
 
         at, queries = torch.cat([slots[first], slots[near]]), slots[rows, None]
         mask = (at <= queries) & ((at < sink) | (at > queries - window))
-        part = replace(inputs, query=inputs.query[:, :, rows], key=seen(inputs.key), value=seen(inputs.value))
-        parts.append(_masked(part, mask))
+        parts.append(_masked(inputs.query[:, :, rows], seen(inputs.key), seen(inputs.value), mask, inputs))
     return torch.cat(parts, dim=2)
 
 
-def _masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
-    """Attend under a mask, [query, keys]."""
-    query, key, value = inputs.query, inputs.key, inputs.value
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Attend some queries to some keys of a call, under a mask, [query, keys]."""
     if _is_plain(inputs):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=inputs.scale, enable_gqa=True
         )
-    scores = attention_scores(inputs)
+    dtype = inputs.compute_dtype
+    scores = scores_of(query.to(dtype), key.to(dtype), inputs)
     log_mass = masked_log_mass(scores, mask, inputs.sink_logits)
     weights = (scores.masked_fill(~mask, -torch.inf) - log_mass[..., None]).exp()
-    values = value.to(weights.dtype)[:, :, None]
-    return (weights.unflatten(1, (value.shape[1], -1)) @ values).flatten(1, 2).to(query.dtype)
+    output = by_kv_head(weights, value.shape[1]) @ value.to(dtype)
+    return output.view(*query.shape[:3], -1).to(query.dtype)
 
 
 def _is_plain(inputs: AttentionInputs) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from patchattn.call import masses
+from patchattn.backends import reference
+from patchattn.call import masses, with_graph
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 
@@ -53,3 +55,25 @@ def test_exact_masses_and_attention_are_those_of_the_masks(
     weights = (scores.masked_fill(~seen, -torch.inf) - whole).exp().nan_to_num(0)
     expected = (weights.unflatten(1, (2, 2)) @ inputs.value[:, :, None]).flatten(1, 2)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True)])
+def test_attention_with_a_graph_is_attention_and_has_its_gradient(softcap, sinks, monkeypatch) -> None:
+    # Several parts.
+    monkeypatch.setattr(with_graph, "_ROWS", 7)
+    generator, length = torch.Generator().manual_seed(0), 40
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    regions = Regions.of(torch.ones(1, length), query_length=length, sink_size=3, window_size=9)
+    given = [normal(1, heads, length, 8).requires_grad_() for heads in (6, 2, 2)]
+    inputs = AttentionInputs(*given, regions, 0.3, softcap, normal(6) if sinks else None)
+    weight = normal(1, 6, length, 8)
+    for attend, mass in ((with_graph.dense_with_graph, math.inf), (with_graph.local_with_graph, -math.inf)):
+        expected = reference.attend(inputs, torch.full((1, 6, length), mass, dtype=torch.float64), 0.0).output
+        found = attend(inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        of_found, of_expected = (torch.autograd.grad((x * weight).sum(), given) for x in (found, expected))
+        for one, other in zip(of_found, of_expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -121,8 +121,8 @@ MUTANTS = (
         "wrong_group",
         "query heads are matched to the wrong KV heads",
         "call/masses.py",
-        "(query @ inputs.key.to(",
-        "(query @ inputs.key.flip(1).to(",
+        "@ key.mT).view(",
+        "@ key.flip(1).mT).view(",
         BLOCKWISE,
     ),
     Mutant(

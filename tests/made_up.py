@@ -37,7 +37,7 @@ def made_up_manifest(
             "moment_documents": 100 if key_moments else 0,
             "covariance_error": 0.0,
             "prices": PriceSource(
-                estimate=estimates[0],
+                estimate="lognormal" if "lognormal" in estimates else estimates[0],
                 hidden=16,
                 fitted=8,
                 priced=6,

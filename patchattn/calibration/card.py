@@ -129,8 +129,9 @@ def _kl_lines(findings: Findings) -> list[str]:
     lines += [
         "",
         "KL says how far the model's predictions move, in nats per token: on text as the dense model would write it, "
-        "the loss rises by so much, so that at 0.01 perplexity rises by 1%. Predicted adds up the prices of all that "
-        "is closed; expected corrects that by what was measured on documents that chose nothing. What is promised, "
+        "the loss rises by so much, so that at 0.01 perplexity rises by 1%. Predicted adds up what each closed pair "
+        "costs, between its price in the dense model and its value in a gated one; expected corrects that by what was "
+        "measured on documents that chose nothing. What is promised, "
         "with `KLTarget(nats=..., promised=True)`: in expectation, for documents like the measured ones in source and "
         f"length, the KL of the patched model is at most that, where a document counts for {KL_BOUND:g} nats at most. "
         "Nothing is promised for one document, for other text or for answers: a fact that is looked up once hardly "

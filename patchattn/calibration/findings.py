@@ -80,7 +80,7 @@ class KLRow:
     Args:
         nats: The KL asked for, nats per token.
         open_fraction: Open pairs, mean over heads, where that KL is expected.
-        predicted: Prices of what is closed, added up, nats per token.
+        predicted: What closing costs, added up, nats per token; see `Prices.predicted`.
         expected: The KL that is expected, nats per token.
         promised_open_fraction: Open pairs where it is promised; None where there are too few held-out documents.
         documents_needed: Held-out documents that the promise needs.

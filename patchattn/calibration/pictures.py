@@ -93,9 +93,9 @@ def prices_figure(findings: Findings, table: PriceTable) -> Figure:
     widths = min(0.35 * heads + 3, 10), 6
     figure = Figure(figsize=(sum(widths), min(max(0.25 * layers + 1.4, 4.6), 8)), layout="constrained")
     grid, curve = figure.subplots(1, 2, width_ratios=widths)
-    _price_grid(figure, grid, findings, prices.price[..., 0], table)
+    _price_grid(figure, grid, findings, prices.value[..., 0], table)
     points = _price_curve(prices)
-    for name, style, at in (("predicted: prices added up", "--", 1), ("expected", "-", 2)):
+    for name, style, at in (("predicted: costs added up", "--", 1), ("expected", "-", 2)):
         curve.plot([100 * point[0] for point in points], [point[at] for point in points], style, label=name)
     if table.tried:
         opened, measured = [100 * row.open_fraction for row in table.tried], [row.measured for row in table.tried]

@@ -14,7 +14,7 @@ class TriedRow:
     """Thresholds that were tried on held-out documents.
 
     Args:
-        predicted: Prices of what is closed, added up, nats of KL per token.
+        predicted: What closing costs, added up, nats of KL per token; see `Prices.predicted`.
         measured: KL(dense || patched), mean over the documents, nats per token.
         bound: The least KL that these thresholds can be promised for, see `KLTarget`, nats per token.
         open_fraction: Open pairs, mean over the documents.
@@ -28,12 +28,12 @@ class TriedRow:
 
 @dataclass(frozen=True)
 class HeadPrice:
-    """What closing a head for every query costs.
+    """What closing a head for every query costs where the other heads are gated too.
 
     Args:
         layer: Index of the layer.
         query_head: Index of the query head.
-        nats: The price, nats of KL per token.
+        nats: What it costs, nats of KL per token.
         share: Its share of what closing all heads costs.
     """
 

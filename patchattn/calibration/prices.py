@@ -132,16 +132,15 @@ class Prices:
         return list(zip(predicted, self.kl.double().mean(0).tolist(), strict=True))
 
     def _expected(self, nats: float) -> float:
-        """Return the least open fraction of `_FINENESS` whose expected KL is at most so many nats."""
+        """Return an open fraction of `_FINENESS` whose expected KL is at most so many nats, where one step less is not.
+
+        There may be several, for expected KL rises here and there as more opens. More nats never give a larger one.
+        """
 
         def is_enough(step: int) -> bool:
             return self.expected(self.at(step / _FINENESS)) <= nats
 
-        step = bisect.bisect_left(range(_FINENESS), 1, key=is_enough)
-        # Expected KL rises a little here and there as more opens.
-        while not is_enough(step):
-            step += 1
-        return step / _FINENESS
+        return bisect.bisect_left(range(_FINENESS), 1, key=is_enough) / _FINENESS
 
     def _promised(self, nats: float) -> float:
         """Return the least open fraction that was tried and is bounded by so many nats, and by all that are safer."""

@@ -201,8 +201,8 @@ def _print_prices(console: Console, prices: PriceTable) -> None:
         )
     console.print(targets)
     console.print(
-        "KL to dense attention in nats per token: how far predictions move. Predicted: prices added up; expected: as "
-        "measured on held-out documents.",
+        "KL to dense attention in nats per token: how far predictions move. Predicted: what closing costs, added up; "
+        "expected: as measured on held-out documents.",
         style="dim",
     )
     if prices.tried:

@@ -82,7 +82,7 @@ def calibrate(
         note: What a reader of the card should know besides: one paragraph.
         key_moments: Take moments of the keys for `MomentGate(moments="calibration")`.
         prices: Measure what closing a pair does to the model's output, for `KLTarget`, budgets and rankings by price:
-            one backward pass for each of up to 20 more readings of the documents, and up to 16 documents on which the
+            one backward pass for each of up to 28 more readings of the documents, and up to 16 documents on which the
             KL of the patched model is measured. Not with moments of the calibration.
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         checkpoint: File to which the sums are written after each document; a run that finds it there goes on from

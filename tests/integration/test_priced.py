@@ -353,14 +353,17 @@ def test_a_model_with_a_smaller_hidden_state_is_refused() -> None:
 def test_what_is_expected_is_said_for_the_layers_with_gates() -> None:
     model, calibration = tiny_model("llama"), llama()
     policy = aimed_at(calibration)
-    said = {}
+    said, prices = {}, calibration.findings.priced()
     for layers in (None, (0,), (0, 1)):
         with patchattn.patch(model, policy.model_copy(update={"layers": layers}), calibration=calibration) as handle:
             run(model, tokens(), use_cache=False)
         said[layers] = handle.report().expected_kl
-    assert len({said[0,], said[0, 1], said[None]}) == 3
+        chosen = prices.rungs(policy.gate.threshold).clone()
+        chosen[len(layers or chosen) :] = len(prices.margins) - 1
+        assert said[layers] == pytest.approx(prices.expected(chosen))
+    assert len(set(said.values())) == 3
     assert min(said.values()) > 0
-    assert said[None] <= policy.gate.threshold.nats * (1 + 1e-9)
+    assert said[None] <= policy.gate.threshold.nats
     with patchattn.patch(model, POLICY, calibration=calibration) as handle:
         assert handle.report().expected_kl is None
     risk = POLICY.model_copy(update={"gate": MomentGate(threshold=RiskTarget(alpha=0.3))})

@@ -102,6 +102,7 @@ def test_golden_files_of_every_schema_are_read(schema: int) -> None:
     assert calibration.policy == made_up_calibration(**fields).policy
     if prices:
         assert calibration.tensors["price"].double().sum() == pytest.approx(1.6687974212582048)
+        assert calibration.tensors["value"].double().sum() == pytest.approx(3.3375948425164097)
         assert calibration.findings.expected_kl(KLTarget(nats=0.02)) == pytest.approx(0.0033059369963660376)
 
 
@@ -180,9 +181,13 @@ DAMAGED = {
     "priced shares": (change_tensor("priced_open_fraction", put(1.5, -1)), "priced_open_fraction leaves"),
     "priced shares that fall": (change_tensor("priced_open_fraction", lambda t: t.flip(-1)), "does not rise"),
     "measured shares": (change_tensor("kl_open_fraction", put(-0.5)), "kl_open_fraction leaves"),
-    "fractions that rise": (change_tensor("tried", lambda t: t.flip(0)), "what was tried does not fall"),
-    "a negative fraction": (change_tensor("tried", put(-1.0, -1)), "tried leaves"),
-    "fractions in a table": (change_tensor("tried", lambda t: t[None]), "tried should be F32"),
+    "a value that rises": (change_tensor("value", lambda t: t.flip(-1)), "value does not fall"),
+    "a value that is negative": (change_tensor("value", put(-1.0, -1)), "value does not fall"),
+    "a value of nothing": (change_tensor("value", lambda t: t + 0.1), "value does not fall to zero"),
+    "tried fractions that rise": (change_tensor("tried", lambda t: t.flip(0)), "what was tried does not fall"),
+    "a tried fraction below nothing": (change_tensor("tried", put(-0.1, -1)), "tried leaves"),
+    "a tried fraction above all": (change_tensor("tried", put(1.5)), "tried leaves"),
+    "tried fractions in a table": (change_tensor("tried", lambda t: t[None]), "tried should be F32"),
     "a negative KL": (change_tensor("kl", put(-0.1)), "a KL is negative"),
     "prices without their estimate": (
         lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(estimate="guarded")),
@@ -191,6 +196,10 @@ DAMAGED = {
     "prices with other moments": (
         lambda: with_manifest(encoded(prices=4), lambda m: m.update(moments="calibration")),
         "prices go with the moments of the prompt",
+    ),
+    "values of a model that is not gated": (
+        lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(gated=1.0)),
+        "prices.gated",
     ),
     "prices of nothing": (lambda: with_manifest(encoded(prices=4), lambda m: m["prices"].update(priced=0)), "priced"),
     "rising": (change_tensor("missed_mass", lambda t: t.flip(-1)), "missed_mass does not fall"),
@@ -231,7 +240,7 @@ DAMAGED = {
 
 
 for name, (dtype, _) in encoding.expected_tensors(made_up_manifest(prices=4), 12, 6).items():
-    if name in ("probe", "probe_offset", "price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction"):
+    if name in {"probe", "probe_offset", "price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction"}:
         DAMAGED |= {
             f"{name} is missing": (change_tensor(name, lambda t: None), f"tensors missing: .*'{name}'"),
             f"{name} has NaN": (change_tensor(name, put(float("nan"))), f"{name} has NaN or Inf"),

@@ -17,7 +17,7 @@ from patchattn.calibration import Calibration
 from patchattn.calibration.prices import TRIED
 from patchattn.measuring import pricing
 from patchattn.measuring.documents import cut_documents
-from patchattn.measuring.pricing import Split, measured_kl, policies_tried
+from patchattn.measuring.pricing import GATED, Split, measured_kl, policies_tried
 from patchattn.testing import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,8 +43,8 @@ def documents() -> list[torch.Tensor]:
     return cut_documents(Letters(), texts(), (300,), documents=None, seed=0, local=(4, 32))
 
 
-# Six documents are read; two are fitted to, two priced and valued, two held out.
-@pytest.mark.parametrize("last", [3, 7, 8, 10, 12, 14])
+# Six documents are read; two are fitted to, two priced and then valued, two held out.
+@pytest.mark.parametrize("last", [3, 7, 8, 10, 11, 12, 14])
 def test_a_broken_run_goes_on_at_every_stage(last: int, tmp_path: Path) -> None:
     kept, finished = tmp_path / "sums", []
 
@@ -88,6 +88,8 @@ def test_prices_change_nothing_of_what_was_measured_before() -> None:
         assert torch.equal(tensor, with_prices.tensors[name])
     source = with_prices.manifest.prices
     assert (source.estimate, source.hidden, source.fitted, source.priced, source.held_out) == ("lognormal", 96, 2, 2, 2)
+    assert source.gated == GATED
+    assert not torch.equal(with_prices.tensors["value"], with_prices.tensors["price"])
 
 
 RANKS = """
@@ -130,8 +132,9 @@ def test_documents_are_shared_out_and_none_does_two_things() -> None:
         together = [index for part in parts for index in part]
         assert all(parts)
         assert sorted(set(together)) == together
-        assert split.count == len(together) + len(split.priced)
         assert len(together) <= count
+        # What is priced is read again, in a gated model.
+        assert split.count == len(together) + len(split.priced)
     assert [len(part) for part in parts] == [12, 8, 16]
 
 
@@ -149,12 +152,14 @@ def assert_untouched(model, twin) -> None:
 
 
 PLACES = {
-    "in the first forward pass": ("patchattn.measuring.prices.Pricing._attend", RuntimeError),
+    "in the first forward pass": ("patchattn.measuring.prices.dense_with_graph", RuntimeError),
     "where logits are made": ("patchattn.measuring.prices.drawn", ValueError),
     "in the backward pass": ("patchattn.measuring.prices.closed_attention", KeyboardInterrupt),
     "in the sums": ("patchattn.measuring.probe.Probe.fit_to", ZeroDivisionError),
     "in the fit": ("patchattn.measuring.probe.Probe._of_layer", ValueError),
     "in the prices": ("patchattn.measuring.probe.closed_sums", MemoryError),
+    "in the gated model": ("patchattn.measuring.values.local_with_graph", ValueError),
+    "in the slopes": ("patchattn.measuring.probe.Probe.add_slopes", KeyboardInterrupt),
     "where the KL is measured": ("patchattn.measuring.pricing.head_of", OSError),
     "in the patched model": ("patchattn.gates.moment.bulk_log_mass_from_prompt", ZeroDivisionError),
 }
@@ -275,3 +280,14 @@ def test_the_measured_kl_is_that_of_whole_logits(family: str, monkeypatch: pytes
             assert float(opened[at]) == handle.report().open_fraction()
     assert (kl.diff() >= -0.02).all()
     assert kl[-1] > 0
+
+
+def test_open_fractions_in_the_file_are_of_the_policies_that_were_measured() -> None:
+    calibration = priced()
+    prices, tried = calibration.findings.priced(), calibration.tensors["tried"]
+    assert tried.tolist() == torch.tensor(TRIED).tolist()
+    for policy, fraction, (predicted, _) in zip(policies_tried(calibration), tried, prices.measured(), strict=True):
+        chosen = prices.at(float(fraction))
+        assert torch.equal(calibration.thresholds(policy.gate.threshold), prices.margins[chosen])
+        assert predicted == prices.predicted(chosen)
+        assert prices.opened(chosen) <= fraction

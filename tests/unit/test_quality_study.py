@@ -120,7 +120,8 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
         (False, {"risk, each head", "budget"}),
         (True, {"price of the output", "static, by price"}),
     ):
-        with_calibration = list(cases.cases(rankings, "a", made_up_calibration(layers=2, query_heads=5, prices=prices)))
+        calibration = made_up_calibration(layers=2, query_heads=5, kv_heads=1, prices=prices)
+        with_calibration = list(cases.cases(rankings, "a", calibration))
         assert {case.family for case in with_calibration} - {case.family for case in of_a} == expected
     assert {case.family for case in of_a if case.reads_densely} == {
         f"{kind}, {cases.DENSELY}" for kind in ("log-normal", "static")

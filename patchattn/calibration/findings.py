@@ -206,10 +206,7 @@ class Findings:
         prices = self.prices_for(target)
         if prices is None or isinstance(target, RiskTarget):
             return None
-        chosen = prices.rungs(target).clone()
-        dense = [at for at in range(len(chosen)) if layers is not None and at not in layers]
-        chosen[dense] = len(prices.margins) - 1
-        return prices.expected(chosen)
+        return prices.expected(prices.rungs(target), layers)
 
     def by_mass(self, target: Target) -> Tensor:
         """Choose margins by the missed mass, whether or not there are prices; not for a `KLTarget`."""

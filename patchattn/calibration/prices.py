@@ -93,15 +93,20 @@ class Prices:
         """Return the open fraction, mean over heads."""
         return float(self.open_fraction.double().gather(-1, rungs[..., None]).mean())
 
-    def predicted(self, rungs: Tensor) -> float:
-        """Predict the KL of what is closed, nats per token: costs on average along the way from the dense model."""
-        half = self._share_of_gated(self.opened(rungs)) / 2
-        cost = (1 - half) * self.price.double() + half * self.value.double()
-        return float(cost.gather(-1, rungs[..., None]).sum())
+    def predicted(self, rungs: Tensor, layers: list[int] | None = None) -> float:
+        """Predict the KL of what is closed, nats per token: costs on average along the way from the dense model.
 
-    def expected(self, rungs: Tensor) -> float:
+        Args:
+            rungs: [layers, query_heads] int64.
+            layers: Only what these contribute; None means all.
+        """
+        half = self._share_of_gated(self.opened(rungs)) / 2
+        cost = ((1 - half) * self.price.double() + half * self.value.double()).gather(-1, rungs[..., None])
+        return float(cost.sum() if layers is None else cost[layers].sum())
+
+    def expected(self, rungs: Tensor, layers: list[int] | None = None) -> float:
         """Say which KL is to be expected: the predicted one, by the factor that held-out documents show there."""
-        return self.predicted(rungs) * self.factor(self.opened(rungs))
+        return self.predicted(rungs, layers) * self.factor(self.opened(rungs))
 
     def factor(self, opened: float) -> float:
         """Return measured over predicted KL near an open fraction; 1 where nothing was held out."""

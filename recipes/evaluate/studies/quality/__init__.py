@@ -99,6 +99,9 @@ def page(context: Context) -> Page:
                 "rich": at(4096, 256, "price of the output", "30%"),
                 "plain": at(4096, 256, "log-normal", "0.6"),
                 "careful": at(4096, 256, "guarded", "0.6"),
+                "exact": at(4096, 256, "oracle", "0.6"),
+                "fixed": at(4096, 256, "static, by price", "30% of heads"),
+                "heavy": at(4096, 256, "static, answering", "30% of heads"),
             }
             for name in known
             if name == (Place(default.place.model, 4096, 256), "price of the output", "17%")

@@ -325,10 +325,12 @@ class Calibration:
         }
 
     def expected_kl(self, policy: Policy) -> float | None:
-        """Say which KL to dense is expected of a policy, nats per token; None without thresholds from prices."""
+        """Say which KL to dense a policy's prefill is expected to have, nats per token; None where prices don't say."""
         target = _target_of(policy)
-        layers = [self._layer_index(layer) for layer in policy.layers or self.manifest.layers]
-        return None if target is None else self._found(self._estimate_of(policy)).expected_kl(target, layers)
+        if target is None or "prefill" not in policy.phases:
+            return None
+        layers = None if policy.layers is None else [self._layer_index(layer) for layer in policy.layers]
+        return self._found(self._estimate_of(policy)).expected_kl(target, layers)
 
     def _layer_index(self, layer: int) -> int:
         if layer not in self.manifest.layers:

@@ -119,13 +119,11 @@ def _kl_lines(findings: Findings) -> list[str]:
         "| heads always open |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found.targets:
-        promised = row.promised_open_fraction
-        lines.append(
-            f"| {row.nats:g} | {row.open_fraction:.1%} | {row.expected:.2g} | {row.predicted:.2g} | "
-            f"{f'needs {row.documents_needed} held-out documents' if promised is None else f'{promised:.1%}'} | "
-            f"{row.never_open} | {row.always_open} |"
-        )
+    lines += [
+        f"| {row.nats:g} | {row.open_fraction:.1%} | {row.expected:.2g} | {row.predicted:.2g} | {row.promise()} | "
+        f"{row.never_open} | {row.always_open} |"
+        for row in found.targets
+    ]
     lines += [
         "",
         "KL says how far the model's predictions move, in nats per token: on text as the dense model would write it, "

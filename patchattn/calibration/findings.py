@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,8 +83,9 @@ class KLRow:
         open_fraction: Open pairs, mean over heads, where that KL is expected.
         predicted: What closing costs, added up, nats per token; see `Prices.predicted`.
         expected: The KL that is expected, nats per token.
-        promised_open_fraction: Open pairs where it is promised; None where there are too few held-out documents.
+        promised_open_fraction: Open pairs where it is promised; None where nothing that was tried can promise it.
         documents_needed: Held-out documents that the promise needs.
+        lacks_documents: Whether fewer were held out.
         never_open: Heads that are closed for every query, where the KL is expected.
         always_open: Heads that are open for every query.
     """
@@ -94,8 +96,15 @@ class KLRow:
     expected: float
     promised_open_fraction: float | None
     documents_needed: int
+    lacks_documents: bool
     never_open: int
     always_open: int
+
+    def promise(self) -> str:
+        """Say what a promise of it costs, in a few words."""
+        if self.promised_open_fraction is not None:
+            return f"{self.promised_open_fraction:.1%}"
+        return f"needs {self.documents_needed} held out" if self.lacks_documents else "none tried"
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,8 @@ class Findings:
         """Say what thresholds gave on the documents that were measured.
 
         Args:
-            margins: [layers, query_heads] nats; a value between two margins of the grid is taken as the lower one.
+            margins: [layers, query_heads] nats, of thresholds by mass: those by price are on another scale. A value
+                between two margins of the grid is taken as the lower one.
         """
         rung = torch.searchsorted(self.curves.margins, margins.contiguous(), right=True) - 1
         chosen = rung.clamp(min=0)[..., None]
@@ -304,12 +314,12 @@ class Findings:
 def _kl_row(prices: Prices, nats: float) -> KLRow:
     chosen = prices.rungs(KLTarget(nats=nats))
     needed, last = documents_needed_for_kl(nats), prices.price.shape[-1] - 1
-    promised = None
-    if needed <= len(prices.kl):
+    promised, lacks = None, needed > len(prices.kl)
+    with contextlib.suppress(CalibrationError):
         promised = prices.opened(prices.rungs(KLTarget(nats=nats, promised=True)))
     closed, opened = (int((chosen == end).sum()) for end in (0, last))
     known = prices.opened(chosen), prices.predicted(chosen), prices.expected(chosen)
-    return KLRow(nats, *known, promised, needed, closed, opened)
+    return KLRow(nats, *known, promised, needed, lacks, closed, opened)
 
 
 def name_of(target: Target) -> str:

@@ -127,10 +127,6 @@ class Prices:
 
     def measured(self) -> list[tuple[float, float]]:
         """Return (predicted, measured) KL of each setting that was tried, nats per token; empty if none was."""
-        return self._measured
-
-    @cached_property
-    def _measured(self) -> list[tuple[float, float]]:
         if not len(self.kl):
             return []
         predicted = [self.predicted(self.at(float(fraction))) for fraction in self.tried]
@@ -154,17 +150,29 @@ class Prices:
             raise CalibrationError(
                 f"KLTarget(nats={nats:g}, promised=True) needs {needed} held-out documents; the calibration has "
                 f"{documents}.",
-                fix=f"measure more documents, ask for at least {KL_BOUND / (documents + 1):.2g} nats, or leave "
-                "promised out",
+                fix="measure more documents, ask for more nats, or leave promised out",
             )
         kept = int((self.bounds() <= nats * (1 + 1e-12)).sum())
-        return float(self.tried[kept - 1]) if kept else 1.0
+        if not kept:
+            raise CalibrationError(
+                f"KLTarget(nats={nats:g}, promised=True) is not kept by any thresholds that were tried; the safest, "
+                f"with {float(self.tried[0]):.0%} open, can be promised for {_rounded_up(float(self.bounds()[0])):g} "
+                "nats.",
+                fix="ask for as many nats, measure more documents, or leave promised out",
+            )
+        return float(self.tried[kept - 1])
 
     def bounds(self) -> Tensor:
         """Bound the KL of the next document for each setting, [settings] nats per token, none below the one before."""
         # A document's KL must not fall as less is open, or the bound would not hold.
         kl = self.kl.double().clamp(0, KL_BOUND).cummax(-1).values
         return (kl.sum(0) + KL_BOUND) / (len(kl) + 1)
+
+
+def _rounded_up(nats: float) -> float:
+    """Return the next number of two digits above."""
+    step = 10.0 ** (math.floor(math.log10(nats)) - 1)
+    return float(f"{math.ceil(nats / step) * step:.2g}")
 
 
 def documents_needed(nats: float) -> int:

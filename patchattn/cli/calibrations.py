@@ -189,13 +189,12 @@ def _print_prices(console: Console, prices: PriceTable) -> None:
     """Print what a KL costs, what came of it on held-out documents, and which heads matter."""
     targets = _table("KL asked", "open pairs", "KL\nexpected", "KL\npredicted", "open pairs\nif promised", *_ENDS)
     for row in prices.targets:
-        promised = row.promised_open_fraction
         targets.add_row(
             f"{row.nats:g}",
             f"{row.open_fraction:.1%}",
             f"{row.expected:.2g}",
             f"{row.predicted:.2g}",
-            f"needs {row.documents_needed} held out" if promised is None else f"{promised:.1%}",
+            row.promise(),
             str(row.never_open),
             str(row.always_open),
         )

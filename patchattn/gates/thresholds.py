@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 LocalShare = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 """A share of the softmax mass held by the local keys, strictly between 0 and 1."""
@@ -44,14 +44,19 @@ class OpenFractionTarget(Frozen):
     """Ask a calibration for the best thresholds while at most `fraction` of the pairs are open.
 
     One budget for all heads: those that lose most by closing get most of it. What is lost is KL to the dense model
-    where the calibration was measured with prices, else attention mass that is missed. No promise about either.
+    where the calibration has prices for the gate's estimate, else attention mass that is missed. No promise about
+    either.
 
     Args:
-        fraction: Open fraction over all measured heads, in (0, 1).
+        fraction: Open fraction over all measured heads on the documents of the calibration, in (0, 1).
     """
 
     kind: Literal["open_fraction"] = "open_fraction"
     fraction: LocalShare
+
+
+KL_BOUND = 0.1
+"""Most nats per token that a document's KL counts for in a promise."""
 
 
 class KLTarget(Frozen):
@@ -64,7 +69,7 @@ class KLTarget(Frozen):
         nats: KL(dense || patched), mean over tokens, nats per token.
         promised: False: the KL that is expected, from what was measured on documents that chose nothing. True: a bound
             on it, for documents like these in source and length, where a document's KL is counted as at most
-            `KL_BOUND`. It needs `KL_BOUND / nats - 1` such documents and more.
+            `KL_BOUND`, so that `nats` must be less. It needs `KL_BOUND / nats - 1` such documents and more.
 
     Source of the bound: conformal risk control, arXiv 2208.02814, theorem 1.
     """
@@ -73,9 +78,15 @@ class KLTarget(Frozen):
     nats: Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
     promised: bool = False
 
+    @model_validator(mode="after")
+    def _says_something(self) -> KLTarget:
+        if self.promised and self.nats >= KL_BOUND:
+            raise ValueError(
+                f"a promise counts a document's KL as {KL_BOUND:g} nats at most, so {self.nats:g} promise nothing; ask "
+                "for less, or leave promised out"
+            )
+        return self
 
-KL_BOUND = 0.1
-"""Most nats per token that a document's KL counts for in a promise."""
 
 Target = RiskTarget | OpenFractionTarget | KLTarget
 

@@ -55,6 +55,7 @@ def calibrate(
     note: str = "",
     key_moments: bool = True,
     prices: bool = False,
+    held_out: int = 16,
     oracle_threshold: float = 0.6,
     checkpoint: str | Path | None = None,
     progress: Progress | bool = False,
@@ -82,8 +83,10 @@ def calibrate(
         note: What a reader of the card should know besides: one paragraph.
         key_moments: Take moments of the keys for `MomentGate(moments="calibration")`.
         prices: Measure what closing a pair does to the model's output, for `KLTarget`, budgets and rankings by price:
-            one backward pass for each of up to 28 more readings of the documents, and up to 16 documents on which the
-            KL of the patched model is measured. Not with moments of the calibration.
+            one backward pass for each of up to 28 more readings of the documents, and documents on which the KL of the
+            patched model is measured. Not with moments of the calibration.
+        held_out: With prices, the KL is measured on at most so many documents: 9 allow a promise of 0.01 nats, 49 of
+            0.002. Each is read seven times.
         oracle_threshold: Local share below which a pair counts as one that should open, for recall and precision.
         checkpoint: File to which the sums are written after each document; a run that finds it there goes on from
             it. Removed at the end. Each of several processes adds its rank to the name.
@@ -95,8 +98,9 @@ def calibrate(
     Raises:
         UnsupportedModelError: The model can't be patched.
         CalibrationError: No document has bulk keys, there are fewer than `documents`, documents are longer than the
-            model's context, the model is in training mode or cut by tensor parallelism, the checkpoint is of another
-            run, or the model has no logits or gradients that prices need.
+            model's context, the model is in training mode or cut by tensor parallelism, or the checkpoint is of another
+            run. With prices: there are fewer than 3 documents, or the model has no logits or no finite gradients.
+            Without: the policy has a `KLTarget`.
         PatchStateError: The model is patched already.
     """
     policy = Policy() if policy is None else policy
@@ -107,7 +111,7 @@ def calibrate(
             'The policy\'s gate has moments="calibration", but key_moments is False.', fix="leave key_moments True"
         )
     settings, fingerprint = settings_of(model, policy, lengths, oracle_threshold, key_moments=key_moments)
-    check_prices(model, of_gate, prices=prices)
+    check_prices(model, of_gate, held_out, prices=prices)
     lengths = tuple(lengths or (_default_length(model),))
     cut = cut_documents(tokenizer, texts, lengths, documents=documents, seed=seed, local=_local(policy))
     apart, measured = share_out(len(cut), moments)
@@ -121,7 +125,7 @@ def calibrate(
                 asdict(settings),
                 fingerprint.model_dump(),
                 moments,
-                (estimate if prices else None),
+                (estimate, held_out) if prices else None,
                 digest,
                 _local(policy),
                 rank,
@@ -131,7 +135,7 @@ def calibrate(
     ).hexdigest()
     totals = Totals(settings, rotations=None if found is None else dict(found.rotations))
     probe = Probe(totals, hidden_size(model), estimate) if prices else None
-    split = Split.of(list(range(len(measured)))) if prices else Split([], [], [])
+    split = Split.of(list(range(len(measured))), held_out) if prices else Split([], [], [])
     n_tried = (len(split.held_out), len(TRIED))
     totals.sums |= {name: torch.zeros(n_tried, dtype=torch.float64) for name in (("kl", "kl_open") if prices else ())}
     tensors: dict[str, Tensor] = {}

@@ -62,7 +62,7 @@ _MOST_LOGITS = 2**25
 class Backward:
     """One backward pass of a document that tells about every pair. Subclasses say of what, and attend.
 
-    Activations between layers are kept, those inside are computed twice.
+    Activations between layers are kept, those inside are computed twice, for the layer whose turn it is.
 
     Args:
         model: The model, in evaluation mode and not patched.
@@ -73,6 +73,8 @@ class Backward:
     def __init__(self, model: Any, layers: tuple[int, ...], local: tuple[int, int]) -> None:
         self.model, self._layers, self._local = model, layers, local
         self._hidden: dict[int, Tensor] = {}
+        self._given: dict[int, Any] = {}
+        self._is_first, self._computes_twice = True, False
 
     def run(self, ids: Tensor, loss: Loss) -> None:
         """Read a document and differentiate.
@@ -85,9 +87,11 @@ class Backward:
             CalibrationError: The model can't run backward, or its gradients are not finite.
         """
         seen = seen_by(self._attend, self.model, self._layers, local=self._local)
-        with seen, given_to(self.model, self._hidden), ready(self.model):
+        with seen, given_to(self.model, self._hidden), ready(self.model) as self._computes_twice:
             try:
+                self._is_first = True
                 output = without_head(self.model)(input_ids=ids, use_cache=False)
+                self._is_first = False
                 output.last_hidden_state.backward(gradient_of_loss(self.model, output, ids, loss))
             except (PatchAttnError, torch.OutOfMemoryError):
                 raise
@@ -102,12 +106,15 @@ class Backward:
         if not output.requires_grad:
             # Nothing before the first layer needs a graph.
             output.requires_grad_()
-        output.register_hook(partial(self._visit, layer, given))
+        if not (self._is_first and self._computes_twice):
+            self._given[layer] = given
+        output.register_hook(partial(self._visit, layer))
         opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
         return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
 
     @torch.no_grad()
-    def _visit(self, layer: int, given: Any, gradient: Tensor) -> None:
+    def _visit(self, layer: int, gradient: Tensor) -> None:
+        given = self._given.pop(layer)
         if not gradient.isfinite().all():
             raise CalibrationError(
                 f"The gradients of layer {layer} are not finite.",
@@ -237,19 +244,25 @@ def given_to(model: nn.Module, hidden: dict[int, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def ready(model: Any) -> Iterator[None]:
+def ready(model: Any) -> Iterator[bool]:
     """Let a model be differentiated by what its layers compute: weights are constants, layers are checkpointed.
 
     Everything is as it was on exit.
+
+    Yields:
+        Whether all layers are checkpointed, so that each is computed again before its gradient comes.
     """
+    layers = _layers_around(model)
+    checkpointed = [module for layer in layers for module in layer.modules()]
+    is_whole = all(any(one is module for one in checkpointed) for module in attention_modules(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack, torch.enable_grad():
-        for layer in _layers_around(model):
+        for layer in layers:
             stack.enter_context(replaced_forward(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         try:
             for parameter in trained:
                 parameter.requires_grad_(requires_grad=False)
-            yield
+            yield is_whole
         finally:
             for parameter in trained:
                 parameter.requires_grad_(requires_grad=True)

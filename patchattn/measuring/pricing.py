@@ -28,7 +28,7 @@ from patchattn.measuring.tensors import price_tensors
 from patchattn.measuring.values import Valuing
 from patchattn.policy import Policy
 
-_MOST_FITTED, _MOST_PRICED, _MOST_HELD_OUT = 12, 8, 16
+_MOST_FITTED, _MOST_PRICED = 12, 8
 _LEAST = 3
 
 GATED = 0.2
@@ -40,12 +40,13 @@ _EVERY = 4
 _TOKENS_AT_A_TIME = 256
 
 
-def check_prices(model: Any, gate: MomentGate, *, prices: bool) -> None:
+def check_prices(model: Any, gate: MomentGate, held_out: int, *, prices: bool) -> None:
     """Refuse prices that can't be measured, and a policy that needs prices where none are.
 
     Args:
         model: The model.
         gate: Gate of the policy.
+        held_out: At most so many documents are held out.
         prices: Whether prices are measured.
 
     Raises:
@@ -55,6 +56,8 @@ def check_prices(model: Any, gate: MomentGate, *, prices: bool) -> None:
         raise CalibrationError(
             f"The policy's gate has {gate.threshold!r}, which needs prices.", fix="measure with prices=True"
         )
+    if prices and held_out < 1:
+        raise CalibrationError(f"Expected held_out of at least 1 document, got {held_out}.", fix="for instance 16")
     if prices and gate.moments == "calibration":
         raise CalibrationError(
             'Prices go with moments="prompt"; the policy\'s gate has moments="calibration".', fix="leave prices out"
@@ -81,8 +84,12 @@ class Split:
     held_out: list[int]
 
     @classmethod
-    def of(cls, documents: list[int]) -> Split:
-        """Share documents out, a third each up to as many as it takes.
+    def of(cls, documents: list[int], held_out: int) -> Split:
+        """Share documents out: a third each for probe and prices, up to as many as it takes, and the rest.
+
+        Args:
+            documents: The documents.
+            held_out: On at most so many of the rest the KL is measured.
 
         Raises:
             CalibrationError: There are too few.
@@ -95,8 +102,7 @@ class Split:
             )
         third = len(documents) // 3
         fitted, priced = min(third, _MOST_FITTED), min(third, _MOST_PRICED)
-        held_out = documents[fitted + priced :]
-        return cls(documents[:fitted], documents[fitted : fitted + priced], held_out[:_MOST_HELD_OUT])
+        return cls(documents[:fitted], documents[fitted : fitted + priced], documents[fitted + priced :][:held_out])
 
     @property
     def count(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.gates import Gate, MomentGate
-from patchattn.gates.thresholds import Target
+from patchattn.gates.thresholds import KL_BOUND, Target
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.policy import PHASES, MinBulk, Policy
 
@@ -280,6 +280,8 @@ def gates(*, layers: int | tuple[int, ...] = 32, heads: int = 32, calibrated: bo
         "alpha": shares,
         "scope": st.sampled_from(["head", "model"]),
         "fraction": shares,
+        # As much as can be promised, and more would be as valid without a promise.
+        "nats": st.floats(1e-6, KL_BOUND, exclude_max=True),
     }
 
     def of(kind: Any, **more: Any) -> Any:

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens, in turn")
     parser.add_argument(
-        "--unlike", action="store_true", help="other text and questions than the quality study judges by"
+        "--unlike", action="store_true", help="other questions than the quality study judges by, text of first halves"
     )
     arguments = parser.parse_args()
     _, tokenizer = load_pretrained(arguments.model) if arguments.model else demo.load()

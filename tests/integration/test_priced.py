@@ -379,3 +379,18 @@ def test_a_budget_by_price_is_kept() -> None:
         rungs = torch.searchsorted(prices.margins, margins)
         assert fraction - 0.1 < prices.opened(rungs) <= fraction
         assert calibration.findings.offsets(target)[1] is not None
+
+
+def test_a_calibration_of_some_layers_goes_with_gates_that_take_nothing_from_it() -> None:
+    model = tiny_model("llama")
+    some = patchattn.calibrate(model, Letters(), texts(), POLICY.model_copy(update={"layers": (0,)}), lengths=(300,))
+    for gate in (MomentGate(threshold=0.8), patchattn.ClosedGate()):
+        with patchattn.patch(model, POLICY.model_copy(update={"gate": gate}), calibration=some) as handle:
+            assert handle.expected_kl is None
+
+
+def test_nothing_is_expected_of_a_prompt_that_is_read_densely() -> None:
+    calibration = llama()
+    policy = aimed_at(calibration)
+    assert calibration.expected_kl(policy) is not None
+    assert calibration.expected_kl(policy.model_copy(update={"phases": frozenset({"decode"})})) is None

@@ -174,7 +174,8 @@ def test_inspect_shows_what_a_kl_costs(tmp_path: Path) -> None:
     cells = {row.split()[0]: row for row in shown.split("KL asked")[1].splitlines() if row.strip()}
     for row in found["targets"]:
         promised = row["promised_open_fraction"]
-        words = f"needs {row['documents_needed']} held out" if promised is None else f"{promised:.1%}"
+        none = f"needs {row['documents_needed']} held out" if row["lacks_documents"] else "none tried"
+        words = none if promised is None else f"{promised:.1%}"
         for cell in (f"{row['open_fraction']:.1%}", f"{row['expected']:.2g}", f"{row['predicted']:.2g}", words):
             assert cell in cells[f"{row['nats']:g}"]
     assert len(found["tried"]) == 6
@@ -204,7 +205,7 @@ def test_the_card_says_what_a_kl_costs_and_what_is_promised(tmp_path: Path) -> N
     section = text.split("## What a KL costs")[1].split("##")[0]
     for row in calibration.findings.kl_table():
         assert f"| {row.nats:g} | {row.open_fraction:.1%} | {row.expected:.2g} | {row.predicted:.2g} |" in section
-    assert "needs 49 held-out documents" in section
+    assert "needs 49 held out" in section
     assert "Nothing is promised for one document" in section
     (predicted, measured), *_ = calibration.findings.priced().measured()
     assert f"| {predicted:.2g} | {measured:.2g} |" in section

@@ -127,7 +127,7 @@ def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) ->
 
 def test_documents_are_shared_out_and_none_does_two_things() -> None:
     for count in (3, 4, 5, 6, 20, 36, 100):
-        split = Split.of(list(range(count)))
+        split = Split.of(list(range(count)), 16)
         parts = (split.fitted, split.priced, split.held_out)
         together = [index for part in parts for index in part]
         assert all(parts)
@@ -136,6 +136,7 @@ def test_documents_are_shared_out_and_none_does_two_things() -> None:
         # What is priced is read again, in a gated model.
         assert split.count == len(together) + len(split.priced)
     assert [len(part) for part in parts] == [12, 8, 16]
+    assert len(Split.of(list(range(100)), 49).held_out) == 49
 
 
 def assert_untouched(model, twin) -> None:

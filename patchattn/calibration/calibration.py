@@ -284,8 +284,7 @@ class Calibration:
             heads: Number of query heads of each layer of the report.
 
         Returns:
-            JSON-ready: `"model"`, the number of `"documents"`, and points as means over the layers: `"targets"`
-            [alpha, open fraction, missed mass] and `"one"` [margin, open fraction, missed mass], one margin for all.
+            See `Findings.points_of`.
 
         Raises:
             CalibrationMismatchError: The calibration is of other layers or heads, or of another sink or window.
@@ -326,10 +325,9 @@ class Calibration:
 
     def expected_kl(self, policy: Policy) -> float | None:
         """Say which KL to dense a policy's prefill is expected to have, nats per token; None where prices don't say."""
-        target = _target_of(policy)
-        if target is None or "prefill" not in policy.phases:
+        if (target := _target_of(policy)) is None or "prefill" not in policy.phases:
             return None
-        layers = None if policy.layers is None else [self._layer_index(layer) for layer in policy.layers]
+        layers = [self._layer_index(layer) for layer in policy.layers or self.manifest.layers]
         return self._found(self._estimate_of(policy)).expected_kl(target, layers)
 
     def _layer_index(self, layer: int) -> int:

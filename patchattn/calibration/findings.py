@@ -272,7 +272,11 @@ class Findings:
         return [(float(m), *self.means(self.everywhere(m), layers)) for m in self.tensors["margins"]]
 
     def points_of(self, layers: list[int] | None) -> dict[str, Any]:
-        """Return what risks cost, for the page of a report; see `Calibration.risk_curve`."""
+        """Return what risks cost, for the page of a report, JSON-ready.
+
+        `"model"`, the number of `"documents"`, and points as means over the layers: `"targets"` [alpha, open fraction,
+        missed mass] and `"one"` [margin, open fraction, missed mass], one margin for all.
+        """
         return {
             "model": self.manifest.model,
             "documents": self.manifest.n_documents,

@@ -24,9 +24,7 @@ _WHOLE_TILES = (
     "Density above 100% in {}: keys are scored in whole tiles, and on a text this short the tiles at the borders of "
     "sink and window hold more keys than closed heads leave out."
 )
-_EXPECTED = (
-    "Expected KL to the dense model: {:.2g} nats per token, on text like the calibration's, read in one prefill."
-)
+_EXPECTED = "Expected KL to the dense model: {:.2g} nats per token, on text like the calibration's, read in one go."
 _CUT = "The timeline ends early: there was no more room for decisions. Call reset_report() before what you want to see."
 
 

@@ -114,9 +114,11 @@ def prices_figure(findings: Findings, table: PriceTable) -> Figure:
 
 def _price_grid(figure: Figure, axes: Axes, findings: Findings, cost: Tensor, table: PriceTable) -> None:
     """Draw a colour for each head, on a scale of three decades at most, and the rank of the dearest ones."""
-    most = max(float(cost.max()), 1e-12)
-    norm = LogNorm(min(max(float(cost.min()), 1e-3 * most), 0.1 * most), most, clip=True)
-    image = axes.imshow(cost.numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    most = max(float(cost.max()), _LEAST_KL)
+    least = min(max(float(cost.min()), 1e-3 * most), 0.1 * most)
+    norm = LogNorm(least, most, clip=True)
+    # Older versions of matplotlib scale what is drawn before they clip it.
+    image = axes.imshow(cost.clamp(least, most).numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
     measured = list(findings.manifest.layers)
     for rank, head in enumerate(table.dearest, 1):
         colour = "black" if norm(head.nats) > 0.6 else "white"

@@ -118,7 +118,9 @@ def _price_grid(figure: Figure, axes: Axes, findings: Findings, cost: Tensor, ta
     least = min(max(float(cost.min()), 1e-3 * most), 0.1 * most)
     norm = LogNorm(least, most, clip=True)
     # Older versions of matplotlib scale what is drawn before they clip it.
-    image = axes.imshow(cost.clamp(least, most).numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        cost.clamp(least, most).numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
     measured = list(findings.manifest.layers)
     for rank, head in enumerate(table.dearest, 1):
         colour = "black" if norm(head.nats) > 0.6 else "white"

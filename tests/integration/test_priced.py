@@ -85,7 +85,12 @@ def locals_of(inputs):
     return exact_attention(inputs)[1]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRID_FAMILIES])
+OTHERS = [family for family in (*FAMILIES, *HYBRID_FAMILIES) if family not in ("llama", "gemma2", "gpt_oss")]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gpt_oss", *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 def test_the_patched_model_decides_as_the_calibration_says(family) -> None:
     model = tiny_model(family)
     calibration = measured(model)
@@ -298,6 +303,7 @@ def test_a_wrapped_model_is_measured_and_patched_as_the_one_inside() -> None:
     assert 0 < handle.report().open_fraction() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_vl"])
 def test_text_towers_are_measured_and_patched(family) -> None:
     model = tiny_model(family)

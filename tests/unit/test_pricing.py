@@ -44,7 +44,7 @@ def documents() -> list[torch.Tensor]:
 
 
 # Six documents are read; two are fitted to, two priced and then valued, two held out.
-@pytest.mark.parametrize("last", [3, 7, 8, 10, 11, 12, 14])
+@pytest.mark.parametrize("last", [7, 12, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 8, 10, 11, 14))])
 def test_a_broken_run_goes_on_at_every_stage(last: int, tmp_path: Path) -> None:
     kept, finished = tmp_path / "sums", []
 
@@ -166,6 +166,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_wherever_it_fails_the_model_is_as_it_was(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, kind = PLACES[place]

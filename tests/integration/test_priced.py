@@ -188,6 +188,7 @@ def test_decode_decides_as_one_prefill(kind) -> None:
     assert 0 < sum(calls[0][..., 290:].float().mean() for calls in whole.values()) < 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_decides_alike_without_a_graph_for_each_length() -> None:
     model, calibration = tiny_model("llama"), llama()
     torch._dynamo.reset()
@@ -205,6 +206,7 @@ def test_a_compiled_model_decides_alike_without_a_graph_for_each_length() -> Non
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.slow
 def test_steps_of_decode_are_compiled_once() -> None:
     model, calibration, ids = tiny_model("llama"), llama(), tokens()
     torch._dynamo.reset()

@@ -393,8 +393,8 @@ MUTANTS = (
         "prices_without_the_offset",
         "prices are put on margins without the offset of the probe",
         "measuring/probe.py",
-        "hidden.to(bulk.dtype), probe).mT + offset[:, None])",
-        "hidden.to(bulk.dtype), probe).mT)",
+        "MeasuredHeads(offset, probe=probe)",
+        "MeasuredHeads(offset * 0, probe=probe)",
         "tests/unit/test_probe.py",
     ),
     Mutant(

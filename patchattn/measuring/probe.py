@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.moment import with_offsets
 from patchattn.measuring.prices import Priced
 from patchattn.measuring.statistics import MARGINS, Totals, closed_sums
 from patchattn.moments.gaussian import Estimate
@@ -111,7 +113,9 @@ class Probe:
             offsets.append(-means[size + head] - seen - _MEAN_MARGIN)
         return torch.stack(weights), torch.stack(offsets)
 
-    def margin(self, tensors: dict[str, Tensor], layer: int, inputs: AttentionInputs, hidden: Tensor, local: Tensor):
+    def margin(
+        self, tensors: dict[str, Tensor], layer: int, inputs: AttentionInputs, hidden: Tensor, local: Tensor
+    ) -> Tensor:
         """Return the margin that the probe gives, [1, heads, query] nats; -inf before the first chunk of keys is full.
 
         Args:
@@ -124,7 +128,10 @@ class Probe:
         bulk, _ = bulk_log_mass_from_prompt(inputs, estimate=self._estimate)
         at = self._layers.index(layer)
         probe, offset = (tensors[name][at].to(bulk.device, bulk.dtype) for name in ("probe", "probe_offset"))
-        return local - (bulk + torch.nn.functional.linear(hidden.to(bulk.dtype), probe).mT + offset[:, None])
+        # As the gate adds it.
+        added = MeasuredHeads(offset, probe=probe).offsets(hidden, bulk.dtype)
+        assert added is not None
+        return local - with_offsets(bulk, added)
 
     def price_with(self, tensors: dict[str, Tensor], layer: int, priced: Priced) -> None:
         """Add the prices of one layer of a document, by the margin that the probe gives."""

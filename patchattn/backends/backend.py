@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.paged import PagedRows, PagedStore
 from patchattn.gates.base import HeadGate, Known
 from patchattn.gates.decision import all_open
 from patchattn.moments.prompt import PromptMoments
 from patchattn.policy import MOST_TOKENS, MinBulk, Phase
 
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
+AttendPaged = Callable[[AttentionInputs, PagedRows, PagedStore, Tensor, float], Attended]
 
 NOT_ASKED = MOST_TOKENS
 """The break-even of a call in which no query is asked: more bulk keys than any query has."""
@@ -57,12 +59,15 @@ class Backend:
             None.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
+        own_paged: Does the same as `attend` for sequences with one query each whose keys are in pages, of which it
+            reads no more than it needs. None where it can't.
     """
 
     attend: Attend
     break_even: Callable[[CallShape, Phase], int]
     own_weighed: Callable[[AttentionInputs, HeadGate, Known], tuple[Attended, PromptMoments] | None] | None = None
     own_dense: Callable[[AttentionInputs], Tensor] | None = None
+    own_paged: AttendPaged | None = None
 
     def least_asked(self, sink_size: int, window_size: int) -> MinBulk:
         """Return the numbers of bulk keys below which no query is asked, however long its call."""

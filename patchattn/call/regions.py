@@ -144,6 +144,19 @@ class Regions:
         given = HostRegions([0] * batch, slot, min(slot + query_length, keys), 0, is_plain=True)
         return cls(sink_size, window_size, query_length, valid, first, query_slot, break_even, given)
 
+    @classmethod
+    def right_aligned(
+        cls, lengths: list[int], sink_size: int, window_size: int, device: torch.device, break_even: int = 0
+    ) -> Regions:
+        """Build the regions of a call with one query for each sequence, of so many keys, padded on the left."""
+        most = max(lengths)
+        begins = [most - length for length in lengths]
+        first = torch.tensor(begins, device=device)
+        valid = torch.arange(most, device=device) >= first[:, None]
+        query_slot = torch.full((), most - 1, dtype=torch.long, device=device)
+        given = HostRegions(begins, most - 1, most, max(begins), is_plain=True)
+        return cls(sink_size, window_size, 1, valid, first, query_slot, break_even, given)
+
     def cut(self, begin: int, end: int, keys: int) -> Regions:
         """Return the regions of the query rows from `begin` to `end`, among the first so many key slots."""
         given = None

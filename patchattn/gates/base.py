@@ -50,6 +50,11 @@ class HeadGate(Frozen):
         return False
 
     @property
+    def reads_keys(self) -> bool:
+        """Whether `weigh` looks at the keys of a call, where moments go up to its query."""
+        return False
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the gate can't work without a calibration."""
         return bool(self.of_calibration())

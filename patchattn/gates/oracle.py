@@ -27,6 +27,11 @@ class OracleGate(HeadGate):
         """Margin in nats from which the gate closes."""
         return margin_of(self.threshold)
 
+    @property
+    def reads_keys(self) -> bool:
+        """The exact mass is that of the keys."""
+        return True
+
     def weigh(self, inputs: AttentionInputs, known: Known) -> tuple[Tensor, PromptMoments | None]:
         """Compute the bulk log mass; see `HeadGate.weigh`."""
         return exact_masses(inputs)[0].bulk, known.moments

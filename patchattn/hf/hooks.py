@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ CACHE_ARGUMENT = "patchattn_cache"
 HIDDEN_ARGUMENT = "patchattn_hidden"
 """Keyword under which the hidden state of the layer reaches the attention function, where a probe reads it."""
 
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+PAGES_ARGUMENT = "patchattn_pages"
+"""Keyword under which pages of continuous batching reach the attention function; their name on the engine's cache."""
 
 
 def install_cache_hook(module: nn.Module) -> Any:
@@ -38,10 +38,24 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         )
     if kwargs.get("output_attentions"):
         raise no_attention_weights()
+    if state.batching.serves:
+        _pass_pages(state, kwargs)
     kwargs[CACHE_ARGUMENT] = cache_among((*args, *kwargs.values()))
     if state.reads_hidden:
         kwargs[HIDDEN_ARGUMENT] = hidden_of(args, kwargs)
     return args, kwargs
+
+
+def _pass_pages(state: Any, kwargs: dict[str, Any]) -> None:
+    """Hand on the pages of a step of continuous batching; a layer that reads them itself gets them as its cache."""
+    for name, given in kwargs.items():
+        pages = getattr(given, PAGES_ARGUMENT, None)
+        if pages is not None:
+            if state.is_local:
+                kwargs[PAGES_ARGUMENT] = pages.step(), pages.window_of(state.cache_layer)
+            else:
+                kwargs[PAGES_ARGUMENT] = kwargs[name] = pages.of_layer(state.cache_layer, kwargs)
+            return
 
 
 def install_mask_hook(decoder: nn.Module) -> None:
@@ -77,49 +91,6 @@ def _say_plain(
         return None
     ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     return args, {**kwargs, "attention_mask": ones}
-
-
-class BatchingRefusal:
-    """Makes a model refuse continuous batching, and takes that back. It is undone when the patch is.
-
-    The layers' states hold it, so that a patch can be undone from any module that holds the layers. It does not keep
-    the model alive, and in a copy of the model it is about the copy.
-
-    Args:
-        model: The model; one that has no such methods is left as it is. None if there is none any more.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self._model, self.is_undone = None if model is None else weakref.ref(model), False
-        for name in _CONTINUOUS_BATCHING:
-            if hasattr(model, name):
-                vars(model)[name] = _refuse_continuous_batching
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model; None if there is none any more."""
-        return None if self._model is None else self._model()
-
-    def undo(self) -> None:
-        """Give the model its methods back; does nothing the second time."""
-        self.is_undone = True
-        for name in _CONTINUOUS_BATCHING if self.model is not None else ():
-            vars(self.model).pop(name, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchingRefusal:
-        """Be about the copy of the model; about none where only a part of the model is copied."""
-        return BatchingRefusal(memo.get(id(self.model)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Be about the model that comes out of the pickle."""
-        return BatchingRefusal, (self.model,)
-
-
-def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
-    raise UnsupportedCallError(
-        "Continuous batching keeps keys in pages that the gated path can't read.",
-        fix="call patchattn.unpatch(model) first, or use generate() with a padded batch",
-    )
 
 
 def no_attention_weights() -> UnsupportedCallError:

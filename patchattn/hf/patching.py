@@ -33,8 +33,9 @@ from patchattn.hf.architecture import (
     underlying,
 )
 from patchattn.hf.attention import register
+from patchattn.hf.engine import Batching
 from patchattn.hf.fingerprint import fingerprint_of
-from patchattn.hf.hooks import STATE, BatchingRefusal, install_cache_hook, install_mask_hook, remove_mask_hook
+from patchattn.hf.hooks import STATE, install_cache_hook, install_mask_hook, remove_mask_hook
 from patchattn.hf.reporting import report_of
 from patchattn.hf.state import LayerState, is_in_use
 from patchattn.hf.support import Supported, attention_modules, check_support, decoder_of
@@ -185,7 +186,7 @@ def unpatch(model: Any) -> None:
         model: A patched model.
 
     Raises:
-        PatchStateError: The model is not patched, or is only a part of one that is.
+        PatchStateError: The model is not patched, is only a part of one that is, or is serving requests.
     """
     if not is_patched(model):
         raise PatchStateError(f"This {type(model).__name__} is not patched.", fix="patch it first, or drop the unpatch")
@@ -195,6 +196,8 @@ def unpatch(model: Any) -> None:
             f"This {type(model).__name__} is only a part of a patched model.",
             fix="unpatch the model that was patched, or the decoder inside it",
         )
+    for state in _states(model).values():
+        state.batching.check_idle()
     _undo(attention_modules(model).values(), decoder)
 
 
@@ -202,7 +205,7 @@ def _undo(modules: Iterable[Any], decoder: nn.Module | None) -> None:
     """Give modules back as they were; leaves alone those that are not patched."""
     states = [(module, module._modules.pop(STATE)) for module in modules if STATE in module._modules]
     for _, state in states:
-        state.refusal.undo()
+        state.batching.undo()
     for module, state in states:
         if implementation_of(module.config) == ORIGINALS[state.original] and not is_in_use(module.config):
             set_implementation(module.config, state.original)
@@ -302,7 +305,7 @@ def _apply(
     originals = {index: ORIGINAL_OF.get(name, name) for index, name in named.items()}
     gated = set(policy.layers or ())
     slices, rank = head_slices(underlying(model))
-    refusal = BatchingRefusal(underlying(model))
+    batching = Batching(underlying(model))
     for index, module in modules.items():
         here = heads[index] // slices
         kv_here = max(here // group_size(module), 1)
@@ -326,7 +329,7 @@ def _apply(
             measured=None if of_layer is None else of_layer.of_heads(_slice(rank, here), _slice(rank, kv_here)),
         ).to(compute_device(module, underlying(model)))
         state.train(module.training)
-        state.refusal, state.config = refusal, module.config
+        state.batching, state.config = batching, module.config
         state.hook_id = install_cache_hook(module).id
         module._modules[STATE] = state
         set_implementation(module.config, ORIGINALS[originals[index]])

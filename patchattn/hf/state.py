@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from patchattn.backends import BackendName, load
 from patchattn.backends.backend import CallShape
-from patchattn.call.inputs import AttentionInputs
-from patchattn.call.regions import host_may_read
+from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.regions import Regions, host_may_read
 from patchattn.gates.measured import MeasuredHeads
 from patchattn.hf.counting import Counters
-from patchattn.hf.hooks import BatchingRefusal
+from patchattn.hf.engine import Batching
 from patchattn.policy import PHASES, Phase, Policy
 
 _TIMELINE_ROOM = 2**18
@@ -47,7 +47,7 @@ class LayerState(nn.Module):
     """
 
     number: Tensor
-    refusal: BatchingRefusal
+    batching: Batching
     config: Any = None  # of the module; several models may share one
 
     def __init__(
@@ -77,6 +77,7 @@ class LayerState(nn.Module):
         self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record, self.register = cache_layer, gated, record, register
         self.attend, self.weighed, self.dense = load(backend).attend, load(backend).own_weighed, load(backend).dense
+        self.backend, self.attend_paged = backend, load(backend).own_paged
         self.break_even = load(backend).break_even if judges_calls else None
         local = policy.sink_size + policy.window_size
         self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
@@ -124,6 +125,13 @@ class LayerState(nn.Module):
         local = (self.policy.sink_size, self.policy.window_size)
         shape = CallShape(batch, queries, keys, heads, dim, *local)
         return "short" if keys - sum(local) < self.break_even(shape, phase) else None
+
+    def record_call(self, phase: Phase, regions: Regions, attended: Attended) -> None:
+        """Count a call that went through the gate, and keep its decisions, as far as `record` asks for it."""
+        if self.record is not None:
+            self.counters.count(phase, regions, attended)
+        if self.record == "timeline":
+            self.keep(phase, attended.open | regions.below[:, None])
 
     def keep(self, phase: str, opened: Tensor) -> None:
         """Keep the decisions of one gated call on its device until a report asks; nothing once there is no room.
@@ -173,4 +181,4 @@ def _(witness: Tensor, opened: Tensor, number: Tensor, phase: str) -> None:
 
 def is_in_use(config: Any) -> bool:
     """Say whether some model that is patched has this configuration."""
-    return any(state.config is config and not state.refusal.is_undone for state in _STATES.values())
+    return any(state.config is config and not state.batching.is_undone for state in _STATES.values())

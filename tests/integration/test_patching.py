@@ -272,7 +272,7 @@ def test_a_patch_is_undone_from_whichever_module_holds_the_layers(copied):
     own = set(vars(model))
     patchattn.patch(model, policy(MomentGate()))
     twin = copied(model)
-    assert "generate_batch" in vars(twin)
+    assert "init_continuous_batching" in vars(twin)
     with pytest.raises(patchattn.PatchStateError, match="only a part"):
         patchattn.unpatch(twin.model.layers[0])
     patchattn.unpatch(twin.model)
@@ -289,7 +289,7 @@ def test_a_copy_of_a_part_of_a_patched_model_leaves_the_model_alone():
     with patchattn.patch(model, policy(MomentGate())):
         patchattn.unpatch(copy.deepcopy(model.model))
         assert patchattn.is_patched(model)
-        assert "generate_batch" in vars(model)
+        assert "init_continuous_batching" in vars(model)
 
 
 def test_the_context_manager_undoes_after_an_exception():

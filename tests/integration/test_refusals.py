@@ -297,15 +297,6 @@ def test_backward_is_refused_and_forward_under_grad_mode_is_not():
             loss.backward()
 
 
-def test_continuous_batching_is_refused():
-    model = tiny_model("llama")
-    with patchattn.patch(model):
-        for name in ("generate_batch", "init_continuous_batching"):
-            with pytest.raises(patchattn.UnsupportedCallError, match="Continuous batching"):
-                getattr(model, name)([[1, 2]])
-    assert "generate_batch" not in vars(model)
-
-
 @pytest.mark.parametrize("queries", [1, 3, 4])
 @pytest.mark.parametrize("heads", [1, 6])
 def test_a_mask_of_integers_of_the_callers_own_stays_with_the_model(queries, heads):

@@ -6,6 +6,7 @@ and what is known to be visible is merged without guards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -53,7 +54,7 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
 def _attend_local(inputs: AttentionInputs) -> Softmax:
     """Attend to sink and window: output [batch, kv_heads, group, value_dim], contiguous and in the compute dtype."""
     regions, host = inputs.regions, inputs.regions.host
-    query, begin = _grouped(inputs), host.filled - regions.window_size
+    query, begin = grouped(inputs), host.filled - regions.window_size
     key, value = (x.narrow(2, begin, regions.window_size) for x in (inputs.key, inputs.value))
     local = attend_to(inputs, query, key, value)
     output = local.output.to(inputs.compute_dtype, memory_format=torch.contiguous_format)
@@ -81,21 +82,52 @@ def _add_bulk(inputs: AttentionInputs, opened: list[bool], decisions: Tensor, lo
     scored, end = 0, host.filled - inputs.regions.window_size
     is_one = batch == 1 or (len(set(host.first)) == 1 and all(map(is_flat, (inputs.key, inputs.value))))
     for row, rows in [(0, batch)] if is_one else [(row, 1) for row in range(batch)]:
-        query = _grouped(inputs).narrow(0, row, rows).flatten(0, 1)
+        query = grouped(inputs).narrow(0, row, rows).flatten(0, 1)
         key, value = (x[row : row + rows, :, : host.filled].flatten(0, 1) for x in (inputs.key, inputs.value))
-        begin, offset = host.first[row] + inputs.regions.sink_size, row * kv_heads
-        flags = [opened[at : at + group] for at in range(offset * group, (offset + len(key)) * group, group)]
-        for start, stop in _runs(flags):
-            # Heads between open ones are taken along: their keys are read anyway.
-            wanted = [head for of_group in flags[start:stop] for head, flag in enumerate(of_group) if flag]
-            units, heads = slice(offset + start, offset + stop), slice(min(wanted), max(wanted) + 1)
-            near = Softmax(output[units, heads], log_mass[units, heads])
-            bulk = _attend_bulk(
-                inputs, query[start:stop, heads], key[start:stop], value[start:stop], begin, end, near.log_mass
-            )
-            n_rows = near.log_mass.numel()
-            near.take_in(bulk, None if len(wanted) == n_rows else decisions[units, heads])
-            scored += n_rows * (end - begin)
+        begin, units = host.first[row] + inputs.regions.sink_size, slice(row * kv_heads, (row + rows) * kv_heads)
+        scored += take_in_open(
+            inputs,
+            query,
+            opened[units.start * group : units.stop * group],
+            lambda start, stop, key=key, value=value: (key[start:stop], value[start:stop]),
+            (begin, end),
+            Softmax(output[units], log_mass[units]),
+            decisions[units],
+        )
+    return scored
+
+
+def take_in_open(
+    inputs: AttentionInputs,
+    query: Tensor,
+    opened: list[bool],
+    read: Callable[[int, int], tuple[Tensor, Tensor]],
+    bulk: tuple[int, int],
+    local: Softmax,
+    decisions: Tensor,
+) -> int:
+    """Merge the bulk keys of the open pairs of some KV heads into the local output in place; returns triples scored.
+
+    Args:
+        inputs: The call, for scale, softcap and dtype.
+        query: [kv_heads, group, dim].
+        opened: The decisions, [kv_heads * group].
+        read: Gives the keys and values of the KV heads from one to before another, [kv_heads, keys, dim].
+        bulk: First slot of the bulk in those keys, and past its last.
+        local: Output and log mass of the local keys, [kv_heads, group, ...].
+        decisions: The decisions, [kv_heads, group] bool.
+    """
+    scored, group, (begin, end) = 0, query.shape[1], bulk
+    flags = [opened[at : at + group] for at in range(0, len(opened), group)]
+    for start, stop in _runs(flags):
+        # Heads between open ones are taken along: their keys are read anyway.
+        wanted = [head for of_group in flags[start:stop] for head, flag in enumerate(of_group) if flag]
+        units, heads = slice(start, stop), slice(min(wanted), max(wanted) + 1)
+        near = Softmax(local.output[units, heads], local.log_mass[units, heads])
+        far = _attend_bulk(inputs, query[units, heads], *read(start, stop), begin, end, near.log_mass)
+        n_rows = near.log_mass.numel()
+        near.take_in(far, None if len(wanted) == n_rows else decisions[units, heads])
+        scored += n_rows * (end - begin)
     return scored
 
 
@@ -152,7 +184,7 @@ def _attend_bulk(
     return reduce(Softmax.merge, parts)
 
 
-def _grouped(inputs: AttentionInputs) -> Tensor:
+def grouped(inputs: AttentionInputs) -> Tensor:
     """Lay the heads of a group along the row axis, [batch, kv_heads, group, dim]: its keys are then read once."""
     batch, _, _, dim = inputs.query.shape
     return inputs.query.reshape(batch, inputs.key.shape[1], inputs.group_size, dim)

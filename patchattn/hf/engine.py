@@ -1,0 +1,296 @@
+"""Continuous batching: the engine of transformers, run on a patched model; what it calls things is known here only.
+
+All ways in - `generate_batch`, the context manager, the manager itself, `transformers serve` - go through
+`model.init_continuous_batching`, which a patched model answers with a manager of its own. That one differs in three
+things: it does not switch the attention implementation, so that no mask is made; it lets attention modules know which
+rows and pages are whose; and it refuses a request that its cache can never hold, which would end all others.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from patchattn.call.paged import PagedStore
+from patchattn.errors import PatchStateError, UnsupportedCallError
+from patchattn.hf.architecture import head_sizes, layer_type
+from patchattn.hf.hooks import STATE
+from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
+
+_START = "init_continuous_batching"
+_CACHED = "_cached_continuous_batching_manager"
+_MEMORY = "patchattn"
+_KINDS = ("full_attention", "sliding_attention")
+
+
+class Batching:
+    """Makes a model start managers that know its patch, and takes that back. It is undone when the patch is.
+
+    The layers' states hold it, so that a patch can be undone from any module that holds the layers. It does not keep
+    the model alive, and in a copy of the model it is about the copy.
+
+    Args:
+        model: The model; one that has no such method is left as it is. None if there is none any more.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model, self.is_undone = None if model is None else weakref.ref(model), False
+        self._managers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.serves = False
+        if hasattr(model, _START):
+            vars(model)[_START] = self.start
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model; None if there is none any more."""
+        return None if self._model is None else self._model()
+
+    def start(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
+    ) -> Any:
+        """Do what `init_continuous_batching` of the model does, with a manager that knows the patch.
+
+        Raises:
+            UnsupportedCallError: The model, its patch or the configuration can't be served; says why.
+            PatchStateError: A manager from before the patch is kept with the model.
+        """
+        model = self.model
+        assert model is not None
+        base = _manager_class()
+        _check(model, continuous_batching_config)
+        kept = getattr(model, _CACHED, None)
+        if kept is not None and kept not in self._managers:
+            raise PatchStateError(
+                "The model keeps a manager of continuous batching from before it was patched.",
+                fix="call model.destroy_cached_continuous_batching_manager() first",
+            )
+        if kept is not None:
+            return kept
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        generation_config = generation_config or model.generation_config
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = -1  # as the model's own method does
+        manager = _patched_class(base)(
+            model=model,
+            generation_config=generation_config,
+            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            workload_hints=workload_hints,
+        )
+        self._managers.add(manager)
+        self.serves = True
+        return manager
+
+    def check_idle(self) -> None:
+        """Refuse to go on while requests are served.
+
+        Raises:
+            PatchStateError: A manager runs.
+        """
+        if any(manager.is_running() for manager in self._managers):
+            raise PatchStateError(
+                "The model is serving requests, which need its patch to the end.",
+                fix="stop the manager first: manager.stop(block=True)",
+            )
+
+    def undo(self) -> None:
+        """Give the model its method back; does nothing the second time."""
+        self.is_undone = True
+        model = self.model
+        if model is not None:
+            vars(model).pop(_START, None)
+            if getattr(model, _CACHED, None) in self._managers:
+                model.destroy_cached_continuous_batching_manager()  # pyright: ignore[reportCallIssue]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Batching:
+        """Be about the copy of the model; about none where only a part of the model is copied."""
+        return Batching(memo.get(id(self.model)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be about the model that comes out of the pickle."""
+        return Batching, (self.model,)
+
+
+def _manager_class() -> Any:
+    """Return the engine's class of managers.
+
+    Raises:
+        UnsupportedCallError: This version of transformers has none that can be told apart from its attention.
+    """
+    import transformers
+
+    try:
+        from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+    except ImportError:
+        CacheAllocator = ContinuousBatchingManager = None
+    if CacheAllocator is None or not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
+        raise UnsupportedCallError(
+            f"Continuous batching of transformers {transformers.__version__} can't run a patched model; that of 5.24 "
+            "and later can.",
+            fix='pip install "transformers>=5.24", call patchattn.unpatch(model) first, or use generate() with a '
+            "padded batch",
+        )
+    return ContinuousBatchingManager
+
+
+def _check(model: Any, config: Any) -> None:
+    """Refuse what can't be served.
+
+    Raises:
+        UnsupportedCallError: Says what and why.
+    """
+    modules = [module for module in model.modules() if STATE in module._modules]
+    states = [module._modules[STATE] for module in modules]
+    if any(state.attend_paged is None and state.backend != "reference" for state in states):
+        raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
+    if any(state.record == "timeline" for state in states):
+        raise _refused(
+            'record="timeline" keeps the decisions of one text, and here many are mixed.', 'patch with record="summary"'
+        )
+    kinds = {layer_type(module) for module in modules} - {None, *_KINDS}
+    if kinds:
+        raise _refused(f"The engine keeps no pages for layers of {', '.join(sorted(map(str, kinds)))}.", _BATCH)
+    if any(state.cache_layer != state.layer for state in states):
+        raise _refused("Some layers of the model read the keys of others, which the engine has no pages for.", _BATCH)
+    if any(len(set(head_sizes(module))) > 1 for module in modules):
+        raise _refused("The model's keys and values differ in size, which the engine has no pages for.", _BATCH)
+    if any(state.is_local and state.original not in ("sdpa", "eager") for state in states):
+        raise _refused(
+            "Sliding layers are served with the model's own attention, which has to take a mask.",
+            "load the model with attn_implementation='sdpa'",
+        )
+    asked = {
+        "use_cuda_graph": any(config.cuda_graph_booleans) if getattr(config, "use_cuda_graph", None) else False,
+        "use_async_batching": getattr(config, "use_async_batching", None),
+        "varlen_compile_config": getattr(config, "varlen_compile_config", None),
+        "decode_compile_config": getattr(config, "decode_compile_config", None),
+        "default_compile_level": getattr(config, "default_compile_level", None),
+    }
+    given = [name for name, value in asked.items() if value]
+    if given:
+        raise _refused(
+            f"The gates decide on the host which pages are read, which a graph can't: {', '.join(given)}.",
+            "leave these out of the ContinuousBatchingConfig",
+        )
+
+
+_BATCH = "use generate() with a padded batch, or call patchattn.unpatch(model) first"
+
+
+def _refused(reason: str, fix: str) -> UnsupportedCallError:
+    return UnsupportedCallError(f"A patched model can't be served like this. {reason}", fix=fix)
+
+
+class StepPages:
+    """Gives attention modules the pages of the step that the engine is at.
+
+    Args:
+        processor: The engine's processor of batches.
+        memories: What is kept of each request, by its id; forgotten with the engine's own state of it.
+    """
+
+    def __init__(self, processor: Any, memories: weakref.WeakValueDictionary[str, RequestMemory]) -> None:
+        # Weak, for the processor holds its cache, which holds this.
+        self._processor, self._memories = weakref.proxy(processor), memories
+        self._listed: Any = None
+        self._step = Step([])
+        self._stacked: dict[int, Any] = {}
+
+    def step(self) -> Step:
+        """Return the sequences of this step."""
+        listed = self._processor.inputs_and_outputs.requests_in_batch
+        if listed is not self._listed:
+            self._listed, self._step = listed, Step(list(self._sequences(listed)))
+        return self._step
+
+    def _sequences(self, listed: list[Any]) -> Iterator[Sequence]:
+        begin = first_key = 0
+        layers = len(self._processor.cache.layer_to_allocator)
+        for future in listed:
+            # The engine has counted the rows of this step already.
+            state, queries, keys = future.state, future.query_length, future.state.position_offset
+            memory = vars(state).get(_MEMORY) or RequestMemory(layers)
+            vars(state)[_MEMORY] = self._memories[state.request_id] = memory
+            yield Sequence(begin, queries, keys, first_key, memory)
+            begin, first_key = begin + queries, first_key + keys
+
+    def of_layer(self, layer: int, arguments: Mapping[str, Any]) -> LayerPages:
+        """Return the pages of a full layer, from the arguments that the engine gives its attention module."""
+        allocator = self._processor.cache.layer_to_allocator[layer]
+        index = allocator.index
+        key, value = allocator._kv_token_views[layer]
+        places, write_to = arguments["read_index"][index], arguments["write_index"][index]
+        return LayerPages(self.step(), PagedStore(key, value), places, write_to, self._stacked)
+
+    def window_of(self, layer: int) -> int:
+        """Return the window of a sliding layer, tokens."""
+        return self._processor.cache.layer_to_allocator[layer].sliding_window
+
+
+@functools.cache
+def _patched_class(base: type) -> Any:
+    from transformers.generation.continuous_batching.continuous_api import OutputRouter
+
+    class Router(OutputRouter):
+        """Puts what the gates did for a request on each of its outputs, as `gates`."""
+
+        def __init__(self, memories: weakref.WeakValueDictionary[str, RequestMemory]) -> None:
+            super().__init__()
+            self.memories = memories
+
+        def deliver(self, output: Any) -> None:
+            super().deliver(self._with_gates(output))
+
+        def deliver_batch(self, outputs: list[Any]) -> None:
+            super().deliver_batch([self._with_gates(output) for output in outputs])
+
+        def _with_gates(self, output: Any) -> Any:
+            memory = self.memories.get(output.request_id)
+            output.gates = (memory or RequestMemory(0)).gates()
+            return output
+
+    class PatchedManager(base):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.patchattn_memories: weakref.WeakValueDictionary[str, RequestMemory] = weakref.WeakValueDictionary()
+            self.output_router = Router(self.patchattn_memories)
+
+        def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:  # noqa: FBT001, FBT002
+            """Leave the attention as it is: that of a patched model reads pages."""
+
+        def _create_batch_processor(self) -> Any:
+            processor = super()._create_batch_processor()
+            processor.cache.patchattn_pages = StepPages(processor, self.patchattn_memories)
+            _guard(processor)
+            return processor
+
+    PatchedManager.__name__ = PatchedManager.__qualname__ = base.__name__
+    return PatchedManager
+
+
+def _guard(processor: Any) -> None:
+    """Make the engine fail a request that its cache can't hold; it would end all requests when it comes to that."""
+    from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+
+    scheduler = processor.scheduler
+    room = infer_max_single_request_tokens(processor.cache)
+    add = type(scheduler).add_waiting_request
+
+    def add_waiting_request(state: Any) -> None:
+        prompt, new = len(state.initial_tokens), state._new_tokens_limit
+        most = 1 if state.max_new_tokens is None else new
+        if prompt + most > room:
+            raise ValueError(
+                f"The request needs {prompt + most:,} tokens of cache, {prompt:,} of the prompt and {most:,} new ones; "
+                f"the cache holds {room:,}. Shorten it, ask for fewer new tokens, or serve with more blocks."
+            )
+        # Without a limit of its own a request ends where the cache does.
+        state._new_tokens_limit = min(new, room - prompt)
+        add(scheduler, state)
+
+    scheduler.add_waiting_request = add_waiting_request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,19 +24,10 @@ class PagedStore:
     key: Tensor
     value: Tensor
 
-    @property
-    def kv_heads(self) -> int:
-        """Number of KV heads."""
-        return self.key.shape[1]
-
-    def rows_of(self, places: Tensor) -> Tensor:
-        """Return where `read` finds some places of every KV head: [..., kv_heads, n] int64, of [..., n]."""
-        return places.unsqueeze(-2) * self.kv_heads + torch.arange(self.kv_heads, device=places.device)[:, None]
-
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy keys and values at rows, of any shape, as `rows_of` returns them: [*rows, dim], [*rows, value_dim]."""
-        key, value = (x.flatten(0, 1).index_select(0, rows.flatten()) for x in (self.key, self.value))
-        return key.view(*rows.shape, -1), value.view(*rows.shape, -1)
+    def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy keys and values that are found there, as `PagedRows` says: [*found, dim], [*found, value_dim]."""
+        key, value = (x.flatten(0, 1).index_select(0, found.flatten()) for x in (self.key, self.value))
+        return key.view(*found.shape, -1), value.view(*found.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -43,33 +35,52 @@ class PagedRows:
     """Sequences that ask one query each, with all keys of each in a `PagedStore`; the same for all layers.
 
     Args:
-        places: Of each sequence, [keys] int64; where its keys are, oldest first. More than sink and window.
+        places: Of each sequence, [keys] int64; where its keys are, oldest first.
         regions: The call of all sequences, as if they were padded on the left.
-        local: [sequences, kv_heads, sink + window] int64; `PagedStore.rows_of` the local keys.
+        kv_heads: Number of KV heads of the store.
     """
 
     places: list[Tensor]
     regions: Regions
-    local: Tensor
+    kv_heads: int
 
     @classmethod
     def of(cls, places: list[Tensor], kv_heads: int, sink_size: int, window_size: int, break_even: int) -> PagedRows:
         """Build from the places of each sequence."""
-        device = places[0].device
-        regions = Regions.right_aligned([len(keys) for keys in places], sink_size, window_size, device, break_even)
-        near = torch.stack([torch.cat([keys[:sink_size], keys[-window_size:]]) for keys in places])
-        local = near[:, None] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
-        return cls(places, regions, local)
+        lengths, device = [len(keys) for keys in places], places[0].device
+        return cls(places, Regions.right_aligned(lengths, sink_size, window_size, device, break_even), kv_heads)
 
-    @property
+    @cached_property
+    def local(self) -> Tensor:
+        """Where the store has sink and window, [sequences, kv_heads, sink + window]; of more keys than both."""
+        sink, window = self.regions.sink_size, self.regions.window_size
+        return self._found(torch.stack([torch.cat([keys[:sink], keys[-window:]]) for keys in self.places]))
+
+    @cached_property
+    def all_keys(self) -> Tensor:
+        """Where the store has all keys, [sequences, kv_heads, keys]; what `seen` leaves out is the first key again."""
+        most = self.regions.key_length
+        padded = [torch.cat([keys[:1].expand(most - len(keys)), keys]) for keys in self.places]
+        return self._found(torch.stack(padded))
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """Which of `all_keys` are keys of a sequence, [sequences, 1, 1, keys] bool; None where all are."""
+        return self.regions.valid[:, None, None] if self.regions.host.last_first else None
+
+    @cached_property
     def bulk(self) -> list[Tensor]:
-        """Where the bulk keys of each sequence are, and after them those of its window."""
-        return [keys[self.regions.sink_size :] for keys in self.places]
+        """Where the store has the bulk keys of each sequence and after them its window, [kv_heads, keys] each."""
+        return [self._found(keys[self.regions.sink_size :]) for keys in self.places]
 
     @property
     def n_bulk(self) -> list[int]:
         """Number of bulk keys of each sequence."""
         return self.regions.last_n_bulk
+
+    def _found(self, places: Tensor) -> Tensor:
+        heads = torch.arange(self.kv_heads, device=places.device)
+        return places.unsqueeze(-2) * self.kv_heads + heads[:, None]
 
     def without_keys(
         self, query: Tensor, store: PagedStore, scale: float, softcap: float | None, sink_logits: Tensor | None
@@ -85,6 +96,6 @@ class PagedRows:
             softcap: See `AttentionInputs`.
             sink_logits: See `AttentionInputs`.
         """
-        shape = (len(self.places), store.kv_heads, self.regions.key_length)
+        shape = (len(self.places), self.kv_heads, self.regions.key_length)
         key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
         return AttentionInputs(query, key, value, self.regions, scale, softcap, sink_logits)

@@ -146,7 +146,7 @@ def _check(model: Any, config: Any) -> None:
     """
     modules = [module for module in model.modules() if STATE in module._modules]
     states = [module._modules[STATE] for module in modules]
-    if any(state.attend_paged is None and state.backend != "reference" for state in states):
+    if any(state.paged is None and state.backend != "reference" for state in states):
         raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
     if any(state.record == "timeline" for state in states):
         raise _refused(

@@ -29,21 +29,21 @@ def attend_paged(
     local = attend_to(inputs, query, *store.read(rows.local))
     local = Softmax(local.output.to(inputs.compute_dtype), local.log_mass)
     if inputs.sink_logits is not None:
-        local = with_sink_logits(local, inputs.sink_logits.view(store.kv_heads, group))
+        local = with_sink_logits(local, inputs.sink_logits.view(rows.kv_heads, group))
     masses = zip(local.log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), strict=True)
     opened = [is_open(near, far, margin) for near, far in masses]
     decisions = bulk_log_mass.new_tensor(opened).bool().view(local.log_mass.shape)
     scored = count * heads * (rows.regions.sink_size + rows.regions.window_size)
-    for row, (places, n_bulk) in enumerate(zip(rows.bulk, rows.n_bulk, strict=True)):
+    for row, (found, n_bulk) in enumerate(zip(rows.bulk, rows.n_bulk, strict=True)):
         of_row = opened[row * heads : (row + 1) * heads]
         if any(of_row):
             # Up to 127 keys of the window beside: products are over multiples of so many.
-            found = store.rows_of(places[: -(-n_bulk // GRID) * GRID])
+            some = found[:, : -(-n_bulk // GRID) * GRID]
             scored += take_in_open(
                 inputs,
                 query[row],
                 of_row,
-                lambda start, stop, found=found: store.read(found[start:stop]),
+                lambda start, stop, some=some: store.read(some[start:stop]),
                 (0, n_bulk),
                 Softmax(local.output[row], local.log_mass[row]),
                 decisions[row],
@@ -51,3 +51,11 @@ def attend_paged(
     return Attended(
         local.output.to(inputs.query.dtype).view(count, heads, 1, -1), decisions.view(count, heads, 1), scored
     )
+
+
+def attend_paged_densely(inputs: AttentionInputs, rows: PagedRows, store: PagedStore) -> Tensor:
+    """Attend to all keys, [sequences, heads, 1, value_dim]; arguments as in `attend_paged`."""
+    found = attend_to(inputs, grouped(inputs), *store.read(rows.all_keys), rows.seen)
+    if inputs.sink_logits is not None:
+        found = with_sink_logits(found, inputs.sink_logits.view(rows.kv_heads, inputs.group_size))
+    return found.output.reshape(*inputs.query.shape[:3], -1)

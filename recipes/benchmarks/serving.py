@@ -34,12 +34,12 @@ WHAT = ("whole", "first token", "tokens/s")
 NOTES = """\
 All requests are there at once, each with a prompt of its own, and end after as many new tokens. `whole` is the time \
 from the first request to the last token, `first token` the mean over the requests, `tokens/s` counts tokens of all \
-requests after each has its first. Speed-ups are against the stock engine with the fastest of its batch sizes ({tokens} \
-tokens) in the whole, which the others use too, and against the patched model with every gate open, in which the gate \
-has no part: medians of ratios within a repeat, all in turn. `MiB` is the largest resident set of the first repeat \
-above that of the loaded model; the pages take {pages} MiB of it. Stock runs `sdpa` with a mask of all requests against \
-all keys, and copies the keys of all requests in every layer and step. Open fraction and density are of prompts / of \
-new tokens.\
+requests after each has its first. Speed-ups are against the stock engine with the fastest of its batch sizes \
+({tokens} tokens) in the whole, which the others use too, and against the patched model with every gate open, in which \
+the gate has no part: medians of ratios within a repeat, all in turn. `MiB` is the largest resident set of the first \
+repeat above that of the loaded model; the pages take {pages} MiB of it. Stock runs `sdpa` with a mask of all requests \
+against all keys, and copies the keys of all requests in every layer and step. Open fraction and density are of \
+prompts / of new tokens.\
 """
 
 

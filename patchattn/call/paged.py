@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
+
+
+class Scratch:
+    """Memory that is used again and again: new memory costs several times what is copied into it."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def take(self, like: Tensor, number: int, rows: int) -> Tensor:
+        """Return [rows, like.shape[-1]], of whatever content; each `number` is a place of its own."""
+        size, held = rows * like.shape[-1], self._held.get(number)
+        if held is None or len(held) < size or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[number] = like.new_empty(size)
+        return held[:size].view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -19,15 +33,28 @@ class PagedStore:
     Args:
         key: [places, kv_heads, dim], contiguous.
         value: [places, kv_heads, value_dim], contiguous.
+        scratch: Where copies are made.
     """
 
     key: Tensor
     value: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
     def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy keys and values that are found there, as `PagedRows` says: [*found, dim], [*found, value_dim]."""
-        key, value = (x.flatten(0, 1).index_select(0, found.flatten()) for x in (self.key, self.value))
-        return key.view(*found.shape, -1), value.view(*found.shape, -1)
+        """Copy keys and values that are found there, as `PagedRows` says; good until the next time.
+
+        Args:
+            found: [..., keys] int64.
+
+        Returns:
+            [..., keys, dim] and [..., keys, value_dim].
+        """
+        index, copies = found.flatten(), []
+        for number, x in enumerate((self.key, self.value)):
+            copy = self.scratch.take(x, number, len(index))
+            torch.index_select(x.flatten(0, 1), 0, index, out=copy)
+            copies.append(copy.view(*found.shape, -1))
+        return copies[0], copies[1]
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,7 @@ class PagedRows:
     places: list[Tensor]
     regions: Regions
     kv_heads: int
+    _found: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, places: list[Tensor], kv_heads: int, sink_size: int, window_size: int, break_even: int) -> PagedRows:
@@ -50,37 +78,40 @@ class PagedRows:
         lengths, device = [len(keys) for keys in places], places[0].device
         return cls(places, Regions.right_aligned(lengths, sink_size, window_size, device, break_even), kv_heads)
 
-    @cached_property
-    def local(self) -> Tensor:
-        """Where the store has sink and window, [sequences, kv_heads, sink + window]; of more keys than both."""
+    # Where the store has keys, [..., kv_heads, keys]: a number for each place and KV head. Keys are filled up to a
+    # multiple of so many with others of the same sequence, which the reader leaves out.
+
+    def local(self, multiple: int) -> Tensor:
+        """Find sink and window, [sequences, kv_heads, keys]; of sequences that have more keys than both."""
         sink, window = self.regions.sink_size, self.regions.window_size
-        return self._found(torch.stack([torch.cat([keys[:sink], keys[-window:]]) for keys in self.places]))
+        return self._once("local", multiple, lambda: [torch.cat([keys[:sink], keys[-window:]]) for keys in self.places])
 
-    @cached_property
     def all_keys(self) -> Tensor:
-        """Where the store has all keys, [sequences, kv_heads, keys]; what `seen` leaves out is the first key again."""
-        most = self.regions.key_length
-        padded = [torch.cat([keys[:1].expand(most - len(keys)), keys]) for keys in self.places]
-        return self._found(torch.stack(padded))
+        """Find all keys, [sequences, kv_heads, keys], those of shorter ones filled up behind; see `seen`."""
+        return self._once("all", 1, lambda: self.places)
 
-    @cached_property
     def seen(self) -> Tensor | None:
         """Which of `all_keys` are keys of a sequence, [sequences, 1, 1, keys] bool; None where all are."""
-        return self.regions.valid[:, None, None] if self.regions.host.last_first else None
+        # Filled up on the left there, on the right here.
+        return self.regions.valid.flip(1)[:, None, None] if self.regions.host.last_first else None
 
-    @cached_property
-    def bulk(self) -> list[Tensor]:
-        """Where the store has the bulk keys of each sequence and after them its window, [kv_heads, keys] each."""
-        return [self._found(keys[self.regions.sink_size :]) for keys in self.places]
+    def all_of(self, row: int, multiple: int) -> Tensor:
+        """Find all keys of one sequence, [kv_heads, keys]."""
+        return self._once(("all", row), multiple, lambda: [self.places[row]])[0]
 
-    @property
-    def n_bulk(self) -> list[int]:
-        """Number of bulk keys of each sequence."""
-        return self.regions.last_n_bulk
+    def bulk(self, row: int, multiple: int) -> Tensor:
+        """Find the bulk keys of one sequence, [kv_heads, keys]."""
+        sink, n_bulk = self.regions.sink_size, self.regions.last_n_bulk[row]
+        return self._once(("bulk", row), multiple, lambda: [self.places[row][sink : sink + n_bulk]])[0]
 
-    def _found(self, places: Tensor) -> Tensor:
-        heads = torch.arange(self.kv_heads, device=places.device)
-        return places.unsqueeze(-2) * self.kv_heads + heads[:, None]
+    def _once(self, what: Hashable, multiple: int, places: Callable[[], list[Tensor]]) -> Tensor:
+        if what not in self._found:
+            of_each = places()
+            most = -(-max(map(len, of_each)) // multiple) * multiple
+            filled = torch.stack([torch.cat([keys, keys[:1].expand(most - len(keys))]) for keys in of_each])
+            heads = torch.arange(self.kv_heads, device=filled.device)
+            self._found[what] = filled.unsqueeze(-2) * self.kv_heads + heads[:, None]
+        return self._found[what]
 
     def without_keys(
         self, query: Tensor, store: PagedStore, scale: float, softcap: float | None, sink_logits: Tensor | None

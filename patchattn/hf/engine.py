@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from patchattn.call.paged import PagedStore
+from patchattn.call.paged import PagedStore, Scratch
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.hf.architecture import head_sizes, layer_type
 from patchattn.hf.hooks import STATE
@@ -200,6 +200,7 @@ class StepPages:
         self._listed: Any = None
         self._step = Step([])
         self._stacked: dict[int, Any] = {}
+        self._scratch = Scratch()
 
     def step(self) -> Step:
         """Return the sequences of this step."""
@@ -225,7 +226,7 @@ class StepPages:
         index = allocator.index
         key, value = allocator._kv_token_views[layer]
         places, write_to = arguments["read_index"][index], arguments["write_index"][index]
-        return LayerPages(self.step(), PagedStore(key, value), places, write_to, self._stacked)
+        return LayerPages(self.step(), PagedStore(key, value, self._scratch), places, write_to, self._stacked)
 
     def window_of(self, layer: int) -> int:
         """Return the window of a sliding layer, tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -184,6 +185,29 @@ def test_a_prompt_longer_than_the_cache_fails_alone(patched: Served, stream: boo
         assert stays.result() == alone
     assert said in str(caught.value.body)
     assert wait_for(patched.is_idle)
+
+
+@pytest.mark.slow
+def test_many_clients_leave_nothing_behind(patched: Served, caplog: pytest.LogCaptureFixture) -> None:
+    # Records of errors keep the frames in which they were raised.
+    caplog.set_level(logging.CRITICAL, logger="ContinuousBatchingLogger")
+
+    def ask(at: int) -> None:
+        if at % 5 == 0:
+            stream = patched.chat(text_of(100 * at), 400, stream=True)
+            next(stream), next(stream)
+            stream.close()
+        elif at % 7 == 0:
+            with pytest.raises(openai.APIError):
+                list(patched.chat(text_of(0, 9000), stream=True))
+        else:
+            assert patched.chat(text_of(100 * at, 300 + 50 * (at % 11)), 4).usage.completion_tokens == 4
+
+    with ThreadPoolExecutor(6) as clients:
+        list(clients.map(ask, range(120)))
+    assert wait_for(patched.is_idle)
+    assert patched.server.engine.output_router.output_queue.empty()
+    assert len(patched.server.engine.patchattn_memories) <= 6  # of the last step
 
 
 def test_mistakes_get_the_servers_own_errors(patched: Served) -> None:

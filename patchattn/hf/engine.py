@@ -268,6 +268,7 @@ def _patched_class(base: type) -> Any:
             processor = super()._create_batch_processor()
             processor.cache.patchattn_pages = StepPages(processor, self.patchattn_memories)
             _guard(processor)
+            _forget_cancelled(processor.scheduler, self.output_router)
             return processor
 
     PatchedManager.__name__ = PatchedManager.__qualname__ = base.__name__
@@ -295,3 +296,17 @@ def _guard(processor: Any) -> None:
         add(scheduler, state)
 
     scheduler.add_waiting_request = add_waiting_request
+
+
+def _forget_cancelled(scheduler: Any, router: Any) -> None:
+    """Make the engine forget who waits for a cancelled request, which it tells nobody about and keeps for ever."""
+    clear = type(scheduler).clear_cancelled_requests
+
+    def clear_cancelled_requests() -> Any:
+        states = clear(scheduler)
+        with router._lock:
+            for state in states:
+                router.result_handlers.pop(state.request_id, None)
+        return states
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests

@@ -21,6 +21,7 @@ from patchattn.errors import (
 )
 from patchattn.gates import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
 from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, RiskTarget
+from patchattn.hf.drafting import draft
 from patchattn.hf.patching import PatchHandle, is_patched, patch, unpatch
 from patchattn.hf.support import Supported, Unsupported, check_support
 from patchattn.measuring.collect import calibrate
@@ -60,6 +61,7 @@ __all__ = [
     "UnsupportedModelError",
     "calibrate",
     "check_support",
+    "draft",
     "is_patched",
     "patch",
     "unpatch",

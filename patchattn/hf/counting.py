@@ -14,10 +14,10 @@ from patchattn.hf.cache import REBUILD_REASONS
 from patchattn.policy import PHASES, Phase
 from patchattn.report import LayerCounts
 
-DENSE_REASONS = ("layer", "phase", "short", "mask", "local")
-"""Why a call does not go through the gate: the policy leaves out the layer or the phase, no query has enough bulk keys,
-the call brings a mask that is not plainly causal (packed sequences, a 4-D mask), or the layer is local already (sliding
-or chunked). The last two run the model's own attention implementation."""
+DENSE_REASONS = ("layer", "not drafting", "phase", "short", "mask", "local")
+"""Why a call does not go through the gate: the policy leaves out the layer or the phase, a model that drafts is not
+about to, no query has enough bulk keys, the call brings a mask that is not plainly causal (packed sequences, a 4-D
+mask), or the layer is local already (sliding or chunked). The last two run the model's own attention implementation."""
 
 # In the order of the fields of `LayerCounts`.
 _BY_PHASE = ("asked", "below", "scored", "causal", "gated_calls")

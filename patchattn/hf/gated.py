@@ -69,7 +69,8 @@ def _weigh_and_attend(
         attended = state.attend(inputs, mass, gate.margin)
     else:
         attended, moments = found
-    if moments is not None:
+    # Later steps of a draft go back to the moments of its first one, whose token stays in the text.
+    if moments is not None and (state.drafting is None or state.drafting.keeps_moments):
         store_moments(cache, state.cache_layer, moments, grid, keys)
     return attended
 

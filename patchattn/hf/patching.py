@@ -80,6 +80,8 @@ class PatchHandle:
         """Set every counter of the report back to zero."""
         for state in self.states.values():
             state.reset_report()
+            if state.drafting is not None:
+                state.drafting.reset_report()
 
     def __enter__(self) -> PatchHandle:
         """Return the handle."""
@@ -206,6 +208,8 @@ def _undo(modules: Iterable[Any], decoder: nn.Module | None) -> None:
     states = [(module, module._modules.pop(STATE)) for module in modules if STATE in module._modules]
     for _, state in states:
         state.batching.undo()
+        if state.drafting is not None:
+            state.drafting.undo()
     for module, state in states:
         if implementation_of(module.config) == ORIGINALS[state.original] and not is_in_use(module.config):
             set_implementation(module.config, state.original)

@@ -49,6 +49,7 @@ class LayerState(nn.Module):
     number: Tensor
     batching: Batching
     config: Any = None  # of the module; several models may share one
+    drafting: Any = None  # the `Drafting` of a model that drafts; one for all its layers
 
     def __init__(
         self,
@@ -125,6 +126,8 @@ class LayerState(nn.Module):
         """Say why no call of a phase over so many keys goes through the gate; None if some do, in decode all."""
         if not self.gated:
             return "layer"
+        if self.drafting is not None and not self.drafting.is_on:
+            return "not drafting"
         if phase not in self.policy.phases:
             return "phase"
         return "short" if keys < self.least_keys[phase] else None

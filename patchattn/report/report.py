@@ -15,6 +15,7 @@ from patchattn.errors import ReportError
 from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
 from patchattn.report.counts import LayerCounts, ratio
+from patchattn.report.drafts import DraftCounts
 from patchattn.report.page import KnowsRisks, page_of, view_of
 from patchattn.report.savings import HeadShape, Savings, of_keys
 from patchattn.report.timeline import Head, Timeline, fitting_texts, timeline_of
@@ -41,6 +42,7 @@ class GateReport:
         timeline: By layer, (phase, open pairs [batch, heads, query]) of each gated call, if it was recorded.
         shapes: By layer, the sizes of its heads, for estimates of the work saved; empty if they are not known.
         expected_kl: KL to dense that the calibration expects of the policy, nats per token; None where it says nothing.
+        drafts: What was drafted and accepted, of a model that drafts; else None.
         timeline_is_cut: Whether the timeline ends early, because what was run had more tokens than there is room for.
     """
 
@@ -53,6 +55,7 @@ class GateReport:
     timeline_is_cut: bool = False
     rebuilt: dict[int, dict[str, int]] = field(default_factory=dict)
     expected_kl: float | None = None
+    drafts: DraftCounts | None = None
 
     def counts(self, phase: Phase | None = None) -> dict[int, LayerCounts]:
         """Return the counts of each layer in one phase, or of both phases together."""
@@ -124,6 +127,7 @@ class GateReport:
             "backend": self.backend,
             "policy": self.policy.model_dump(mode="json"),
             "expected_kl": self.expected_kl,
+            "drafts": None if self.drafts is None else self.drafts.to_dict(),
             "phases": {phase: self._phase_dict(phase) for phase in PHASES},
             "dense_calls": {str(layer): reasons for layer, reasons in self.dense_calls.items()},
             "rebuilt": {str(layer): reasons for layer, reasons in self.rebuilt.items()},
@@ -283,6 +287,8 @@ class GateReport:
     def __str__(self) -> str:
         """Return a short table."""
         lines = [f"patchattn report (backend {self.backend}{self._heads()})"]
+        if self.drafts is not None:
+            lines += [f"  {line}" for line in str(self.drafts).splitlines()]
         for phase in PHASES:
             if not any(c.gated_calls for c in self.counts(phase).values()):
                 continue

@@ -1,0 +1,114 @@
+"""How many tokens to draft: as many as pay, from what was accepted and what it took."""
+
+from __future__ import annotations
+
+from patchattn.report.drafts import DraftCounts
+
+MOST = 8
+"""The longest draft that is chosen by itself, tokens."""
+
+_FIRST = 2
+_ALLOWED = 0.02
+# A dense step is timed at the start of each text, and again after so many rounds with a draft: it grows with the text.
+_TIMED_AT_FIRST, _TIMED_EVERY = 2, 32
+_NEW = 0.25
+_KEPT = 0.95
+
+
+class DraftLength:
+    """Chooses the length of each draft.
+
+    With a draft of `d` tokens, each of which is kept with probability `a` if those before it were, a round writes
+    `1 + a + ... + a^d` tokens in the seconds of `d` steps of drafting and one dense call over `d + 1` tokens. The
+    length with the most tokens a second is taken; 0 where a plain dense step has more.
+
+    Drafting may lose at most `_ALLOWED` of the time that dense steps would have taken for the same text, and one round
+    more: no draft begins that is expected to go beyond. What is lost counts anew for each text.
+
+    Args:
+        fixed: Always draft so many tokens; None adapts.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self.fixed = fixed
+        self.counts = DraftCounts()
+        self._dense: float | None = None  # seconds of a dense step
+        self._step = self._wider = 0.0  # seconds of a step of drafting, and of one more token in the dense call
+        self._tried, self._kept = 2.0, 1.8  # drafted tokens whose predecessors were kept, and those kept; fading
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another text."""
+        self._lost = self._seconds = 0.0
+        self._until_timed = 0
+        self._to_time = _TIMED_AT_FIRST
+
+    def choose(self) -> tuple[int, str]:
+        """Return the tokens to draft in this round; of none also why, one of `NO_DRAFT_REASONS`."""
+        if self.fixed is not None:
+            return self.fixed, ""
+        if self._to_time or self._dense is None:
+            return 0, "measuring"
+        if not self._step:
+            return _FIRST, ""
+        best = max(range(MOST + 1), key=lambda length: self._tokens(length) / self._time(length))
+        # Now and then one that does not seem to pay: the text may have changed.
+        length = best or 1
+        cost = max(0.0, self._time(length) - self._tokens(length) * self._dense)
+        return (length, "") if self._lost + cost <= _ALLOWED * self._seconds else (0, "does not pay")
+
+    def saw(self, drafted: int, accepted: int, drafting: float, verifying: float, why: str) -> None:
+        """Learn from a round.
+
+        Args:
+            drafted: Tokens drafted.
+            accepted: Those that were kept.
+            drafting: Seconds of the draft.
+            verifying: Seconds of the dense call.
+            why: Why there was no draft.
+        """
+        if not drafted:
+            self._saw_dense(verifying, why)
+            return
+        counts = self.counts
+        counts.rounds, counts.drafted, counts.accepted = (
+            counts.rounds + 1,
+            counts.drafted + drafted,
+            counts.accepted + accepted,
+        )
+        counts.drafting_seconds, counts.verifying_seconds = (
+            counts.drafting_seconds + drafting,
+            counts.verifying_seconds + verifying,
+        )
+        self._tried = _KEPT * self._tried + min(accepted + 1, drafted)
+        self._kept = _KEPT * self._kept + accepted
+        self._step = _mean(self._step, drafting / drafted)
+        if self._dense is None:
+            return
+        self._wider = _mean(self._wider, max(0.0, verifying - self._dense) / drafted)
+        dense = (accepted + 1) * self._dense
+        self._lost += drafting + verifying - dense
+        self._seconds += dense
+        self._until_timed -= 1
+        if self._until_timed <= 0:
+            self._to_time = 1
+
+    def _saw_dense(self, seconds: float, why: str) -> None:
+        self.counts.without_draft[why] = self.counts.without_draft.get(why, 0) + 1
+        self.counts.dense_seconds += seconds
+        self._dense = _mean(self._dense, seconds)
+        self._seconds += seconds
+        self._to_time = max(0, self._to_time - 1)
+        self._until_timed = _TIMED_EVERY
+
+    def _tokens(self, length: int) -> float:
+        acceptance = self._kept / self._tried
+        return sum(acceptance**n for n in range(length + 1))
+
+    def _time(self, length: int) -> float:
+        return (self._dense or 0.0) + length * (self._step + self._wider)
+
+
+def _mean(old: float | None, new: float) -> float:
+    """Move a running mean; the first value is taken as it is."""
+    return old + _NEW * (new - old) if old else new

@@ -8,7 +8,9 @@ MOST = 8
 """The longest draft that is chosen by itself, tokens."""
 
 _FIRST = 2
-_ALLOWED = 0.02
+# What drafting may lose of the time of dense steps, and how many steps more where it pays on the whole, for drafts have
+# good and bad luck; of what it won before, so many steps count.
+_ALLOWED, _LUCK, _CREDIT = 0.01, 2, 5
 # A dense step is timed at the start of each text, and again after so many rounds with a draft: it grows with the text.
 _TIMED_AT_FIRST, _TIMED_EVERY = 2, 32
 _NEW = 0.25
@@ -22,8 +24,9 @@ class DraftLength:
     `1 + a + ... + a^d` tokens in the seconds of `d` steps of drafting and one dense call over `d + 1` tokens. The
     length with the most tokens a second is taken; 0 where a plain dense step has more.
 
-    Drafting may lose at most `_ALLOWED` of the time that dense steps would have taken for the same text, and one round
-    more: no draft begins that is expected to go beyond. What is lost counts anew for each text.
+    Where that is 0, a draft of one token now and then sees whether it still is, for texts change: no more of them than
+    lose one part in a hundred of the text's time. Nor does a draft that should pay begin where those before it in the
+    same text lost more than that and two dense steps.
 
     Args:
         fixed: Always draft so many tokens; None adapts.
@@ -52,10 +55,8 @@ class DraftLength:
         if not self._step:
             return _FIRST, ""
         best = max(range(MOST + 1), key=lambda length: self._tokens(length) / self._time(length))
-        # Now and then one that does not seem to pay: the text may have changed.
-        length = best or 1
-        cost = max(0.0, self._time(length) - self._tokens(length) * self._dense)
-        return (length, "") if self._lost + cost <= _ALLOWED * self._seconds else (0, "does not pay")
+        cost = -_LUCK * self._dense if best else self._time(1) - self._tokens(1) * self._dense
+        return (best or 1, "") if self._lost + cost <= _ALLOWED * self._seconds else (0, "does not pay")
 
     def saw(self, drafted: int, accepted: int, drafting: float, verifying: float, why: str) -> None:
         """Learn from a round.
@@ -70,16 +71,7 @@ class DraftLength:
         if not drafted:
             self._saw_dense(verifying, why)
             return
-        counts = self.counts
-        counts.rounds, counts.drafted, counts.accepted = (
-            counts.rounds + 1,
-            counts.drafted + drafted,
-            counts.accepted + accepted,
-        )
-        counts.drafting_seconds, counts.verifying_seconds = (
-            counts.drafting_seconds + drafting,
-            counts.verifying_seconds + verifying,
-        )
+        self.counts.add(drafted, accepted, drafting, verifying)
         self._tried = _KEPT * self._tried + min(accepted + 1, drafted)
         self._kept = _KEPT * self._kept + accepted
         self._step = _mean(self._step, drafting / drafted)
@@ -87,7 +79,7 @@ class DraftLength:
             return
         self._wider = _mean(self._wider, max(0.0, verifying - self._dense) / drafted)
         dense = (accepted + 1) * self._dense
-        self._lost += drafting + verifying - dense
+        self._lost = max(self._lost + drafting + verifying - dense, -_CREDIT * self._dense)
         self._seconds += dense
         self._until_timed -= 1
         if self._until_timed <= 0:

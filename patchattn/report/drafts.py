@@ -34,6 +34,14 @@ class DraftCounts:
     without_draft: dict[str, int] = field(default_factory=dict)
     dense_seconds: float = 0.0
 
+    def add(self, drafted: int, accepted: int, drafting: float, verifying: float) -> None:
+        """Add a round with a draft; the times are in seconds."""
+        self.rounds, self.drafted, self.accepted = self.rounds + 1, self.drafted + drafted, self.accepted + accepted
+        self.drafting_seconds, self.verifying_seconds = (
+            self.drafting_seconds + drafting,
+            self.verifying_seconds + verifying,
+        )
+
     @property
     def acceptance(self) -> float:
         """Drafted tokens that were kept, a fraction; NaN without a draft."""

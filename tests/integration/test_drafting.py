@@ -16,6 +16,7 @@ from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, Poli
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.candidates import Candidates
 from patchattn.hf.drafting import _slides_between_crops
+from patchattn.moments.running import PromptMoments
 from patchattn.testing import tiny_model
 
 POLICY = Policy(sink_size=4, window_size=16, min_bulk=0, gate=MomentGate(threshold=0.3))
@@ -324,7 +325,7 @@ def test_a_short_text_is_not_drafted():
 def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, monkeypatch):
     """Past several chunks of moments, with crops on both sides of their ends, and rounds that are not drafted between.
 
-    A window shorter than the draft is where a crop reaches what moments may cover.
+    A window shorter than the draft is where a crop reaches what moments may cover. Elsewhere no chunk is summed twice.
     """
     policy = POLICY.model_copy(update={"window_size": window, "phases": frozenset({"decode"})})
     model, ids = tiny_model("llama").double(), text(window + 4 + 120, 7)
@@ -340,7 +341,14 @@ def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, mo
         rounds.append(drafted[0])
         return drafted
 
+    rewound, afresh = PromptMoments.rewound, []
+
+    def counted(self, chunks):
+        afresh.append(bool((self.chunks > chunks).any()))
+        return rewound(self, chunks)
+
     monkeypatch.setattr(Candidates, "_draft", noted)
+    monkeypatch.setattr(PromptMoments, "rewound", counted)
     with patchattn.draft(model, policy, tokens=5) as handle:
         for state in handle.states.values():
             state.record = "timeline"
@@ -350,6 +358,8 @@ def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, mo
     assert 0 < report.open_fraction("decode") < 1
     if window > 10:
         assert set(report.rebuilt_by_reason()) <= {"never kept"}
+        assert afresh
+        assert not any(afresh)
     got = {layer: [opened for _, opened in calls] for layer, calls in report.timeline.items()}
     (name,) = with_cache(model, None)
     at = 0

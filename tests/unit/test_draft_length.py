@@ -58,7 +58,7 @@ def test_tries_again_and_stops_again():
     length = DraftLength()
     spent, dense = run(length, 3000, dense=1.0, step=0.2, change=3.0)
     assert length.counts.without_draft["does not pay"] > 500
-    assert spent < dense
+    assert spent < 0.75 * dense
 
 
 def test_what_was_learned_stays_and_dense_steps_are_timed_in_each_text():

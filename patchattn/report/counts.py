@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -50,3 +51,11 @@ class LayerCounts:
 def ratio(part: float, whole: float) -> float:
     """Divide; NaN where there is nothing to divide by."""
     return part / whole if whole else float("nan")
+
+
+def over_layers(by_layer: dict[int, dict[str, int]]) -> dict[str, int]:
+    """Add up over layers what is counted by reason."""
+    total: Counter[str] = Counter()
+    for reasons in by_layer.values():
+        total.update(reasons)
+    return dict(total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -14,7 +13,7 @@ from typing import Any
 from patchattn.errors import ReportError
 from patchattn.policy import PHASES, Phase, Policy
 from patchattn.report import pictures
-from patchattn.report.counts import LayerCounts, ratio
+from patchattn.report.counts import LayerCounts, over_layers, ratio
 from patchattn.report.drafts import DraftCounts
 from patchattn.report.page import KnowsRisks, page_of, view_of
 from patchattn.report.savings import HeadShape, Savings, of_keys
@@ -288,7 +287,7 @@ class GateReport:
         """Return a short table."""
         lines = [f"patchattn report (backend {self.backend}{self._heads()})"]
         if self.drafts is not None:
-            lines += [f"  {line}" for line in str(self.drafts).splitlines()]
+            lines.append(str(self.drafts))
         for phase in PHASES:
             if not any(c.gated_calls for c in self.counts(phase).values()):
                 continue
@@ -327,7 +326,7 @@ class GateReport:
 
     def dense_calls_by_reason(self) -> dict[str, int]:
         """Count the calls of layers that attended densely, by reason."""
-        return _over_layers(self.dense_calls)
+        return over_layers(self.dense_calls)
 
     def rebuilt_by_reason(self) -> dict[str, int]:
         """Count the steps of decode, one for each layer, whose prompt moments had to be taken anew, by reason.
@@ -335,17 +334,10 @@ class GateReport:
         Each costs a pass over all keys of its layer. `never kept` is expected once for each text, at the first step
         that is asked after dense ones; many mean that the moments do not stay with the cache.
         """
-        return _over_layers(self.rebuilt)
+        return over_layers(self.rebuilt)
 
     def _known_savings(self, phase: Phase | None) -> dict[str, int] | None:
         return asdict(self.savings(phase)) if self.layers.keys() <= self.shapes.keys() else None
-
-
-def _over_layers(by_layer: dict[int, dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for reasons in by_layer.values():
-        total.update(reasons)
-    return dict(total)
 
 
 def _known(value: float) -> float | None:

@@ -37,12 +37,12 @@ def probabilities(model, text, new, top_k, temperature):
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_sampled_texts_have_the_distribution_of_dense_ones(tokens):
     """Chi-square of the texts of four tokens, of which the first comes from the prompt and the others are drafted."""
-    model, n, new, options = tiny_model("llama"), 1200, 4, {"top_k": 3, "temperature": 1.5}
+    model, n, new, options = tiny_model("llama"), 1500, 4, {"top_k": 2, "temperature": 1.0}
     with torch.no_grad():
         chances = probabilities(model, TEXT, new, **options)
     counts = dict.fromkeys(chances, 0)
     torch.manual_seed(tokens)
-    with patchattn.draft(model, CLOSED.model_copy(update={"window_size": 34}), tokens=tokens) as handle:
+    with patchattn.draft(model, CLOSED.model_copy(update={"layers": (2,)}), tokens=tokens) as handle:
         for _ in range(n):
             text = model.generate(TEXT, max_new_tokens=new, do_sample=True, **options)
             counts[tuple(text[0, 40:].tolist())] += 1
@@ -51,8 +51,9 @@ def test_sampled_texts_have_the_distribution_of_dense_ones(tokens):
     likely = [text for text, chance in chances.items() if chance * n >= 5]
     seen = [counts[text] for text in likely]
     expected = [chances[text] * n for text in likely]
-    seen, expected = [*seen, n - sum(seen)], [*expected, n - sum(expected)]
-    assert len(likely) > 20
+    if (rest := n - sum(expected)) > 1:
+        seen, expected = [*seen, n - sum(seen)], [*expected, rest]
+    assert len(likely) > 10
     statistic = sum((a - b) ** 2 / b for a, b in zip(seen, expected, strict=True))
     degrees = len(seen) - 1
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5

@@ -391,6 +391,14 @@ def test_dense_attention_equals_reference(case: dict[str, Any]) -> None:
     torch.testing.assert_close(blockwise.dense(inputs), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("queries", [2, 5, 16, 17])
+@pytest.mark.parametrize("query_slot", [None, 30])
+def test_dense_attention_of_few_queries_equals_reference(queries: int, query_slot: int | None) -> None:
+    inputs = make_call(queries=queries, keys=200, group=3, query_slot=query_slot)
+    expected = reference.attend(inputs, forced(torch.ones(inputs.query.shape[:3], dtype=torch.bool), inputs), 0.0)
+    torch.testing.assert_close(blockwise.dense(inputs), expected.output, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("slot", [2, 70])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_key_opens_gates_and_spoils_only_rows_that_attend_to_it(slot: int, bad: float) -> None:

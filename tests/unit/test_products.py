@@ -139,3 +139,21 @@ def test_a_decode_step_by_products_is_within_the_error_budget(
     assert_within_budget(blockwise.dense(inputs), dense_plain, dense_truth)
     assert len(used) > n_bulk_calls
     assert all(used)
+
+
+@pytest.mark.parametrize("queries", [2, 3, 9, 16, 17])
+def test_a_draft_is_verified_within_the_error_budget(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, used = torch.Generator().manual_seed(0), []
+
+    def noted(*args: Any) -> Any:
+        used.append(args[0].shape)
+        return attend_by_products(*args)
+
+    monkeypatch.setattr(import_module("patchattn.backends.blockwise.dense"), "attend_by_products", noted)
+    query, key, value = (torch.randn(1, heads, n, 64, generator=draw) for heads, n in ((9, queries), *[(3, 6000)] * 2))
+    regions = Regions.plain(16, 1024, queries, 1, 6000, torch.device("cpu"))
+    call = AttentionInputs(query.bfloat16(), key.bfloat16(), value.bfloat16(), regions, SCALE)
+    exact = AttentionInputs(*(x.double() for x in (call.query, call.key, call.value)), regions, SCALE)
+    truth, plain = (reference.attend(x, all_open(x), 0.0).output for x in (exact, call))
+    assert_within_budget(blockwise.dense(call), plain, truth)
+    assert used == ([(3, 3 * queries, 64)] if queries <= 5 else [])

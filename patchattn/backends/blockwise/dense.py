@@ -17,6 +17,8 @@ from patchattn.call.inputs import Attended, AttentionInputs
 _FEWEST_TO_GROUP = 1 << 18
 # Numbers in the keys from which products outweigh the small operations around them, where the kernel has several rows.
 _FEWEST_FOR_PRODUCTS = 1 << 20
+# Queries up to which heads of a group are rows of one call over the keys before them: drafts that are verified.
+_MOST_TO_GROUP = 16
 # Keys at both ends of a sequence that tell about the largest score of all.
 _TELLING = 64
 
@@ -43,19 +45,23 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
     if length == 1 and (query.dtype != torch.float32 or key.numel() >= _FEWEST_TO_GROUP):
         # Heads of a group as rows: their keys are read once.
         rows = query.reshape(batch, kv_heads, -1, dim)
-        output = _by_products(inputs, rows, key, value)
-        if output is None:
-            output = scaled_dot_product_attention(rows, key, value, scale=inputs.scale)
+        part = _by_products(inputs, rows, key, value)
+        output = scaled_dot_product_attention(rows, key, value, scale=inputs.scale) if part is None else part.output
         return output.reshape(batch, heads, 1, -1)
     if length == 1 or not before:
         return scaled_dot_product_attention(
             query, key, value, is_causal=length > 1, scale=inputs.scale, enable_gqa=heads > kv_heads
         )
     own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
-    return attend_to(inputs, query, key[:, :, :before], value[:, :, :before]).merge(own).output
+    key, value = key[:, :, :before], value[:, :, :before]
+    if length > _MOST_TO_GROUP:
+        return attend_to(inputs, query, key, value).merge(own).output
+    rows = query.reshape(batch, kv_heads, -1, dim)
+    far = _by_products(inputs, rows, key, value) or attend_to(inputs, rows, key, value)
+    return Softmax(far.output.reshape(own.output.shape), far.log_mass.reshape(own.log_mass.shape)).merge(own).output
 
 
-def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Softmax | None:
     """Attend rows to every key by products, [batch, kv_heads, rows, value_dim]; None where the kernel is better."""
     end = (key.shape[2] - _TELLING) // GRID * GRID
     if not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
@@ -70,7 +76,7 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
     others = attend_by_products(queries, keys, values, 0, end, inputs.scale, guess)
     if others is None:
         return None
-    return last.merge(Softmax(others.output.view(last.output.shape), others.log_mass.view(last.log_mass.shape))).output
+    return last.merge(Softmax(others.output.view(last.output.shape), others.log_mass.view(last.log_mass.shape)))
 
 
 def n_dense_rows(inputs: AttentionInputs, bulk_log_mass: Tensor) -> int:

@@ -59,15 +59,15 @@ class DraftCounts:
         return {**vars(self), "without_draft": dict(self.without_draft), **known}
 
     def __str__(self) -> str:
-        """Return a line or two, for the report."""
+        """Return a line or two."""
         lines = []
         if self.rounds:
             lines.append(
-                f"  drafts: {self.rounds} rounds, {self.accepted} of {self.drafted} drafted tokens kept "
+                f"drafts: {self.rounds} rounds, {self.accepted} of {self.drafted} drafted tokens kept "
                 f"({100 * self.acceptance:.1f}%), {self.tokens_per_round:.2f} tokens a round, "
                 f"{self.drafting_seconds:.1f} s of drafting and {self.verifying_seconds:.1f} s of verifying"
             )
         if self.without_draft:
             why = ", ".join(f"{count} ({reason})" for reason, count in self.without_draft.items())
-            lines.append(f"  dense steps without a draft: {why}, {self.dense_seconds:.1f} s")
-        return "\n".join(lines or ["  drafts: none yet"])
+            lines.append(f"dense steps without a draft: {why}, {self.dense_seconds:.1f} s")
+        return "\n".join(lines or ["drafts: none yet"])

@@ -287,7 +287,7 @@ class GateReport:
         """Return a short table."""
         lines = [f"patchattn report (backend {self.backend}{self._heads()})"]
         if self.drafts is not None:
-            lines.append(str(self.drafts))
+            lines.append("  " + str(self.drafts).replace("\n", "\n  "))
         for phase in PHASES:
             if not any(c.gated_calls for c in self.counts(phase).values()):
                 continue

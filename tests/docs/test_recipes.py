@@ -21,7 +21,7 @@ from hub_server import TOKEN, FakeHub
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = {path.name[:2]: path for path in sorted(FOLDER.glob("[0-9][0-9]_*.py"))}
-IN_THIS_FILE = {"01", "02", "03", "04", "05", "07", "08"}
+IN_THIS_FILE = {"01", "02", "03", "04", "05", "07", "08", "10"}
 
 
 @pytest.fixture
@@ -143,6 +143,13 @@ def test_heads_that_swing(run, tmp_path: Path) -> None:
     assert swings == sorted(swings, reverse=True)
     assert swings[0] > 0
     assert is_picture(tmp_path / "swinging_heads.png")
+
+
+def test_drafts_write_what_dense_attention_writes(run) -> None:
+    printed = run("10", "--length", "600", "--new", "16")
+    kept, drafted = map(int, re.search(r"(\d+) of (\d+) drafted tokens kept", printed).groups())
+    assert 0 < kept <= drafted
+    assert "16 of 16 tokens are those of dense attention" in printed
 
 
 def test_recipes_are_listed_short_and_have_a_test() -> None:

@@ -25,6 +25,7 @@ TINY = {
     "gate_overhead": "overhead gate --lengths 600",
     "report_recording": "overhead recording --lengths 700 --window 64 --steps 2",
     "whole_model": "model --lengths 40 80 --steps 2 --window 16 --dtypes bf16",
+    "drafting": "drafting --lengths 150 --new 6 --window 64 --dtype fp32",
     "compile": "compile --lengths 40 --steps 2 --compiler eager",
 }
 

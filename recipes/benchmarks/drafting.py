@@ -1,0 +1,161 @@
+"""Tokens per second of a model that drafts, beside the stock model and every gate open, each with both caches.
+
+python recipes/benchmarks/drafting.py --models FOLDER --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Row, Timed, arguments, in_turn, milliseconds, prepare, progress, save
+from matplotlib.figure import Figure
+from model import context, load, twin
+from problems import DTYPES
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+from whole import CACHES, OPEN, STOCK, faster_stock
+
+import patchattn
+from patchattn import ClosedGate, OpenGate, Policy
+from patchattn.hf.architecture import with_cache
+
+CLOSED = Policy(gate=ClosedGate(), phases=frozenset({"decode"}), min_bulk=0)
+DRAFTS: dict[str, tuple[Policy, Any]] = {
+    "drafts": (CLOSED, "auto"),
+    "drafts of 2": (CLOSED, 2),
+    "drafts of 4": (CLOSED, 4),
+    "drafts, window 1,024": (CLOSED.model_copy(update={"window_size": 1024}), "auto"),
+    "drafts, gates asked": (Policy(phases=frozenset({"decode"}), min_bulk=0), "auto"),
+}
+NOTES = """\
+Batch 1, greedy, {new} new tokens a repeat after a prompt of real text that was read densely once and is copied into \
+the cache of each call, which is not timed. `speed-up` is against stock `sdpa` with the faster of its caches, `of \
+open` against the patched model with every gate open and the faster of its caches: medians over repeats in turn. \
+Drafts are of closed heads, where it does not say otherwise, and of a length that adapts, where it names none. `kept` \
+are drafted tokens that dense attention kept, `a round` the tokens that a round wrote, `drafted` the share of the new \
+tokens that come from rounds with a draft; of all repeats, what is learned in the first ones included. `same` is the \
+share of the new tokens, up to the first that differs, that the model with every gate open writes too: all in float32; \
+in bfloat16 it is for stock what rounding alone does.\
+"""
+
+
+def main() -> None:
+    """Time every length, and write the table."""
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=5)
+    parser.add_argument("--models", nargs="+", default=["shipped"], help="shipped, or folders")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--new", type=int, default=64, help="new tokens of a repeat")
+    parser.add_argument("--window", type=int, help="window of all policies, in place of the default one")
+    options = prepare(parser.parse_args())
+    options.layers = 0  # of models with random weights, which write nothing worth drafting
+    every = itertools.product(options.models, options.lengths)
+    cases = [case for case in every if case[1] <= context(options, case[0])]
+    if not cases:
+        parser.error(f"none of the lengths {options.lengths} is within the context of a model: give shorter ones")
+    rows: list[Row] = []
+    with torch.no_grad():
+        for case in progress(cases, lambda case: f"{Path(case[0]).name}, {case[1]:,} tokens"):
+            rows += timed_rows(options, *case)
+    save(options, "drafting", "Lossless drafts", rows, NOTES.format(new=options.new), figure(rows))
+
+
+class Writers:
+    """Twins of one model that write on from the same prompt.
+
+    Args:
+        models: By policy; the stock one reads the prompt.
+        tokens: [1, tokens]; the prompt.
+        new: New tokens of a call.
+    """
+
+    def __init__(self, models: dict[str, Any], tokens: torch.Tensor, new: int) -> None:
+        self.models, self.tokens, self.new = models, tokens, new
+        self.texts: dict[tuple[str, str], torch.Tensor] = {}
+        self.read = DynamicCache(config=models[STOCK].config)
+        models[STOCK](tokens[:, :-1], **with_cache(models[STOCK], self.read), use_cache=True, logits_to_keep=1)
+
+    def write(self, cell: tuple[str, str], options: argparse.Namespace) -> float:
+        """Write on in a copy of the cache; returns milliseconds."""
+        model = self.models[cell[0]]
+        is_static = cell[1] == "static"
+        cache = StaticCache(model.config, self.tokens.shape[1] + self.new) if is_static else DynamicCache()
+        for layer, filled in enumerate(self.read.layers):
+            cache.update(filled.keys.clone(), filled.values.clone(), layer)
+        asked = {"attention_mask": torch.ones_like(self.tokens), "do_sample": False, **with_cache(model, cache)}
+        asked |= {"max_new_tokens": self.new, "min_new_tokens": self.new}
+
+        def call() -> None:
+            self.texts[cell] = model.generate(self.tokens, **asked)[0, self.tokens.shape[1] :]
+
+        return milliseconds(call, options.device, 1)
+
+    def same(self, cell: tuple[str, str]) -> float:
+        """Return the share of the text that the model with every gate open writes too."""
+        equal = self.texts[cell] == self.texts[OPEN, "dynamic"]
+        return equal.long().cumprod(0).float().mean().item()
+
+
+def timed_rows(options: argparse.Namespace, name: str, length: int) -> list[Row]:
+    """Time stock, every gate open and all drafts in turn."""
+    longest = int(min(context(options, name), max(options.lengths) + options.new))
+    model, tokens = load(name, longest, options.layers, options.dtype, options.device)
+    tokens = tokens[:, : min(length, longest - options.new)]
+    models, handles = {STOCK: model} | {label: twin(model) for label in (OPEN, *DRAFTS)}, {}
+    patchattn.patch(models[OPEN], Policy(gate=OpenGate(), min_bulk=0))
+    for label, (policy, drafted) in DRAFTS.items():
+        chosen = policy.model_copy(update={"window_size": options.window}) if options.window else policy
+        handles[label] = patchattn.draft(models[label], chosen, tokens=drafted)
+    can_draft = [cache for cache in CACHES if cache == "dynamic" or hasattr(StaticLayer, "crop")]
+    cells = [*itertools.product((STOCK, OPEN), CACHES), *itertools.product(DRAFTS, can_draft)]
+    writers, counts = Writers(models, tokens, options.new), {cell: [0, 0, 0] for cell in cells}
+
+    def timed(cell: tuple[str, str]) -> float:
+        if cell[0] in handles:
+            handles[cell[0]].reset_report()
+        ms = writers.write(cell, options)
+        if cell[0] in handles:
+            found = handles[cell[0]].report().drafts
+            more = (found.rounds, found.drafted, found.accepted)
+            counts[cell] = [a + b for a, b in zip(counts[cell], more, strict=True)]
+        return ms
+
+    result = in_turn(cells, timed, repeats=options.repeats, least=2, clock=options.clock)
+    return [row_of(result, writers, cell, counts[cell], Path(name).name) for cell in cells]
+
+
+def row_of(timed: Timed, writers: Writers, cell: tuple[str, str], counts: list[int], name: str) -> Row:
+    """Say how fast a cell is, and what was kept of its drafts."""
+    best_open = min(((OPEN, cache) for cache in CACHES), key=timed.ms)
+    rounds, drafted, kept = counts
+    row: Row = {"model": name, "tokens": writers.tokens.shape[1], "policy": cell[0], "cache": cell[1]}
+    row["tokens/s"] = 1e3 * writers.new / timed.ms(cell)
+    row |= timed.speedup(faster_stock(timed), cell) | {"of open": timed.speedup(best_open, cell)["speed-up"]}
+    row["kept"], row["a round"] = (kept / drafted, (kept + rounds) / rounds) if rounds else (None, None)
+    written = writers.new * len(timed.samples[cell])
+    return row | {"drafted": (kept + rounds) / written, "same": writers.same(cell), "quiet": timed.is_quiet}
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Draw the speed-up of the faster cache over the length, a line for each policy."""
+    drawn = Figure(figsize=(6, 4), layout="constrained")
+    axes = drawn.subplots()
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        best: dict[int, float] = {}
+        for row in rows:
+            if row["policy"] == policy:
+                best[row["tokens"]] = max(best.get(row["tokens"], 0.0), row["speed-up"])
+        axes.plot(list(best), list(best.values()), marker="o", label=policy)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="tokens of the prompt", ylabel="times as fast as the faster stock cache")
+    axes.legend(fontsize=8)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()

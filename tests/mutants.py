@@ -50,6 +50,7 @@ REGIONS, GATE, MOMENTS = (
     f"tests/unit/test_{name}.py tests/property/test_{name}.py" for name in ("regions", "gate", "moments")
 )
 BLOCKWISE, PATCHING = "tests/unit/test_blockwise.py", "tests/integration/test_patching.py"
+DRAFTING = "tests/integration/test_drafting.py"
 FLEX = "tests/unit/test_flex.py -k 'two_passes_equal or block_lists_cover or open_rows'"
 
 MUTANTS = (
@@ -316,6 +317,70 @@ MUTANTS = (
         "if phase not in self.policy.phases:",
         "if not self.policy.phases:",
         PATCHING,
+    ),
+    Mutant(
+        "drafts_verified_by_gates",
+        "the call that verifies a draft goes through the gates",
+        "hf/state.py",
+        "if self.drafting is not None and not self.drafting.is_on:",
+        "if self.drafting is not None and False:",
+        DRAFTING,
+    ),
+    Mutant(
+        "draft_left_in_cache",
+        "a draft is not taken out of the cache as a whole",
+        "hf/candidates.py",
+        ".crop(-steps)",
+        ".crop(-1)",
+        DRAFTING,
+    ),
+    Mutant(
+        "draft_past_the_end",
+        "a draft goes on behind the token that ends the text",
+        "hf/candidates.py",
+        "if bool(self._criteria(longer, None).all()):",
+        "if False:",
+        DRAFTING,
+    ),
+    Mutant(
+        "drafts_keep_moments",
+        "steps of a draft that may be refused keep their moments",
+        "hf/gated.py",
+        "state.drafting.keeps_moments",
+        "True",
+        DRAFTING,
+    ),
+    Mutant(
+        "drafts_of_another_distribution",
+        "sampled drafts are verified with other probabilities than they were drawn with",
+        "hf/candidates.py",
+        "torch.stack(logits, 1)",
+        "torch.stack(logits, 1) * 0.5",
+        "tests/integration/test_drafted_sampling.py",
+    ),
+    Mutant(
+        "filled_cache_read_again",
+        "a text whose cache is filled is read once more on top of it",
+        "hf/candidates.py",
+        "input_ids.shape[1] - known if known else None",
+        "None",
+        DRAFTING,
+    ),
+    Mutant(
+        "drafts_that_never_stop",
+        "a model goes on drafting where that does not pay",
+        "hf/draft_length.py",
+        "if self._lost + cost <= _ALLOWED * self._seconds else",
+        "if cost < 1e9 else",
+        "tests/unit/test_draft_length.py",
+    ),
+    Mutant(
+        "drafting_left_behind",
+        "an unpatched model still drafts",
+        "hf/patching.py",
+        "            state.drafting.undo()",
+        "            pass",
+        DRAFTING,
     ),
     Mutant(
         "hook_left_behind",

@@ -15,7 +15,7 @@ import torch
 import patchattn
 from patchattn.errors import CalibrationMismatchError, MissingPackageError, ReportError
 from patchattn.policy import Policy
-from patchattn.report import GateReport, HeadShape, LayerCounts
+from patchattn.report import DraftCounts, GateReport, HeadShape, LayerCounts
 from patchattn.report.timeline import Stretches, Timeline, texts_of
 from patchattn.testing import tiny_model
 
@@ -406,3 +406,24 @@ def test_record_none_is_said_in_plain_words(tmp_path: Path) -> None:
 def test_template_is_part_of_the_package() -> None:
     folder = Path(patchattn.__file__).parent / "report" / "template"
     assert {path.name for path in folder.iterdir()} == {"page.html", "script.js", "style.css"}
+
+
+def test_drafts_are_told_in_words_and_numbers() -> None:
+    empty = dataclasses.replace(REPORT, drafts=DraftCounts())
+    assert "  drafts: none yet" in str(empty).splitlines()
+    assert empty.to_dict()["drafts"]["acceptance"] is None
+    assert REPORT.to_dict()["drafts"] is None
+    assert "drafts" not in str(REPORT)
+    counts = DraftCounts(without_draft={"short": 2, "measuring": 1}, dense_seconds=0.25)
+    counts.add(3, 3, 1.5, 0.5)
+    counts.add(3, 1, 1.5, 0.5)
+    told = str(dataclasses.replace(REPORT, drafts=counts)).splitlines()
+    assert told[1] == (
+        "  drafts: 2 rounds, 4 of 6 drafted tokens kept (66.7%), 3.00 tokens a round, 3.0 s of drafting and 1.0 s of "
+        "verifying"
+    )
+    assert told[2] == "  dense steps without a draft: 2 (short), 1 (measuring), 0.2 s"
+    found = dataclasses.replace(REPORT, drafts=counts).to_dict()["drafts"]
+    assert found == json.loads(json.dumps(found))
+    assert found["tokens_per_round"] == 3
+    assert found["accepted"] == 4

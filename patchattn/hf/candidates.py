@@ -130,7 +130,10 @@ class Drafting:
                 f"The call continues a text of {length} tokens and brings only {input_ids.shape[1]} of them.",
                 "pass the whole text with its cache; only what is new is read",
             )
-        return Candidates(self, generation_config, logits_processor, self._criteria)
+        forward = self.model
+        if forward._valid_auto_compile_criteria(model_kwargs, generation_config):
+            forward = forward.get_compiled_call(generation_config.compile_config)
+        return Candidates(self, generation_config, logits_processor, self._criteria, forward)
 
     def _inputs(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Prepare a call; assisted generation of transformers reads all of a text again whose cache is filled."""
@@ -170,14 +173,15 @@ class Candidates:
         config: The generation configuration.
         processors: Logits processors.
         criteria: Stopping criteria of the text.
+        forward: The model, or its compiled call.
     """
 
     requires_model_outputs = True
 
-    def __init__(self, drafting: Drafting, config: Any, processors: Any, criteria: Any) -> None:
+    def __init__(self, drafting: Drafting, config: Any, processors: Any, criteria: Any, forward: Any) -> None:
         self.model_kwargs_overrides: dict[str, Any] = {}
         self._drafting, self._config = drafting, config
-        self._processors, self._criteria = processors, criteria
+        self._processors, self._criteria, self._forward = processors, criteria, forward
         self._states = [state for state in drafting.model.modules() if getattr(state, "drafting", None) is drafting]
         self._drafted, self._why, self._began, self._took = 0, "", 0.0, 0.0
         self._is_prefill = True
@@ -260,7 +264,8 @@ class Candidates:
         if (positions := kwargs.get("position_ids")) is not None:
             kwargs = made._prepare_position_ids(kwargs, positions.shape[-1] + drafted, False)  # noqa: FBT003
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **kwargs)
-        return model(**inputs).logits[:, -1].float()
+        # A copy: what a compiled call returns may be overwritten by the next.
+        return self._forward(**inputs).logits[:, -1].to(torch.float32, copy=True)
 
     def _decoding(self) -> Any:
         optimised = getattr(self._drafting.model, "_optimize_model_for_decode", None)

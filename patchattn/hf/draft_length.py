@@ -14,6 +14,7 @@ _ALLOWED, _LUCK, _CREDIT = 0.01, 2, 5
 # A dense step is timed at the start of each text, and again after so many rounds with a draft: it grows with the text.
 _TIMED_AT_FIRST, _TIMED_EVERY = 2, 32
 _NEW = 0.25
+_OUTLIER = 2  # times what was expected, at which what a round took is cut off
 _KEPT = 0.95
 
 
@@ -26,7 +27,8 @@ class DraftLength:
 
     Where that is 0, a draft of one token now and then sees whether it still is, for texts change: no more of them than
     lose one part in a hundred of the text's time. Nor does a draft that should pay begin where those before it in the
-    same text lost more than that and two dense steps.
+    same text lost more than that and two dense steps. What a first call takes longer than later ones, to compile or to
+    get memory, is no loss in this sense.
 
     Args:
         fixed: Always draft so many tokens; None adapts.
@@ -36,6 +38,7 @@ class DraftLength:
         self.fixed = fixed
         self.counts = DraftCounts()
         self._dense: float | None = None  # seconds of a dense step
+        self._is_warm = False  # whether there was a draft
         self._step = self._wider = 0.0  # seconds of a step of drafting, and of one more token in the dense call
         self._tried, self._kept = 2.0, 1.8  # drafted tokens whose predecessors were kept, and those kept; fading
         self.begin()
@@ -53,7 +56,7 @@ class DraftLength:
         if self._to_time or self._dense is None:
             return 0, "measuring"
         if not self._step:
-            return _FIRST, ""
+            return _FIRST, ""  # twice, for the first draft is not timed
         best = max(range(MOST + 1), key=lambda length: self._tokens(length) / self._time(length))
         cost = -_LUCK * self._dense if best else self._time(1) - self._tokens(1) * self._dense
         return (best or 1, "") if self._lost + cost <= _ALLOWED * self._seconds else (0, "does not pay")
@@ -74,9 +77,16 @@ class DraftLength:
         self.counts.add(drafted, accepted, drafting, verifying)
         self._tried = _KEPT * self._tried + min(accepted + 1, drafted)
         self._kept = _KEPT * self._kept + accepted
-        self._step = _mean(self._step, drafting / drafted)
-        if self._dense is None:
+        if self.fixed is not None or not self._is_warm:
+            self._is_warm = True
             return
+        assert self._dense is not None  # it is timed before the first draft
+        if self._step:
+            drafting, verifying = (
+                min(drafting, _OUTLIER * drafted * self._step),
+                min(verifying, _OUTLIER * (self._dense + drafted * self._wider)),
+            )
+        self._step = _mean(self._step, drafting / drafted)
         self._wider = _mean(self._wider, max(0.0, verifying - self._dense) / drafted)
         dense = (accepted + 1) * self._dense
         self._lost = max(self._lost + drafting + verifying - dense, -_CREDIT * self._dense)
@@ -88,7 +98,10 @@ class DraftLength:
     def _saw_dense(self, seconds: float, why: str) -> None:
         self.counts.without_draft[why] = self.counts.without_draft.get(why, 0) + 1
         self.counts.dense_seconds += seconds
-        self._dense = _mean(self._dense, seconds)
+        if self._dense is not None:
+            # The very first one may be a warm-up, later ones disturbed.
+            seconds = min(seconds, _OUTLIER * self._dense) if self._is_warm else min(seconds, self._dense)
+        self._dense = _mean(self._dense, seconds) if self._is_warm else seconds
         self._seconds += seconds
         self._to_time = max(0, self._to_time - 1)
         self._until_timed = _TIMED_EVERY

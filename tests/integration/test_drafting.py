@@ -8,7 +8,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import StaticLayer
 
 import patchattn
@@ -70,7 +70,7 @@ def test_any_prompt_policy_and_length_of_draft(data):
     )
     ids = text(data.draw(st.integers(1, 300)), data.draw(st.integers(0, 99)))
     options = {"repetition_penalty": 1.3} if data.draw(st.booleans()) else {}
-    want, got, _ = both(family, ids, policy, data.draw(st.integers(1, 8)), **options)
+    want, got, _ = both(family, ids, policy, data.draw(st.sampled_from(["auto", *range(1, 9)])), **options)
     assert torch.equal(want, got)
 
 
@@ -254,6 +254,16 @@ def test_refused_calls(case):
     assert error.value.fix
 
 
+def test_a_configuration_given_in_place_is_looked_at():
+    ids, plain = text(60), GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    with patchattn.draft(tiny_model("llama"), POLICY, tokens=2) as handle:
+        got = handle.model.generate(ids, plain)
+        with pytest.raises(UnsupportedCallError, match="beam search"):
+            handle.model.generate(ids, GenerationConfig(max_new_tokens=9, num_beams=2))
+    assert torch.equal(got, tiny_model("llama").generate(ids, plain))
+    assert handle.report().drafts.rounds > 0
+
+
 def test_refused_texts():
     with patchattn.draft(tiny_model("llama"), POLICY) as handle:
         model = handle.model
@@ -377,3 +387,19 @@ def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, mo
                 assert all(torch.equal(want, opened) for (_, want), opened in found)
             at += 5
     assert at > 100
+
+
+@HAS_STATIC
+def test_compiled_drafts_and_what_verifies_them_are_compiled_once():
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True  # transformers leaves CPU out
+    model, ids = tiny_model("llama"), text(60)
+    want = write(model, ids)
+    with patchattn.draft(model, POLICY.model_copy(update={"gate": ClosedGate()}), tokens=3) as handle:
+        graphs = []
+        for _ in range(2):
+            got = write(model, ids, cache_implementation="static", compile_config=compiling)
+            assert torch.equal(got, want)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    assert handle.report().open_fraction("decode") == 0

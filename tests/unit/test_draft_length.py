@@ -74,3 +74,18 @@ def test_a_fixed_length_is_kept():
     run(length, 100, dense=1.0, step=9.0)
     assert length.counts.drafted == 5 * length.counts.rounds
     assert not length.counts.without_draft
+
+
+def test_calls_that_compile_are_no_measure():
+    """The first dense step, the first draft and one in the middle take a thousand times as long."""
+    length = DraftLength()
+    length.begin()
+    for number, seconds in enumerate([1000.0, 1.0]):
+        assert length.choose() == (0, "measuring"), number
+        length.saw(0, 0, 0.0, seconds, "measuring")
+    for number in range(60):
+        drafted, why = length.choose()
+        slow = 1000 if number in (0, 20) else 1
+        length.saw(drafted, drafted, 0.3 * drafted * slow, 1.1 * slow, why)
+    assert length.counts.rounds >= 57
+    assert length.counts.without_draft.get("does not pay", 0) == 0

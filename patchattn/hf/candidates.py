@@ -60,18 +60,13 @@ class Drafting:
         # Another text at the same time would be verified while the first one drafts.
         self._one_at_a_time = threading.RLock()
         if model is not None:
-            self._set(model)
-
-    def _set(self, model: nn.Module) -> None:
-        answers = (self.generate, self._candidates, self._stopping_criteria, self._inputs, self._refuse_serving)
-        vars(model).update(zip(_OVERRIDDEN, answers, strict=True))
+            answers = (self.generate, self._candidates, self._stopping_criteria, self._inputs, self._refuse_serving)
+            vars(model).update(zip(_OVERRIDDEN, answers, strict=True))
 
     @property
     def model(self) -> Any:
-        """The model."""
-        model = None if self._model is None else self._model()
-        assert model is not None
-        return model
+        """The model; None if there is none any more."""
+        return None if self._model is None else self._model()
 
     @property
     def counts(self) -> DraftCounts:
@@ -122,7 +117,7 @@ class Drafting:
             )
         cache = cache_among(model_kwargs.values())
         if cache is not None and not cache.is_croppable:
-            raise _refused("Its cache can't be cropped: it is quantised, or static with sliding layers.", _DYNAMIC)
+            raise _refused("Its cache can't be cropped; static caches can't where layers slide.", _DYNAMIC)
         mask = model_kwargs.get("attention_mask")
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         if cache is not None and int(cache.get_seq_length()) and length not in (None, input_ids.shape[1]):
@@ -151,7 +146,7 @@ class Drafting:
 
     def undo(self) -> None:
         """Give the model its methods back; does nothing the second time."""
-        model = None if self._model is None else self._model()
+        model = self.model
         if model is not None and vars(model).get("generate") == self.generate:
             for name in _OVERRIDDEN:
                 vars(model).pop(name, None)
@@ -208,7 +203,9 @@ class Candidates:
         began = time.perf_counter()
         length, self._why = self._length(input_ids, model_kwargs)
         ids, logits = self._draft(input_ids, model_kwargs, length) if length else (input_ids, [])
-        self._drafted = ids.shape[1] - input_ids.shape[1]
+        self._drafted = len(logits)
+        if not self._drafted:
+            self._why = self._why or "last token"  # the first one drafted would end the text
         self._began = time.perf_counter()
         self._took = self._began - began
         return ids, torch.stack(logits, 1) if logits and self._config.do_sample else None
@@ -314,7 +311,7 @@ def _check(model: Any, given: dict[str, Any]) -> None:
 
 def _check_cache(cache: Any, kind: str | None) -> None:
     """Refuse caches that can't be cropped, as far as it is known before they are filled."""
-    from transformers.cache_utils import StaticCache, StaticLayer
+    from transformers.cache_utils import QuantizedCache, StaticCache, StaticLayer
 
     is_static = isinstance(cache, StaticCache) or kind in ("static", "offloaded_static", "hybrid", "sliding_window")
     if is_static and not hasattr(StaticLayer, "crop"):
@@ -322,6 +319,9 @@ def _check_cache(cache: Any, kind: str | None) -> None:
             "Static caches can be cropped from transformers 5.24 on.",
             f'pip install "transformers>=5.24", or {_DYNAMIC}',
         )
+    # Up to 5.23 they say of themselves that they can be cropped, and lose what is not quantised yet.
+    if isinstance(cache, QuantizedCache) or kind == "quantized":
+        raise _refused("Quantised caches can't be cropped.", _DYNAMIC)
     if kind == "paged":
         raise _refused("Continuous batching verifies no drafts.", _DYNAMIC)
 

@@ -9,7 +9,7 @@ from patchattn.report.counts import ratio
 
 NO_DRAFT_REASONS = ("short", "measuring", "does not pay", "last token")
 """Why a round had no draft: the text is too short for a head to close; a dense step is timed, which drafting is judged
-by; drafting takes longer than it saves; only one token was left to write."""
+by; drafting takes longer than it saves; only one token was left to write, or the first one drafted ends the text."""
 
 
 @dataclass

@@ -99,8 +99,9 @@ def test_a_text_ends_where_dense_attention_ends_it(how, at, gate):
     options = {"eos_token_id": token}
     if how == "criteria":
         options = {"stopping_criteria": StoppingCriteriaList([StopAt(token)])}
-    want, got, _ = both("llama", ids, POLICY.model_copy(update={"gate": gate}), tokens=4, **options)
+    want, got, report = both("llama", ids, POLICY.model_copy(update={"gate": gate}), tokens=4, **options)
     assert torch.equal(want, got)
+    assert set(report.drafts.without_draft) <= {"last token"}
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 5])
@@ -224,6 +225,8 @@ def test_a_copy_drafts_by_itself(how):
     states = [module._modules["patchattn_layer"] for module in other.modules() if "patchattn_layer" in module._modules]
     assert states[0].drafting.counts.rounds > 0
     assert handle.report().drafts.rounds == 0
+    layer = copy.deepcopy(copy.deepcopy(other.model.layers[0]))
+    assert layer.self_attn.patchattn_layer.drafting.model is None
     patchattn.unpatch(other)
     assert not set(NAMES) & set(vars(other))
 
@@ -237,6 +240,7 @@ REFUSED_CALLS = {
     "no cache": ({"use_cache": False}, "use_cache is False"),
     "several": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2"),
     "custom": ({"custom_generate": print}, "custom_generate"),
+    "quantised": ({"cache_implementation": "quantized"}, "Quantised caches"),
     "paged": ({"cache_implementation": "paged"}, "Continuous batching"),
 }
 
@@ -285,7 +289,7 @@ def test_refused_texts():
 def test_a_static_cache_with_sliding_layers_is_refused():
     with (
         patchattn.draft(tiny_model("gemma2"), POLICY) as handle,
-        pytest.raises(UnsupportedCallError, match="static with sliding layers"),
+        pytest.raises(UnsupportedCallError, match="where layers slide"),
     ):
         write(handle.model, text(60), cache_implementation="static")
 

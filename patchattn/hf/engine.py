@@ -17,7 +17,7 @@ from torch import nn
 
 from patchattn.call.paged import PagedStore
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import head_sizes, layer_type
+from patchattn.hf.architecture import head_sizes
 from patchattn.hf.hooks import STATE
 from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
 
@@ -61,7 +61,10 @@ class Batching:
         model = self.model
         assert model is not None
         base = _manager_class()
-        _check(model, continuous_batching_config)
+        generation_config = generation_config or model.generation_config
+        # The engine's own method looks there too.
+        config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        _check(model, config)
         kept = getattr(model, _CACHED, None)
         if kept is not None and kept not in self._managers:
             raise PatchStateError(
@@ -72,13 +75,13 @@ class Batching:
             return kept
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-        generation_config = generation_config or model.generation_config
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # as the model's own method does
         manager = _patched_class(base)(
+            self,
             model=model,
             generation_config=generation_config,
-            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            continuous_batching_config=config or ContinuousBatchingConfig(),
             workload_hints=workload_hints,
         )
         self._managers.add(manager)
@@ -152,7 +155,8 @@ def _check(model: Any, config: Any) -> None:
         raise _refused(
             'record="timeline" keeps the decisions of one text, and here many are mixed.', 'patch with record="summary"'
         )
-    kinds = {layer_type(module) for module in modules} - {None, *_KINDS}
+    # Layers that are not attention are among them: linear ones keep a state, for which the engine has no place.
+    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {*_KINDS}
     if kinds:
         raise _refused(f"The engine keeps no pages for layers of {', '.join(sorted(map(str, kinds)))}.", _BATCH)
     if any(state.cache_layer != state.layer for state in states):
@@ -164,6 +168,15 @@ def _check(model: Any, config: Any) -> None:
             "Sliding layers are served with the model's own attention, which has to take a mask.",
             "load the model with attn_implementation='sdpa'",
         )
+    _check_config(config)
+
+
+def _check_config(config: Any) -> None:
+    """Refuse graphs, which the gates can't be in.
+
+    Raises:
+        UnsupportedCallError: Says what is asked for.
+    """
     asked = {
         "use_cuda_graph": any(config.cuda_graph_booleans) if getattr(config, "use_cuda_graph", None) else False,
         "use_async_batching": getattr(config, "use_async_batching", None),
@@ -255,13 +268,24 @@ def _patched_class(base: type) -> Any:
             return output
 
     class PatchedManager(base):
-        def __init__(self, **given: Any) -> None:
+        def __init__(self, batching: Batching, **given: Any) -> None:
             super().__init__(**given)
+            # What was left open has been decided by now.
+            _check_config(self.continuous_batching_config)
+            self.patchattn_batching = batching
             self.patchattn_memories: weakref.WeakValueDictionary[str, RequestMemory] = weakref.WeakValueDictionary()
             self.output_router = Router(self.patchattn_memories)
 
         def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:  # noqa: FBT001, FBT002
             """Leave the attention as it is: that of a patched model reads pages."""
+
+        def start(self) -> None:
+            if self.patchattn_batching.is_undone:
+                raise PatchStateError(
+                    "The patch that this manager was made for is undone.",
+                    fix="make a manager anew: model.init_continuous_batching(...)",
+                )
+            super().start()
 
         def _create_batch_processor(self) -> Any:
             processor = super()._create_batch_processor()
@@ -278,19 +302,22 @@ def _guard(processor: Any) -> None:
     from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
     scheduler = processor.scheduler
+    if "add_waiting_request" in vars(scheduler):
+        return  # a manager that was kept; its cache is not empty, from which the room is seen
     room = infer_max_single_request_tokens(processor.cache)
     add = type(scheduler).add_waiting_request
 
     def add_waiting_request(state: Any) -> None:
         prompt, new = len(state.initial_tokens), state._new_tokens_limit
         most = 1 if state.max_new_tokens is None else new
-        if prompt + most > room:
+        # The last token is never read.
+        if prompt + most - 1 > room:
             raise ValueError(
-                f"The request needs {prompt + most:,} tokens of cache, {prompt:,} of the prompt and {most:,} new ones; "
-                f"the cache holds {room:,}. Shorten it, ask for fewer new tokens, or serve with more blocks."
+                f"The request needs {prompt + most - 1:,} tokens of cache for a prompt of {prompt:,} and {most:,} new "
+                f"ones; the cache holds {room:,}. Shorten it, ask for fewer new tokens, or serve with more blocks."
             )
         # Without a limit of its own a request ends where the cache does.
-        state._new_tokens_limit = min(new, room - prompt)
+        state._new_tokens_limit = min(new, room - prompt + 1)
         add(scheduler, state)
 
     scheduler.add_waiting_request = add_waiting_request

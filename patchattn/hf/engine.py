@@ -17,7 +17,7 @@ from torch import nn
 
 from patchattn.call.paged import PagedStore
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import head_sizes
+from patchattn.hf.architecture import head_sizes, head_slices
 from patchattn.hf.hooks import STATE
 from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
 
@@ -192,6 +192,23 @@ def _check_config(config: Any) -> None:
         )
 
 
+def _check_heads(model: Any, helper: Any) -> None:
+    """Refuse a model of whose KV heads each process holds other ones than the engine has pages for.
+
+    Raises:
+        UnsupportedCallError: Says so.
+    """
+    # The engine goes by the names in the plan, whatever is gathered again after it.
+    slices = helper.tp_size if helper.tp_size > 1 and helper.are_kv_heads_tp_ed() else 1
+    if head_slices(model)[0] != slices:
+        helper.destroy_cpu_comm_group()
+        raise _refused(
+            f"The engine makes pages as if the KV heads were cut in {slices}, and tensor parallelism cuts those of "
+            f"this model in {head_slices(model)[0]}.",
+            "serve a whole copy of the model from each process",
+        )
+
+
 _BATCH = "use generate() with a padded batch, or call patchattn.unpatch(model) first"
 
 
@@ -272,6 +289,7 @@ def _patched_class(base: type) -> Any:
             super().__init__(**given)
             # What was left open has been decided by now.
             _check_config(self.continuous_batching_config)
+            _check_heads(self.model, self.distributed_helper)
             self.patchattn_batching = batching
             self.patchattn_memories: weakref.WeakValueDictionary[str, RequestMemory] = weakref.WeakValueDictionary()
             self.output_router = Router(self.patchattn_memories)

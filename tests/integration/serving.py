@@ -91,14 +91,16 @@ def counts(handle: Any) -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def running(model: Any, new: int | None = 8, *, copies: int = 1, **fields: Any) -> Iterator[Any]:
-    """A manager that runs."""
+def running(
+    model: Any, new: int | None = 8, *, copies: int = 1, hard_stop: bool = True, **fields: Any
+) -> Iterator[Any]:
+    """A manager that runs; at the end requests that go on are failed, or with `hard_stop=False` waited for."""
     manager = model.init_continuous_batching(greedy(new, copies), config(**fields))
     manager.start()
     try:
         yield manager
     finally:
-        manager.stop(block=True, hard_stop=True)
+        manager.stop(block=True, hard_stop=hard_stop)
 
 
 def finished(manager: Any, ids: set[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from patchattn.testing.models import FAMILIES, HYBRID_FAMILIES, VISION_FAMILIES
 
 GATES = {
     "moment": MIXED,
-    "lognormal": MomentGate(threshold=0.1, estimate="lognormal"),
+    "guarded": MomentGate(threshold=0.1, estimate="guarded"),
     "oracle": OracleGate(threshold=0.3),
     "static": StaticGate(open_heads=((0, 1), (2, 4))),
     "open": OpenGate(),

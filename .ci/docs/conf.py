@@ -64,6 +64,7 @@ NAVIGATION = {
         "how-to/evaluate-your-model",
         "how-to/read-a-report",
         "how-to/prove-your-model",
+        "how-to/serve",
         "how-to/use-several-gpus",
         "how-to/*",
     ],

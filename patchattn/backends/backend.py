@@ -15,7 +15,6 @@ from patchattn.moments.prompt import PromptMoments
 from patchattn.policy import MOST_TOKENS, MinBulk, Phase
 
 Attend = Callable[[AttentionInputs, Tensor, float], Attended]
-AttendPaged = Callable[[AttentionInputs, PagedRows, PagedStore, Tensor, float], Attended]
 
 NOT_ASKED = MOST_TOKENS
 """The break-even of a call in which no query is asked: more bulk keys than any query has."""
@@ -45,6 +44,19 @@ class CallShape:
 
 
 @dataclass(frozen=True)
+class PagedBackend:
+    """Attention of sequences with one query each whose keys are in pages, of which no more are read than needed.
+
+    Args:
+        attend: Does the same as `attend` of the backend; the call is as `PagedRows.without_keys` returns it.
+        dense: Attends to every key, [sequences, heads, 1, value_dim].
+    """
+
+    attend: Callable[[AttentionInputs, PagedRows, PagedStore, Tensor, float], Attended]
+    dense: Callable[[AttentionInputs, PagedRows, PagedStore], Tensor]
+
+
+@dataclass(frozen=True)
 class Backend:
     """A way to compute gated attention.
 
@@ -59,15 +71,14 @@ class Backend:
             None.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
-        own_paged: Does the same as `attend` for sequences with one query each whose keys are in pages, of which it
-            reads no more than it needs. None where it can't.
+        paged: The same for keys in pages; None where the backend has none, and keys are gathered for it.
     """
 
     attend: Attend
     break_even: Callable[[CallShape, Phase], int]
     own_weighed: Callable[[AttentionInputs, HeadGate, Known], tuple[Attended, PromptMoments] | None] | None = None
     own_dense: Callable[[AttentionInputs], Tensor] | None = None
-    own_paged: AttendPaged | None = None
+    paged: PagedBackend | None = None
 
     def least_asked(self, sink_size: int, window_size: int) -> MinBulk:
         """Return the numbers of bulk keys below which no query is asked, however long its call."""

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
+
+
+class Scratch:
+    """Memory that is used again and again: new memory costs several times what is copied into it."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def take(self, like: Tensor, number: int, rows: int) -> Tensor:
+        """Return [rows, like.shape[-1]], of whatever content; each `number` is a place of its own."""
+        size, held = rows * like.shape[-1], self._held.get(number)
+        if held is None or len(held) < size or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[number] = like.new_empty(size)
+        return held[:size].view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -18,24 +33,28 @@ class PagedStore:
     Args:
         key: [places, kv_heads, dim], contiguous.
         value: [places, kv_heads, value_dim], contiguous.
+        scratch: Where copies are made.
     """
 
     key: Tensor
     value: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
-    @property
-    def kv_heads(self) -> int:
-        """Number of KV heads."""
-        return self.key.shape[1]
+    def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy keys and values that are found there, as `PagedRows` says; good until the next time.
 
-    def rows_of(self, places: Tensor) -> Tensor:
-        """Return where `read` finds some places of every KV head: [..., kv_heads, n] int64, of [..., n]."""
-        return places.unsqueeze(-2) * self.kv_heads + torch.arange(self.kv_heads, device=places.device)[:, None]
+        Args:
+            found: [..., keys] int64.
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy keys and values at rows, of any shape, as `rows_of` returns them: [*rows, dim], [*rows, value_dim]."""
-        key, value = (x.flatten(0, 1).index_select(0, rows.flatten()) for x in (self.key, self.value))
-        return key.view(*rows.shape, -1), value.view(*rows.shape, -1)
+        Returns:
+            [..., keys, dim] and [..., keys, value_dim].
+        """
+        index, copies = found.flatten(), []
+        for number, x in enumerate((self.key, self.value)):
+            copy = self.scratch.take(x, number, len(index))
+            torch.index_select(x.flatten(0, 1), 0, index, out=copy)
+            copies.append(copy.view(*found.shape, -1))
+        return copies[0], copies[1]
 
 
 @dataclass(frozen=True)
@@ -43,33 +62,56 @@ class PagedRows:
     """Sequences that ask one query each, with all keys of each in a `PagedStore`; the same for all layers.
 
     Args:
-        places: Of each sequence, [keys] int64; where its keys are, oldest first. More than sink and window.
+        places: Of each sequence, [keys] int64; where its keys are, oldest first.
         regions: The call of all sequences, as if they were padded on the left.
-        local: [sequences, kv_heads, sink + window] int64; `PagedStore.rows_of` the local keys.
+        kv_heads: Number of KV heads of the store.
     """
 
     places: list[Tensor]
     regions: Regions
-    local: Tensor
+    kv_heads: int
+    _found: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, places: list[Tensor], kv_heads: int, sink_size: int, window_size: int, break_even: int) -> PagedRows:
         """Build from the places of each sequence."""
-        device = places[0].device
-        regions = Regions.right_aligned([len(keys) for keys in places], sink_size, window_size, device, break_even)
-        near = torch.stack([torch.cat([keys[:sink_size], keys[-window_size:]]) for keys in places])
-        local = near[:, None] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
-        return cls(places, regions, local)
+        lengths, device = [len(keys) for keys in places], places[0].device
+        return cls(places, Regions.right_aligned(lengths, sink_size, window_size, device, break_even), kv_heads)
 
-    @property
-    def bulk(self) -> list[Tensor]:
-        """Where the bulk keys of each sequence are, and after them those of its window."""
-        return [keys[self.regions.sink_size :] for keys in self.places]
+    # Where the store has keys, [..., kv_heads, keys]: a number for each place and KV head. Keys are filled up to a
+    # multiple of so many with others of the same sequence, which the reader leaves out.
 
-    @property
-    def n_bulk(self) -> list[int]:
-        """Number of bulk keys of each sequence."""
-        return self.regions.last_n_bulk
+    def local(self, multiple: int) -> Tensor:
+        """Find sink and window, [sequences, kv_heads, keys]; of sequences that have more keys than both."""
+        sink, window = self.regions.sink_size, self.regions.window_size
+        return self._once("local", multiple, lambda: [torch.cat([keys[:sink], keys[-window:]]) for keys in self.places])
+
+    def all_keys(self) -> Tensor:
+        """Find all keys, [sequences, kv_heads, keys], those of shorter ones filled up behind; see `seen`."""
+        return self._once("all", 1, lambda: self.places)
+
+    def seen(self) -> Tensor | None:
+        """Which of `all_keys` are keys of a sequence, [sequences, 1, 1, keys] bool; None where all are."""
+        # Filled up on the left there, on the right here.
+        return self.regions.valid.flip(1)[:, None, None] if self.regions.host.last_first else None
+
+    def all_of(self, row: int, multiple: int) -> Tensor:
+        """Find all keys of one sequence, [kv_heads, keys]."""
+        return self._once(("all", row), multiple, lambda: [self.places[row]])[0]
+
+    def bulk(self, row: int, multiple: int) -> Tensor:
+        """Find the bulk keys of one sequence, [kv_heads, keys]."""
+        sink, n_bulk = self.regions.sink_size, self.regions.last_n_bulk[row]
+        return self._once(("bulk", row), multiple, lambda: [self.places[row][sink : sink + n_bulk]])[0]
+
+    def _once(self, what: Hashable, multiple: int, places: Callable[[], list[Tensor]]) -> Tensor:
+        if what not in self._found:
+            of_each = places()
+            most = -(-max(map(len, of_each)) // multiple) * multiple
+            filled = torch.stack([torch.cat([keys, keys[:1].expand(most - len(keys))]) for keys in of_each])
+            heads = torch.arange(self.kv_heads, device=filled.device)
+            self._found[what] = filled.unsqueeze(-2) * self.kv_heads + heads[:, None]
+        return self._found[what]
 
     def without_keys(
         self, query: Tensor, store: PagedStore, scale: float, softcap: float | None, sink_logits: Tensor | None
@@ -85,6 +127,6 @@ class PagedRows:
             softcap: See `AttentionInputs`.
             sink_logits: See `AttentionInputs`.
         """
-        shape = (len(self.places), store.kv_heads, self.regions.key_length)
+        shape = (len(self.places), self.kv_heads, self.regions.key_length)
         key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
         return AttentionInputs(query, key, value, self.regions, scale, softcap, sink_logits)

@@ -10,6 +10,7 @@ from patchattn.cli.demo import demo
 from patchattn.cli.doctor import doctor
 from patchattn.cli.evaluate import evaluate
 from patchattn.cli.problems import explained
+from patchattn.cli.serve import serve
 
 app = typer.Typer(
     name="patchattn",
@@ -30,5 +31,5 @@ def about() -> None:
     """
 
 
-for command in (demo, doctor, evaluate, calibrate, inspect, push, pull, card):
+for command in (demo, doctor, evaluate, serve, calibrate, inspect, push, pull, card):
     app.command()(explained()(command))

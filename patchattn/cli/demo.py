@@ -16,6 +16,7 @@ from rich.table import Table
 
 from patchattn.cli.models import load
 from patchattn.cli.options import Backend, Device, Json
+from patchattn.cli.policies import in_words
 from patchattn.cli.problems import read_text, stop
 from patchattn.cli.progress import progress
 from patchattn.demo import default_policy, default_text
@@ -192,13 +193,12 @@ def _title(found: Comparison) -> str:
 
 def _notes(found: Comparison, model: Any, source: str) -> list[str]:
     """Say what the rows of the table mean and how they were measured."""
-    policy, compared = found.policy, found.agreement
+    compared = found.agreement
     device = input_device(model).type
     threads = torch.get_num_threads()
     hardware = f"{device}, {threads} {'thread' if threads == 1 else 'threads'}" if device == "cpu" else device
-    gate = ", ".join(f"{key} {value}" for key, value in policy.gate.model_dump().items() if key != "open_heads")
     notes = [
-        f"Policy: sink {policy.sink_size}, window {policy.window_size}, gate {gate.removeprefix('kind ')}.",
+        in_words(found.policy),
         f"Run: {hardware}, {str(input_dtype(model)).removeprefix('torch.')}, backend {found.backend}.",
         f"Text: {source}.",
         f"Answers: asked {found.manner}; right means every token, written greedily. "

@@ -54,7 +54,7 @@ def attention(
     """
     state = module._modules.get(STATE)
     cache, hidden = kwargs.pop(CACHE_ARGUMENT, None), kwargs.pop(HIDDEN_ARGUMENT, None)
-    pages: Any = kwargs.pop(PAGES_ARGUMENT, None)
+    pages = kwargs.pop(PAGES_ARGUMENT, None)
     if state is not None and state._buffers["number"].device != query.device:
         state.to(query.device)
     if pages is not None:
@@ -78,8 +78,9 @@ def attention(
     if (softcap is not None and not state.has_softcap) or (s_aux is not None and not state.has_sinks):
         raise _unknown_arguments(["softcap"] if not state.has_softcap and softcap is not None else ["s_aux"])
     scale, positions = query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("position_ids")
-    if not isinstance(attention_mask, CausalMask):
+    if pages is not None:
         return attend_pages(state, query, key, value, pages, (scale, softcap, s_aux), positions, hidden), None
+    assert isinstance(attention_mask, CausalMask)
     policy, break_even = state.policy, state.policy.break_even(phase_of(query.shape[2]))
     regions = attention_mask.regions(policy.sink_size, policy.window_size, query, key, break_even)
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from patchattn.call.paged import PagedStore
+from patchattn.call.paged import PagedStore, Scratch
 from patchattn.errors import PatchStateError, UnsupportedCallError
 from patchattn.hf.architecture import head_sizes, head_slices
 from patchattn.hf.hooks import STATE
@@ -149,7 +149,7 @@ def _check(model: Any, config: Any) -> None:
     """
     modules = [module for module in model.modules() if STATE in module._modules]
     states = [module._modules[STATE] for module in modules]
-    if any(state.attend_paged is None and state.backend != "reference" for state in states):
+    if any(state.paged is None and state.backend != "reference" for state in states):
         raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
     if any(state.record == "timeline" for state in states):
         raise _refused(
@@ -230,6 +230,7 @@ class StepPages:
         self._listed: Any = None
         self._step = Step([])
         self._stacked: dict[int, Any] = {}
+        self._scratch = Scratch()
 
     def step(self) -> Step:
         """Return the sequences of this step."""
@@ -255,7 +256,7 @@ class StepPages:
         index = allocator.index
         key, value = allocator._kv_token_views[layer]
         places, write_to = arguments["read_index"][index], arguments["write_index"][index]
-        return LayerPages(self.step(), PagedStore(key, value), places, write_to, self._stacked)
+        return LayerPages(self.step(), PagedStore(key, value, self._scratch), places, write_to, self._stacked)
 
     def window_of(self, layer: int) -> int:
         """Return the window of a sliding layer, tokens."""
@@ -309,6 +310,7 @@ def _patched_class(base: type) -> Any:
             processor = super()._create_batch_processor()
             processor.cache.patchattn_pages = StepPages(processor, self.patchattn_memories)
             _guard(processor)
+            _forget_cancelled(processor.scheduler, self.output_router)
             return processor
 
     PatchedManager.__name__ = PatchedManager.__qualname__ = base.__name__
@@ -339,3 +341,17 @@ def _guard(processor: Any) -> None:
         add(scheduler, state)
 
     scheduler.add_waiting_request = add_waiting_request
+
+
+def _forget_cancelled(scheduler: Any, router: Any) -> None:
+    """Make the engine forget who waits for a cancelled request, which it tells nobody about and keeps for ever."""
+    clear = type(scheduler).clear_cancelled_requests
+
+    def clear_cancelled_requests() -> Any:
+        states = clear(scheduler)
+        with router._lock:
+            for state in states:
+                router.result_handlers.pop(state.request_id, None)
+        return states
+
+    scheduler.clear_cancelled_requests = clear_cancelled_requests

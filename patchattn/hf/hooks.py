@@ -23,6 +23,10 @@ PAGES_ARGUMENT = "patchattn_pages"
 """Keyword under which pages of continuous batching reach the attention function; their name on the engine's cache."""
 
 
+PAGED_CACHE = "cache"
+"""Keyword under which the engine of continuous batching hands on its cache."""
+
+
 def install_cache_hook(module: nn.Module) -> Any:
     """Let the cache of each call reach the attention function, and the hidden state; returns the hook's handle."""
     return module.register_forward_pre_hook(_pass_cache, with_kwargs=True)
@@ -48,14 +52,13 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _pass_pages(state: Any, kwargs: dict[str, Any]) -> None:
     """Hand on the pages of a step of continuous batching; a layer that reads them itself gets them as its cache."""
-    for name, given in kwargs.items():
-        pages = getattr(given, PAGES_ARGUMENT, None)
-        if pages is not None:
-            if state.is_local:
-                kwargs[PAGES_ARGUMENT] = pages.step(), pages.window_of(state.cache_layer)
-            else:
-                kwargs[PAGES_ARGUMENT] = kwargs[name] = pages.of_layer(state.cache_layer, kwargs)
-            return
+    pages = getattr(kwargs.get(PAGED_CACHE), PAGES_ARGUMENT, None)
+    if pages is None:
+        return
+    if state.is_local:
+        kwargs[PAGES_ARGUMENT] = pages.step(), pages.window_of(state.cache_layer)
+    else:
+        kwargs[PAGES_ARGUMENT] = kwargs[PAGED_CACHE] = pages.of_layer(state.cache_layer, kwargs)
 
 
 def install_mask_hook(decoder: nn.Module) -> None:

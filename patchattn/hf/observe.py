@@ -25,15 +25,15 @@ def observing(handle: PatchHandle, observer: Observer) -> Iterator[PatchHandle]:
     Yields:
         The handle; the observer is gone on exit, also where the model was unpatched meanwhile.
     """
-    before = {layer: (state.attend, state.weighed, state.attend_paged) for layer, state in handle.states.items()}
+    before = {layer: (state.attend, state.weighed, state.paged) for layer, state in handle.states.items()}
     for layer, state in handle.states.items():
         state.attend = partial(_shown, observer, layer, state.attend)
-        state.weighed = state.attend_paged = None
+        state.weighed = state.paged = None
     try:
         yield handle
     finally:
         for layer, state in handle.states.items():
-            state.attend, state.weighed, state.attend_paged = before[layer]
+            state.attend, state.weighed, state.paged = before[layer]
 
 
 def _shown(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.backends.backend import AttendPaged
 from patchattn.call.inputs import AttentionInputs
+from patchattn.call.paged import PagedRows
 from patchattn.gates.base import Known
 from patchattn.hf.cache import load_moments
 from patchattn.hf.gated import attend_call
@@ -30,8 +30,8 @@ def attend_pages(
 ) -> Tensor:
     """Attend as the layer's policy says, each sequence to its own keys.
 
-    Sequences with one query, whose heads the gate is asked about, go together: of closed heads only sink and window are
-    read. Each of the others has its keys gathered and is a call of its own.
+    Sequences with one query go together, asked ones and dense ones: of closed heads only sink and window are read. Each
+    of the others has its keys gathered and is a call of its own.
 
     Args:
         state: The layer.
@@ -47,88 +47,87 @@ def attend_pages(
         [1, rows, heads, value_dim].
     """
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    together = _together(state, pages)
-    if together and state.attend_paged is not None:
-        _attend_together(state, state.attend_paged, together, query, pages, rest, positions, hidden, output)
+    together: dict[Any, list[int]] = {}
     for at, sequence in enumerate(pages.step.sequences):
-        if at in together:
+        kind = _kind(state, pages, sequence)
+        if kind is not None:
+            together.setdefault(kind, []).append(at)
             continue
-        rows = sequence.rows
-        regions = sequence.regions(state.policy, query.device)
+        rows, regions = sequence.rows, sequence.regions(state.policy, query.device)
         inputs = AttentionInputs(query[:, :, rows], *pages.read(sequence, key, value), regions, *rest)
-        found, attended = attend_call(
-            state,
-            inputs,
-            sequence.memory,
-            None if positions is None else positions[:, rows],
-            None if hidden is None else hidden[:, rows],
-        )
+        of_rows = (None if x is None else x[:, rows] for x in (positions, hidden))
+        found, attended = attend_call(state, inputs, sequence.memory, *of_rows)
         if attended is not None and state.record is not None:
             sequence.count(attended, regions)
         output[:, rows] = found.transpose(1, 2)
+    for (reason, _), chosen in together.items():
+        begins = [pages.step.sequences[at].begin for at in chosen]
+        is_run = begins[-1] - begins[0] == len(begins) - 1
+        picked = slice(begins[0], begins[-1] + 1) if is_run else torch.tensor(begins, device=query.device)
+        rows = pages.step.paged_rows(tuple(chosen), pages.places, state.policy, pages.store.key.shape[1])
+        inputs = rows.without_keys(query[0, :, picked].transpose(0, 1).unsqueeze(2), pages.store, *rest)
+        if reason is None:
+            of_rows = (None if x is None else x[0, picked].unsqueeze(1) for x in (positions, hidden))
+            found = _ask(state, [pages.step.sequences[at] for at in chosen], inputs, rows, pages, *of_rows)
+        else:
+            state.counters.add("dense_calls", reason)
+            found = state.paged.dense(inputs, rows, pages.store)  # pyright: ignore[reportOptionalMemberAccess]
+        output[0, picked] = found[:, :, 0]
     return output
 
 
-def _together(state: LayerState, pages: LayerPages) -> dict[int, PromptMoments | None]:
-    """Return which sequences go together, each with the moments that it has."""
+def _kind(state: LayerState, pages: LayerPages, sequence: Sequence) -> tuple[str | None, int] | None:
+    """Say with which others a sequence goes together; None if with none.
+
+    Returns:
+        Why it is dense, None if it is asked; and dense ones of about the same length, for the shorter are padded.
+    """
     policy = state.policy
-    if state.attend_paged is None or not state.gated or "decode" not in policy.phases or policy.gate.reads_keys:
-        return {}
-    if state.replay is not None:
-        return {}
-    found: dict[int, PromptMoments | None] = {}
-    for at, sequence in enumerate(pages.step.sequences):
-        if sequence.queries != 1 or sequence.keys < state.least_keys["decode"]:
-            continue
-        if not policy.gate.keeps_moments:
-            found[at] = None
-            continue
-        grid = (policy.sink_size, policy.window_size)
-        moments = load_moments(sequence.memory, state.cache_layer, pages.store.key[:1].unsqueeze(0), grid)
-        # Once in a chunk they have to go on, from keys that are gathered for it.
-        if moments is not None and moments.is_complete(sequence.regions(policy, pages.store.key.device)):
-            found[at] = moments
-    return found
+    if state.paged is None or state.replay is not None or sequence.queries != 1 or not len(pages.places):
+        return None
+    reason = state.why_dense(sequence.keys, "decode")
+    if reason is not None:
+        return reason, sequence.keys.bit_length()
+    if policy.gate.reads_keys:
+        return None
+    # Once in a chunk moments have to go on, from keys that are gathered for it.
+    return (None, 0) if not policy.gate.keeps_moments or _moments(state, pages, sequence) is not None else None
 
 
-def _attend_together(
+def _moments(state: LayerState, pages: LayerPages, sequence: Sequence) -> PromptMoments | None:
+    """Return the moments of a sequence; None where they don't go up to its query."""
+    policy, key = state.policy, pages.store.key
+    grid = (policy.sink_size, policy.window_size)
+    moments = load_moments(sequence.memory, state.cache_layer, key[:1].unsqueeze(0), grid)
+    is_complete = moments is not None and moments.is_complete(sequence.regions(policy, key.device))
+    return moments if is_complete else None
+
+
+def _ask(
     state: LayerState,
-    attend: AttendPaged,
-    together: dict[int, PromptMoments | None],
-    query: Tensor,
+    sequences: list[Sequence],
+    inputs: AttentionInputs,
+    rows: PagedRows,
     pages: LayerPages,
-    rest: tuple[float, float | None, Tensor | None],
     positions: Tensor | None,
     hidden: Tensor | None,
-    output: Tensor,
-) -> None:
-    """Attend sequences with one query each, into `output`."""
-    gate, chosen = state.policy.gate, tuple(together)
-    sequences = [pages.step.sequences[at] for at in chosen]
-    rows = pages.step.paged_rows(chosen, pages.places, pages.store.kv_heads, state.policy)
-    begins = [sequence.begin for sequence in sequences]
-    at = slice(begins[0], begins[-1] + 1)
-    picked = at if len(begins) == at.stop - at.start else torch.tensor(begins, device=query.device)
-    inputs = rows.without_keys(query[0, :, picked].transpose(0, 1).unsqueeze(2), pages.store, *rest)
-    kept = [moments for moments in together.values() if moments is not None]
-    known = Known(
-        state.layer,
-        pages.moments_of(state.layer, kept) if kept else None,
-        None,
-        state.measured,
-        None if positions is None else positions[0, picked].unsqueeze(1),
-        reach_query=False,
-        hidden=None if hidden is None else hidden[0, picked].unsqueeze(1),
-    )
+) -> Tensor:
+    """Attend sequences that go together through the gate, [sequences, heads, 1, value_dim]."""
+    assert state.paged is not None
+    gate, moments = state.policy.gate, None
+    if gate.keeps_moments:
+        kept = [_moments(state, pages, sequence) for sequence in sequences]
+        moments = pages.moments_of(state.layer, [of_each for of_each in kept if of_each is not None])
+    known = Known(state.layer, moments, None, state.measured, positions, reach_query=False, hidden=hidden)
     mass, _ = gate.weigh(inputs, known)
-    attended = attend(inputs, rows, pages.store, mass, gate.margin)
+    attended = state.paged.attend(inputs, rows, pages.store, mass, gate.margin)
     state.counters.add("gated_calls", "decode")
     state.record_call("decode", rows.regions, attended)
     if state.record is not None:
-        heads = attended.open.shape[1]
+        asked = attended.open.shape[1]
         for sequence, opened in zip(sequences, attended.open.sum((1, 2)).tolist(), strict=True):
-            sequence.memory.count("decode", heads, opened)
-    output[0, picked] = attended.output[:, :, 0]
+            sequence.memory.count("decode", asked, opened)
+    return attended.output
 
 
 def attend_local_pages(

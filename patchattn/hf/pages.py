@@ -137,14 +137,14 @@ class Step:
     sequences: list[Sequence]
     _rows: dict[Any, PagedRows] = field(default_factory=dict)
 
-    def paged_rows(self, chosen: tuple[int, ...], places: Tensor, kv_heads: int, policy: Policy) -> PagedRows:
+    def paged_rows(self, chosen: tuple[int, ...], places: Tensor, policy: Policy, kv_heads: int) -> PagedRows:
         """Return some sequences of one query each as rows; made once, for all layers of as many KV heads.
 
         Args:
             chosen: Which sequences.
             places: Where the keys of all sequences are, [keys] int64.
-            kv_heads: Number of KV heads.
             policy: The policy of the layer.
+            kv_heads: Number of KV heads.
         """
         if (chosen, kv_heads) not in self._rows:
             each = [self.sequences[at] for at in chosen]

@@ -77,7 +77,7 @@ class LayerState(nn.Module):
         self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record, self.register = cache_layer, gated, record, register
         self.attend, self.weighed, self.dense = load(backend).attend, load(backend).own_weighed, load(backend).dense
-        self.backend, self.attend_paged = backend, load(backend).own_paged
+        self.backend, self.paged = backend, load(backend).paged
         self.break_even = load(backend).break_even if judges_calls else None
         local = policy.sink_size + policy.window_size
         self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
@@ -111,20 +111,23 @@ class LayerState(nn.Module):
 
     def dense_reason(self, inputs: AttentionInputs, phase: Phase) -> str | None:
         """Say why a call does not go through the gate; None if it does."""
-        if not self.gated:
-            return "layer"
-        if phase not in self.policy.phases:
-            return "phase"
-        if inputs.key.shape[2] < self.least_keys[phase]:
-            return "short"
-        if self.break_even is None or phase == "decode":
-            return None
+        reason = self.why_dense(inputs.key.shape[2], phase)
+        if reason is not None or self.break_even is None or phase == "decode":
+            return reason
         # What a static cache has room for says nothing; only the host knows more.
         keys = inputs.regions.host.filled if host_may_read(inputs.query) else inputs.key.shape[2]
         batch, heads, queries, dim = inputs.query.shape
         local = (self.policy.sink_size, self.policy.window_size)
         shape = CallShape(batch, queries, keys, heads, dim, *local)
         return "short" if keys - sum(local) < self.break_even(shape, phase) else None
+
+    def why_dense(self, keys: int, phase: Phase) -> str | None:
+        """Say why no call of a phase over so many keys goes through the gate; None if some do, in decode all."""
+        if not self.gated:
+            return "layer"
+        if phase not in self.policy.phases:
+            return "phase"
+        return "short" if keys < self.least_keys[phase] else None
 
     def record_call(self, phase: Phase, regions: Regions, attended: Attended) -> None:
         """Count a call that went through the gate, and keep its decisions, as far as `record` asks for it."""

@@ -231,7 +231,7 @@ def timed_rows(options: argparse.Namespace, name: str, dtype: str, length: int) 
     if options.window:
         window = {"window_size": options.window}
         policies = {label: policy.model_copy(update=window) for label, policy in POLICIES.items() if label != NARROW}
-    models = {STOCK: model} | {label: _twin(model) for label in policies}
+    models = {STOCK: model} | {label: twin(model) for label in policies}
     handles = {label: patchattn.patch(models[label], policy) for label, policy in policies.items()}
     for twin in models.values():
         twin(tokens[:, :WARM_UP])
@@ -338,7 +338,7 @@ def _llama_cpp(python: str, asked: str) -> dict[str, Any]:
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def _twin(model: Any) -> Any:
+def twin(model: Any) -> Any:
     """Copy a model without copying its weights."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)

@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from patchattn.backends.backend import Backend
+from patchattn.backends.backend import Backend, PagedBackend
 from patchattn.backends.blockwise.cost import break_even
 from patchattn.backends.blockwise.decode import attend_decode, is_plain_decode
 from patchattn.backends.blockwise.dense import attend_densely, dense_rows, is_eager, is_plain, n_dense_rows
-from patchattn.backends.blockwise.paged import attend_paged
+from patchattn.backends.blockwise.paged import attend_paged, attend_paged_densely
 from patchattn.backends.blockwise.prefill import SLAB, add_bulk, attend_local
 from patchattn.backends.blockwise.softmax import Softmax, with_sink_logits, with_unit_stride
 from patchattn.call.inputs import Attended, AttentionInputs
@@ -207,4 +207,5 @@ def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:
     return AttentionInputs(query, key, value, inputs.regions, inputs.scale, inputs.softcap, inputs.sink_logits)
 
 
-BACKEND = Backend(attend, break_even=break_even, own_dense=dense, own_paged=attend_paged)
+PAGED = PagedBackend(attend_paged, attend_paged_densely)
+BACKEND = Backend(attend, break_even=break_even, own_dense=dense, paged=PAGED)

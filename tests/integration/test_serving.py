@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -155,21 +157,19 @@ def test_a_step_gathers_keys_only_where_moments_go_on(gate):
 
 
 def test_requests_with_one_query_go_together():
-    from patchattn.backends.blockwise import paged
-
-    model, rows = tiny_model("llama"), []
-    attend = paged.attend_paged
-
-    def noted(inputs, *given):
-        rows.append(len(inputs.query))
-        return attend(inputs, *given)
-
-    handle = patchattn.patch(model, policy(), backend="blockwise")
+    model, together = tiny_model("llama"), {"attend": [], "dense": []}
+    handle = patchattn.patch(model, policy(min_bulk=30), backend="blockwise")
     for state in handle.states.values():
-        state.attend_paged = noted
+
+        def noted(name, inputs, *given, paged=state.paged):
+            together[name].append(len(inputs.query))
+            return getattr(paged, name)(inputs, *given)
+
+        state.paged = SimpleNamespace(attend=partial(noted, "attend"), dense=partial(noted, "dense"))
     serve(model, PROMPTS, max_batch_tokens=1024)
-    assert rows
-    assert set(rows) == {3}  # of four prompts one is too short to be asked
+    steps, layers = 7, 3
+    # Of four prompts one is too short to be asked.
+    assert together == {"attend": [3] * steps * layers, "dense": [1] * steps * layers}
     handle.unpatch()
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchattn.backends import reference
-from patchattn.backends.blockwise import decode, products
-from patchattn.backends.blockwise.paged import attend_paged
+from patchattn.backends.blockwise import decode, paged, products
+from patchattn.backends.blockwise.paged import attend_paged, attend_paged_densely
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.masses import attention_scores, exact_masses, masked_log_mass
 from patchattn.call.paged import PagedRows, PagedStore
@@ -32,9 +32,12 @@ class Watched(PagedStore):
 
     seen: list[Tensor] = field(default_factory=list)
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(rows)
-        return super().read(rows)
+    def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(found)
+        # What was copied before is gone.
+        for held in self.scratch._held.values():
+            held.fill_(torch.nan)
+        return super().read(found)
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Call:
 
     query: Tensor
     store: Watched
+    kv_heads: int
     places: list[Tensor]
     sink: int
     window: int
@@ -77,10 +81,12 @@ class Call:
             x[order[:total]] = normal(total, kv_heads, dim)
         logits = normal(heads) if sink_logits else None
         options = {"scale": 1.5 / math.sqrt(dims[0]), "softcap": softcap, "sink_logits": logits}
-        return cls(normal(len(lengths), heads, 1, dims[0]), Watched(key, value), places, sink, window, options)
+        return cls(
+            normal(len(lengths), heads, 1, dims[0]), Watched(key, value), kv_heads, places, sink, window, options
+        )
 
     def rows(self, *, break_even: int = 0) -> PagedRows:
-        return PagedRows.of(self.places, self.store.kv_heads, self.sink, self.window, break_even)
+        return PagedRows.of(self.places, self.kv_heads, self.sink, self.window, break_even)
 
     def paged(self) -> AttentionInputs:
         return self.rows().without_keys(self.query, self.store, *self.options.values())
@@ -105,21 +111,19 @@ class Call:
         return torch.cat(outputs)
 
     def check_reads(self, opened: Tensor) -> None:
-        """Of closed KV heads only the local keys were read; of others up to 127 keys of the own window beside."""
-        kv_heads, own = self.store.kv_heads, {}
+        """Only keys of the sequences were read: local ones, and of KV heads between open ones those of the bulk."""
+        heads, own = self.kv_heads, {}
         for row, places in enumerate(self.places):
             local = {*places[: self.sink].tolist(), *places[-self.window :].tolist()}
-            own |= {(place, head): (row, place in local) for place in places.tolist() for head in range(kv_heads)}
-        of_heads = opened.view(len(self.places), kv_heads, -1).any(-1).tolist()
-        local, *bulk = self.store.seen
-        assert local.numel() == len(self.places) * kv_heads * (self.sink + self.window)
-        assert all(own[divmod(at, kv_heads)][1] for at in local.flatten().tolist())
-        for at in (divmod(at, kv_heads) for rows in bulk for at in rows.flatten().tolist()):
-            row, _ = own[at]
+            own |= {(place, head): (row, place in local) for place in places.tolist() for head in range(heads)}
+        of_heads = opened.view(len(self.places), heads, -1).any(-1).tolist()
+        local, *bulk = ([divmod(at, heads) for at in found.flatten().tolist()] for found in self.store.seen)
+        assert {at: own[at] for at in local} == {at: found for at, found in own.items() if found[1]}
+        for at in (at for found in bulk for at in found):
+            row, is_local = own[at]
             first = [head for head, is_open in enumerate(of_heads[row]) if is_open]
             assert first[0] <= at[1] <= first[-1]
-        beside = [own[divmod(at, kv_heads)][1] for rows in bulk for at in rows.flatten().tolist()]
-        assert sum(beside) < products.GRID * len(self.places) * kv_heads
+            assert not is_local
 
 
 @contextmanager
@@ -182,9 +186,34 @@ def test_pages_are_within_the_error_budget(dtype: torch.dtype, data: st.DataObje
     call.check_reads(opened)
 
 
+@pytest.mark.parametrize("short", [0, 1024], ids=["one by one", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@given(calls(torch.float64), st.data())
+@settings(max_examples=settings().max_examples // 3)
+def test_dense_pages_equal_the_reference_with_all_gates_open(
+    short: int, dtype: torch.dtype, drawn: Any, data: Any
+) -> None:
+    call, opened = drawn
+    # Some are shorter than sink and window.
+    lengths = [data.draw(st.integers(1, len(places))) for places in call.places]
+    call.places = [places[:length] for places, length in zip(call.places, lengths, strict=True)]
+    logits = call.options["sink_logits"]
+    call.options["sink_logits"] = None if logits is None else logits.to(dtype)
+    call.store = Watched(call.store.key.to(dtype), call.store.value.to(dtype))
+    call.query, opened = call.query.to(dtype), torch.ones_like(opened)
+    with small_products(), mock.patch.object(paged, "_SHORT", short):
+        got = attend_paged_densely(call.paged(), call.rows(), call.store)
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, call.expected(opened), rtol=1e-9, atol=1e-10)
+    else:
+        assert_within_budget(got, call.expected(opened), call.expected(opened, torch.float64))
+    read = {at for found in call.store.seen for at in (found // call.kv_heads).flatten().tolist()}
+    assert read == set(torch.cat(call.places).tolist())
+
+
 @pytest.mark.parametrize("bulk", [1, 127, 128, 129, 300])
 @pytest.mark.parametrize("window", [1, 100, 200])
-def test_what_is_read_past_the_bulk_is_the_own_window(bulk: int, window: int) -> None:
+def test_what_is_filled_up_is_of_the_own_bulk(bulk: int, window: int) -> None:
     # Places of nobody hold NaN and inf, and keys of the other sequence are larger than any of its own.
     call = Call.drawn([4 + window + bulk, 4 + window + 50], window=window, dtype=torch.bfloat16, dims=(64, 64))
     call.store.value[call.places[1]] *= 1000
@@ -192,9 +221,9 @@ def test_what_is_read_past_the_bulk_is_the_own_window(bulk: int, window: int) ->
     with small_products():
         got = attend(call, opened).output[0]
     assert_within_budget(got, call.expected(opened)[0], call.expected(opened, torch.float64)[0])
-    *_, bulk_rows = call.store.seen
-    assert set((bulk_rows // 2).flatten().tolist()) <= set(call.places[0][4:].tolist())
-    assert bulk <= bulk_rows.shape[-1] < bulk + products.GRID
+    *_, found = call.store.seen
+    assert set((found // 2).flatten().tolist()) == set(call.places[0][4 : 4 + bulk].tolist())
+    assert found.shape[-1] == -(-bulk // products.GRID) * products.GRID
 
 
 @pytest.mark.parametrize("sink_logits", [False, True], ids=["", "sink logits"])
@@ -232,6 +261,6 @@ def test_a_gate_that_looks_at_keys_that_are_not_read_opens() -> None:
     mass = exact_masses(inputs)[0].bulk
     assert mass.isnan().all()
     assert attend_paged(inputs, rows, call.store, mass, 0.0).open.all()
-    assert rows.n_bulk == [64, 24]
+    assert rows.regions.last_n_bulk == [64, 24]
     assert rows.regions.break_even == 3
     assert inputs.key.shape == (2, 2, 100, 16)

@@ -540,7 +540,7 @@ def catcher(mutant: Mutant, copy: Path) -> str | None:
         path.write_text(sound)
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or found is None:
         raise RuntimeError(f"pytest did not run for {mutant.name}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return found[1]

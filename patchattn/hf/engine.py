@@ -16,15 +16,13 @@ from typing import Any
 from torch import nn
 
 from patchattn.call.paged import PagedStore, Scratch
-from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import head_sizes, head_slices
-from patchattn.hf.hooks import STATE
+from patchattn.errors import PatchStateError
 from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
+from patchattn.hf.servable import check_config, check_heads, check_servable, manager_class
 
 _START = "init_continuous_batching"
 _CACHED = "_cached_continuous_batching_manager"
 _MEMORY = "patchattn"
-_KINDS = ("full_attention", "sliding_attention")
 
 
 class Batching:
@@ -60,11 +58,11 @@ class Batching:
         """
         model = self.model
         assert model is not None
-        base = _manager_class()
+        base = manager_class()
         generation_config = generation_config or model.generation_config
         # The engine's own method looks there too.
         config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
-        _check(model, config)
+        check_servable(model, config)
         kept = getattr(model, _CACHED, None)
         if kept is not None and kept not in self._managers:
             raise PatchStateError(
@@ -116,104 +114,6 @@ class Batching:
     def __reduce__(self) -> tuple[Any, ...]:
         """Be about the model that comes out of the pickle."""
         return Batching, (self.model,)
-
-
-def _manager_class() -> Any:
-    """Return the engine's class of managers.
-
-    Raises:
-        UnsupportedCallError: This version of transformers has none that can be told apart from its attention.
-    """
-    import transformers
-
-    try:
-        from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
-        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-    except ImportError:
-        CacheAllocator = ContinuousBatchingManager = None
-    if CacheAllocator is None or not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
-        raise UnsupportedCallError(
-            f"Continuous batching of transformers {transformers.__version__} can't run a patched model; that of 5.24 "
-            "and later can.",
-            fix='pip install "transformers>=5.24", call patchattn.unpatch(model) first, or use generate() with a '
-            "padded batch",
-        )
-    return ContinuousBatchingManager
-
-
-def _check(model: Any, config: Any) -> None:
-    """Refuse what can't be served.
-
-    Raises:
-        UnsupportedCallError: Says what and why.
-    """
-    modules = [module for module in model.modules() if STATE in module._modules]
-    states = [module._modules[STATE] for module in modules]
-    if any(state.paged is None and state.backend != "reference" for state in states):
-        raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
-    if any(state.record == "timeline" for state in states):
-        raise _refused(
-            'record="timeline" keeps the decisions of one text, and here many are mixed.', 'patch with record="summary"'
-        )
-    # Layers that are not attention are among them: linear ones keep a state, for which the engine has no place.
-    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {*_KINDS}
-    if kinds:
-        raise _refused(f"The engine keeps no pages for layers of {', '.join(sorted(map(str, kinds)))}.", _BATCH)
-    if any(state.cache_layer != state.layer for state in states):
-        raise _refused("Some layers of the model read the keys of others, which the engine has no pages for.", _BATCH)
-    if any(len(set(head_sizes(module))) > 1 for module in modules):
-        raise _refused("The model's keys and values differ in size, which the engine has no pages for.", _BATCH)
-    if any(state.is_local and state.original not in ("sdpa", "eager") for state in states):
-        raise _refused(
-            "Sliding layers are served with the model's own attention, which has to take a mask.",
-            "load the model with attn_implementation='sdpa'",
-        )
-    _check_config(config)
-
-
-def _check_config(config: Any) -> None:
-    """Refuse graphs, which the gates can't be in.
-
-    Raises:
-        UnsupportedCallError: Says what is asked for.
-    """
-    asked = {
-        "use_cuda_graph": any(config.cuda_graph_booleans) if getattr(config, "use_cuda_graph", None) else False,
-        "use_async_batching": getattr(config, "use_async_batching", None),
-        "varlen_compile_config": getattr(config, "varlen_compile_config", None),
-        "decode_compile_config": getattr(config, "decode_compile_config", None),
-        "default_compile_level": getattr(config, "default_compile_level", None),
-    }
-    given = [name for name, value in asked.items() if value]
-    if given:
-        raise _refused(
-            f"The gates decide on the host which pages are read, which a graph can't: {', '.join(given)}.",
-            "leave these out of the ContinuousBatchingConfig",
-        )
-
-
-def _check_heads(model: Any, helper: Any) -> None:
-    """Refuse a model of whose KV heads each process holds other ones than the engine has pages for.
-
-    Raises:
-        UnsupportedCallError: Says so.
-    """
-    # The engine goes by the names in the plan, whatever is gathered again after it.
-    slices = helper.tp_size if helper.tp_size > 1 and helper.are_kv_heads_tp_ed() else 1
-    if head_slices(model)[0] != slices:
-        helper.destroy_cpu_comm_group()
-        raise _refused(
-            f"The engine makes pages as if the KV heads were cut in {slices}, and tensor parallelism cuts those of "
-            f"this model in {head_slices(model)[0]}.",
-            "serve a whole copy of the model from each process",
-        )
-
-
-_BATCH = "use generate() with a padded batch, or call patchattn.unpatch(model) first"
-
-
-def _refused(reason: str, fix: str) -> UnsupportedCallError:
-    return UnsupportedCallError(f"A patched model can't be served like this. {reason}", fix=fix)
 
 
 class StepPages:
@@ -289,8 +189,8 @@ def _patched_class(base: type) -> Any:
         def __init__(self, batching: Batching, **given: Any) -> None:
             super().__init__(**given)
             # What was left open has been decided by now.
-            _check_config(self.continuous_batching_config)
-            _check_heads(self.model, self.distributed_helper)
+            check_config(self.continuous_batching_config)
+            check_heads(self.model, self.distributed_helper)
             self.patchattn_batching = batching
             self.patchattn_memories: weakref.WeakValueDictionary[str, RequestMemory] = weakref.WeakValueDictionary()
             self.output_router = Router(self.patchattn_memories)

@@ -62,7 +62,7 @@ def assert_served_like_alone(model, prompts=PROMPTS, new=8, *, patched=None, **f
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+@pytest.mark.parametrize("backend", ["blockwise", pytest.param("reference", marks=pytest.mark.slow)])
 def test_tokens_and_gates_are_those_of_generate(gate, backend):
     report = assert_served_like_alone(
         tiny_model("llama"), patched={"policy": policy(gate), "backend": backend}, max_batch_tokens=96
@@ -92,6 +92,7 @@ def test_other_families_are_refused_before_anything_starts(family):
             serve(model, PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_sliding_layer_with_eager_attention():
     assert_served_like_alone(tiny_model("gemma3_text", attn_implementation="eager"), max_batch_tokens=50)
 
@@ -109,7 +110,9 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [*list(POLICIES)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(POLICIES)[2:])]
+)
 def test_policies(name):
     report = assert_served_like_alone(tiny_model("llama"), patched={"policy": policy(**POLICIES[name])})
     fractions = {phase: report.open_fraction(phase) for phase in ("prefill", "decode")}
@@ -118,6 +121,7 @@ def test_policies(name):
         assert math.isnan(fraction) if phase in left_out.get(name, ()) else 0 < fraction < 1
 
 
+@pytest.mark.slow
 def test_nothing_is_recorded_where_nothing_is_asked_for():
     model = tiny_model("llama")
     with patchattn.patch(model, policy(), record=None) as handle:
@@ -205,6 +209,7 @@ class TestSharedPrefix:
             prefill = {at: found for at, found in counts(handle).items() if at[1] == "prefill"}
         assert served == prefill | decode
 
+    @pytest.mark.slow
     def test_a_single_token_behind_it_rebuilds_them_once(self):
         model, second = tiny_model("llama"), [*self.FIRST[: self.SHARED], 5]
         output, _, handle = self.served(model, second)

@@ -34,7 +34,7 @@ def patched(model: Any, gate: Any = MIXED, **given: Any) -> Any:
     return patchattn.patch(model, policy(gate), **({"backend": "blockwise"} | given))
 
 
-@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.parametrize("original", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_unpatch_gives_back_the_same_model(model, original):
     model.set_attn_implementation(original)
     stock, before = tokens(serve(model, PROMPTS)), snapshot(model)
@@ -86,6 +86,7 @@ def test_a_manager_that_was_kept_serves_on_and_ends_with_its_patch(model):
     assert not hasattr(model, KEPT)
 
 
+@pytest.mark.slow
 def test_the_room_of_a_manager_that_was_kept_is_that_of_an_empty_cache(model):
     with patched(model):
         for seed in range(3):
@@ -93,6 +94,7 @@ def test_the_room_of_a_manager_that_was_kept_is_that_of_an_empty_cache(model):
             assert tokens(found) == [alone(model, prompt(240, seed))]
 
 
+@pytest.mark.slow
 def test_a_manager_from_before_the_patch_is_refused(model):
     serve(model, PROMPTS, persistent_manager=True)
     handle = patched(model)
@@ -106,6 +108,7 @@ def test_a_manager_from_before_the_patch_is_refused(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=range(2))
+@pytest.mark.slow
 def test_a_copy_serves_by_itself(model, copied):
     handle = patched(model)
     want = [alone(model, each) for each in PROMPTS]
@@ -119,6 +122,7 @@ def test_a_copy_serves_by_itself(model, copied):
     assert tokens(serve(model, PROMPTS)) == want
 
 
+@pytest.mark.slow
 def test_two_models_are_served_at_once(model):
     other = tiny_model("qwen3")
     with patched(model) as one, patched(other, ClosedGate()) as two:
@@ -146,6 +150,7 @@ def test_generate_between_and_while_serving(model):
                 assert [alone(model, each, 40) for each in PROMPTS] == want
 
 
+@pytest.mark.slow
 def test_serving_in_inference_mode_and_in_a_thread_of_its_own(model):
     with patched(model):
         want = [alone(model, each) for each in PROMPTS]
@@ -158,6 +163,7 @@ def test_serving_in_inference_mode_and_in_a_thread_of_its_own(model):
         assert found == want
 
 
+@pytest.mark.slow
 def test_a_patched_model_is_not_patched_again(model):
     handle = patched(model)
     with pytest.raises(PatchStateError, match="already"):
@@ -239,6 +245,7 @@ def test_a_request_larger_than_the_cache_fails_alone(model):
         assert tokens(outputs[1:]) == [alone(model, each) for each in (*PROMPTS[1:], prompt(249))]
 
 
+@pytest.mark.slow
 def test_without_a_limit_a_request_ends_where_the_cache_does(model):
     with patched(model):
         (short,) = serve(model, [prompt(230)], None, num_blocks=16)
@@ -248,6 +255,7 @@ def test_without_a_limit_a_request_ends_where_the_cache_does(model):
         assert "needs 257 tokens of cache" in longer.error
 
 
+@pytest.mark.slow
 def test_both_without_a_limit_and_evicted(model):
     with patched(model):
         outputs = serve(model, [prompt(150), prompt(140, 1)], None, num_blocks=20)

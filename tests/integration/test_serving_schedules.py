@@ -106,9 +106,9 @@ def run(gate: Any, schedule: tuple[list[list[int]], list[int], set[int], int, di
     return any(evicted)
 
 
-@pytest.mark.parametrize("gate", [OpenGate(), MIXED], ids=["open", "moment"])
+@pytest.mark.parametrize("gate", [pytest.param(OpenGate(), marks=pytest.mark.slow), MIXED], ids=["open", "moment"])
 @given(schedules())
-@settings(max_examples=settings().max_examples // 3, phases=NOT_SHRUNK)
+@settings(max_examples=settings().max_examples // 8, phases=NOT_SHRUNK)
 def test_any_schedule_gives_the_tokens_of_one_request_at_a_time(gate, schedule) -> None:
     event("evicted" if run(gate, schedule) else "room for all")
 
@@ -132,7 +132,7 @@ def test_two_hundred_requests(gate) -> None:
 
 
 @pytest.mark.parametrize("space", [0.0, 0.1], ids=["made anew", "kept on the CPU"])
-@pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
+@pytest.mark.parametrize("scheduler", ["fifo", pytest.param("prefill_first", marks=pytest.mark.slow)])
 def test_a_request_that_was_evicted_goes_on(space, scheduler) -> None:
     model, prompts = tiny_model("llama", dtype=torch.float64), PROMPTS[:2] * 3
     to_cpu, soft = [], []
@@ -179,6 +179,7 @@ def test_nothing_is_left_of_requests_that_are_done() -> None:
         assert live() == 0
 
 
+@pytest.mark.slow
 def test_requests_that_fail_at_the_end_leave_nothing() -> None:
     model = tiny_model("llama")
     with patchattn.patch(model, policy(), backend="blockwise"):
@@ -222,6 +223,7 @@ def test_streams() -> None:
     assert 0 < outputs[-1].gates.open_fraction() < 1
 
 
+@pytest.mark.slow
 def test_handlers_get_the_gates_too() -> None:
     model = tiny_model("llama")
 

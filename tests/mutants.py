@@ -518,6 +518,54 @@ MUTANTS = (
         "if self._begun >= self._done:",
         "tests/unit/test_pricing.py -k broken_run",
     ),
+    Mutant(
+        "keys_of_the_batch_before",
+        "all requests of a step read the keys of the first",
+        "hf/pages.py",
+        "places = self.places[sequence.first_key : sequence.first_key + sequence.keys]",
+        "places = self.places[: sequence.keys]",
+        "tests/integration/test_serving.py -k 'tokens_and_gates and open'",
+    ),
+    Mutant(
+        "moments_stand_still",
+        "moments of a served request do not go on while it writes",
+        "hf/paged_attention.py",
+        "return moments if is_complete else None",
+        "return moments",
+        "tests/integration/test_serving.py -k gathers",
+    ),
+    Mutant(
+        "rows_of_others",
+        "what is read of a request in pages begins with its sink",
+        "call/paged.py",
+        "[self.places[row][sink : sink + n_bulk]]",
+        "[self.places[row][:n_bulk]]",
+        "tests/unit/test_paged.py",
+    ),
+    Mutant(
+        "sliding_layer_one_longer",
+        "a sliding layer of a served model sees one token too many",
+        "hf/paged_attention.py",
+        "(ages >= window)",
+        "(ages > window)",
+        "tests/integration/test_serving.py -k 'families and gemma3_text'",
+    ),
+    Mutant(
+        "manager_of_another_patch",
+        "a manager from an undone patch starts, and mixes up requests",
+        "hf/engine.py",
+        "if self.patchattn_batching.is_undone:",
+        "if False:",
+        "tests/integration/test_serving_patch.py -k ends_with_its_patch",
+    ),
+    Mutant(
+        "room_of_a_full_cache",
+        "a manager that was kept measures the room for a request in a cache that is not empty",
+        "hf/engine.py",
+        'if "add_waiting_request" in vars(scheduler):',
+        "if False:",
+        "tests/integration/test_serving_patch.py -k room",
+    ),
 )
 
 
@@ -557,7 +605,7 @@ def catcher(mutant: Mutant, copy: Path) -> str | None:
         path.write_text(sound)
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or found is None:
         raise RuntimeError(f"pytest did not run for {mutant.name}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return found[1]

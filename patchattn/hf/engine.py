@@ -16,15 +16,13 @@ from typing import Any
 from torch import nn
 
 from patchattn.call.paged import PagedStore, Scratch
-from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import head_sizes, layer_type
-from patchattn.hf.hooks import STATE
+from patchattn.errors import PatchStateError
 from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
+from patchattn.hf.servable import check_config, check_heads, check_servable, manager_class
 
 _START = "init_continuous_batching"
 _CACHED = "_cached_continuous_batching_manager"
 _MEMORY = "patchattn"
-_KINDS = ("full_attention", "sliding_attention")
 
 
 class Batching:
@@ -60,8 +58,11 @@ class Batching:
         """
         model = self.model
         assert model is not None
-        base = _manager_class()
-        _check(model, continuous_batching_config)
+        base = manager_class()
+        generation_config = generation_config or model.generation_config
+        # The engine's own method looks there too.
+        config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        check_servable(model, config)
         kept = getattr(model, _CACHED, None)
         if kept is not None and kept not in self._managers:
             raise PatchStateError(
@@ -72,13 +73,13 @@ class Batching:
             return kept
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-        generation_config = generation_config or model.generation_config
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # as the model's own method does
         manager = _patched_class(base)(
+            self,
             model=model,
             generation_config=generation_config,
-            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            continuous_batching_config=config or ContinuousBatchingConfig(),
             workload_hints=workload_hints,
         )
         self._managers.add(manager)
@@ -113,77 +114,6 @@ class Batching:
     def __reduce__(self) -> tuple[Any, ...]:
         """Be about the model that comes out of the pickle."""
         return Batching, (self.model,)
-
-
-def _manager_class() -> Any:
-    """Return the engine's class of managers.
-
-    Raises:
-        UnsupportedCallError: This version of transformers has none that can be told apart from its attention.
-    """
-    import transformers
-
-    try:
-        from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
-        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-    except ImportError:
-        CacheAllocator = ContinuousBatchingManager = None
-    if CacheAllocator is None or not hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
-        raise UnsupportedCallError(
-            f"Continuous batching of transformers {transformers.__version__} can't run a patched model; that of 5.24 "
-            "and later can.",
-            fix='pip install "transformers>=5.24", call patchattn.unpatch(model) first, or use generate() with a '
-            "padded batch",
-        )
-    return ContinuousBatchingManager
-
-
-def _check(model: Any, config: Any) -> None:
-    """Refuse what can't be served.
-
-    Raises:
-        UnsupportedCallError: Says what and why.
-    """
-    modules = [module for module in model.modules() if STATE in module._modules]
-    states = [module._modules[STATE] for module in modules]
-    if any(state.paged is None and state.backend != "reference" for state in states):
-        raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
-    if any(state.record == "timeline" for state in states):
-        raise _refused(
-            'record="timeline" keeps the decisions of one text, and here many are mixed.', 'patch with record="summary"'
-        )
-    kinds = {layer_type(module) for module in modules} - {None, *_KINDS}
-    if kinds:
-        raise _refused(f"The engine keeps no pages for layers of {', '.join(sorted(map(str, kinds)))}.", _BATCH)
-    if any(state.cache_layer != state.layer for state in states):
-        raise _refused("Some layers of the model read the keys of others, which the engine has no pages for.", _BATCH)
-    if any(len(set(head_sizes(module))) > 1 for module in modules):
-        raise _refused("The model's keys and values differ in size, which the engine has no pages for.", _BATCH)
-    if any(state.is_local and state.original not in ("sdpa", "eager") for state in states):
-        raise _refused(
-            "Sliding layers are served with the model's own attention, which has to take a mask.",
-            "load the model with attn_implementation='sdpa'",
-        )
-    asked = {
-        "use_cuda_graph": any(config.cuda_graph_booleans) if getattr(config, "use_cuda_graph", None) else False,
-        "use_async_batching": getattr(config, "use_async_batching", None),
-        "varlen_compile_config": getattr(config, "varlen_compile_config", None),
-        "decode_compile_config": getattr(config, "decode_compile_config", None),
-        "default_compile_level": getattr(config, "default_compile_level", None),
-    }
-    given = [name for name, value in asked.items() if value]
-    if given:
-        raise _refused(
-            f"The gates decide on the host which pages are read, which a graph can't: {', '.join(given)}.",
-            "leave these out of the ContinuousBatchingConfig",
-        )
-
-
-_BATCH = "use generate() with a padded batch, or call patchattn.unpatch(model) first"
-
-
-def _refused(reason: str, fix: str) -> UnsupportedCallError:
-    return UnsupportedCallError(f"A patched model can't be served like this. {reason}", fix=fix)
 
 
 class StepPages:
@@ -256,13 +186,25 @@ def _patched_class(base: type) -> Any:
             return output
 
     class PatchedManager(base):
-        def __init__(self, **given: Any) -> None:
+        def __init__(self, batching: Batching, **given: Any) -> None:
             super().__init__(**given)
+            # What was left open has been decided by now.
+            check_config(self.continuous_batching_config)
+            check_heads(self.model, self.distributed_helper)
+            self.patchattn_batching = batching
             self.patchattn_memories: weakref.WeakValueDictionary[str, RequestMemory] = weakref.WeakValueDictionary()
             self.output_router = Router(self.patchattn_memories)
 
         def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:  # noqa: FBT001, FBT002
             """Leave the attention as it is: that of a patched model reads pages."""
+
+        def start(self) -> None:
+            if self.patchattn_batching.is_undone:
+                raise PatchStateError(
+                    "The patch that this manager was made for is undone.",
+                    fix="make a manager anew: model.init_continuous_batching(...)",
+                )
+            super().start()
 
         def _create_batch_processor(self) -> Any:
             processor = super()._create_batch_processor()
@@ -280,19 +222,22 @@ def _guard(processor: Any) -> None:
     from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
     scheduler = processor.scheduler
+    if "add_waiting_request" in vars(scheduler):
+        return  # a manager that was kept; its cache is not empty, from which the room is seen
     room = infer_max_single_request_tokens(processor.cache)
     add = type(scheduler).add_waiting_request
 
     def add_waiting_request(state: Any) -> None:
         prompt, new = len(state.initial_tokens), state._new_tokens_limit
         most = 1 if state.max_new_tokens is None else new
-        if prompt + most > room:
+        # The last token is never read.
+        if prompt + most - 1 > room:
             raise ValueError(
-                f"The request needs {prompt + most:,} tokens of cache, {prompt:,} of the prompt and {most:,} new ones; "
-                f"the cache holds {room:,}. Shorten it, ask for fewer new tokens, or serve with more blocks."
+                f"The request needs {prompt + most - 1:,} tokens of cache for a prompt of {prompt:,} and {most:,} new "
+                f"ones; the cache holds {room:,}. Shorten it, ask for fewer new tokens, or serve with more blocks."
             )
         # Without a limit of its own a request ends where the cache does.
-        state._new_tokens_limit = min(new, room - prompt)
+        state._new_tokens_limit = min(new, room - prompt + 1)
         add(scheduler, state)
 
     scheduler.add_waiting_request = add_waiting_request

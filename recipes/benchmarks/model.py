@@ -233,8 +233,8 @@ def timed_rows(options: argparse.Namespace, name: str, dtype: str, length: int) 
         policies = {label: policy.model_copy(update=window) for label, policy in POLICIES.items() if label != NARROW}
     models = {STOCK: model} | {label: twin(model) for label in policies}
     handles = {label: patchattn.patch(models[label], policy) for label, policy in policies.items()}
-    for twin in models.values():
-        twin(tokens[:, :WARM_UP])
+    for each in models.values():
+        each(tokens[:, :WARM_UP])
     beside = llama_cpp(options, tuple(tokens[0, : prompt + options.steps].tolist()), prompt)
     readers = Readers(models, tokens, prompt)
     rows: list[Row] = []

@@ -374,3 +374,26 @@ def test_fully_padded_rows_give_zeros():
     assert torch.isfinite(seen[0]).all()
     assert (seen[0][1] == 0).all()
     assert (seen[0][0] != 0).any()
+
+
+def test_continuous_batching_of_older_versions_is_refused(monkeypatch):
+    managers = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
+    if hasattr(managers.ContinuousBatchingManager, "switch_to_cb_friendly_attn"):
+        monkeypatch.delattr(managers.ContinuousBatchingManager, "switch_to_cb_friendly_attn")
+    model = tiny_model("llama")
+    with patchattn.patch(model):
+        for start in (model.init_continuous_batching, lambda: model.generate_batch([[5, 6, 7]], max_new_tokens=2)):
+            with pytest.raises(patchattn.UnsupportedCallError, match="24 and later can"):
+                start()
+        assert patchattn.is_patched(model)
+
+
+def test_a_model_without_continuous_batching_is_patched_all_the_same(monkeypatch):
+    from transformers import GenerationMixin
+
+    for kind in GenerationMixin.__mro__:
+        if "init_continuous_batching" in vars(kind):
+            monkeypatch.delattr(kind, "init_continuous_batching")
+    model = tiny_model("llama")
+    with patchattn.patch(model):
+        assert "init_continuous_batching" not in vars(model)

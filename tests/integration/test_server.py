@@ -112,6 +112,7 @@ def wait_for(holds: Callable[[], bool], seconds: float = 60) -> bool:
     return holds()
 
 
+@pytest.mark.slow
 def test_open_gates_answer_as_the_model_that_is_not_patched() -> None:
     texts = [text_of(begin) for begin in (0, 5000, 9000)]
     found = []
@@ -223,6 +224,7 @@ def test_mistakes_get_the_servers_own_errors(patched: Served) -> None:
     assert patched.answer(text_of(0))
 
 
+@pytest.mark.slow
 def test_after_a_reset_the_same_patched_model_answers(patched: Served) -> None:
     assert patched.handle is not None
     before = patched.answer(text_of(0))
@@ -240,6 +242,7 @@ def test_no_other_model_is_loaded(patched: Served) -> None:
     assert "loads no other model" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_leaves_no_thread() -> None:
     before = set(threading.enumerate())
     with served(ASKED) as running:
@@ -251,6 +254,7 @@ def test_a_server_that_stops_leaves_no_thread() -> None:
     assert not patchattn.is_patched(model)
 
 
+@pytest.mark.slow
 def test_a_cache_that_does_not_fit_is_refused_at_once() -> None:
     model, tokenizer = demo.load()
     with patchattn.patch(model, ASKED, backend="blockwise"):

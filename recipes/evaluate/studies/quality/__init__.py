@@ -106,6 +106,16 @@ def page(context: Context) -> Page:
             for name in known
             if name == (Place(default.place.model, 4096, 256), "price of the output", "17%")
         ],
+        costed=[
+            {
+                "fifth": at(8192, 1024, "price of the output", "22%"),
+                "tenth": at(8192, 1024, "price of the output", "10%"),
+                "plain": at(8192, 1024, "log-normal", "0.6"),
+                "safe": at(8192, 1024, "log-normal", "0.8"),
+            }
+            for name in known
+            if name == (Place(default.place.model, 8192, 1024), "price of the output", "10%")
+        ],
         pressed=[
             {
                 "snap": at(8192, 1024, "SnapKV", "50% kept"),

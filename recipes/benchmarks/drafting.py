@@ -142,18 +142,19 @@ def row_of(timed: Timed, writers: Writers, cell: tuple[str, str], counts: list[i
 
 
 def figure(rows: list[Row]) -> Figure:
-    """Draw the speed-up of the faster cache over the length, a line for each policy."""
-    drawn = Figure(figsize=(6, 4), layout="constrained")
-    axes = drawn.subplots()
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        best: dict[int, float] = {}
+    """Draw the speed-up of each policy with the faster cache, a panel for each length."""
+    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
+    drawn = Figure(figsize=(5 * len(lengths), 3.5), layout="constrained")
+    for axes, length in zip(drawn.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+        best: dict[str, float] = {}
         for row in rows:
-            if row["policy"] == policy:
-                best[row["tokens"]] = max(best.get(row["tokens"], 0.0), row["speed-up"])
-        axes.plot(list(best), list(best.values()), marker="o", label=policy)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="tokens of the prompt", ylabel="times as fast as the faster stock cache")
-    axes.legend(fontsize=8)
+            if row["tokens"] == length:
+                best[row["policy"]] = max(best.get(row["policy"], 0.0), row["speed-up"])
+        axes.barh(range(len(best)), list(best.values()))
+        axes.set_yticks(range(len(best)), list(best))
+        axes.invert_yaxis()
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(xlabel="times as fast as the faster stock cache", title=f"{length:,} tokens")
     return drawn
 
 

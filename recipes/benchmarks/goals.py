@@ -26,6 +26,33 @@ CPU_GOALS: dict[tuple[str, str, str], tuple[float, ...]] = {
     ("decode", "fp32", "1 of 2 KV heads open"): (1.2, 1.4, 1.6, 1.8),
 }
 
+SERVING = {
+    "requests": "{:,}",
+    "tokens": "{:,}",
+    "policy": "{}",
+    "whole: of stock": "{:.2f}x",
+    "first token: of stock": "{:.2f}x",
+    "tokens/s: of stock": "{:.2f}x",
+    "whole: of open": "{:.2f}x",
+    "tokens/s: of open": "{:.2f}x",
+    "open": "{}",
+    "density": "{}",
+    "MiB": "{:,.0f}",
+}
+DRAFTING = {
+    "tokens": "{:,}",
+    "policy": "{}",
+    "cache": "{}",
+    "tokens/s": "{:.1f}",
+    "speed-up": "{:.2f}x",
+    "of open": "{:.2f}x",
+    "kept": "{:.0%}",
+    "a round": "{:.1f}",
+    "drafted": "{:.0%}",
+    "same": "{:.0%}",
+}
+"""Columns that are shown of two benchmarks, and how numbers are written there."""
+
 
 def main() -> None:
     """Write the page of each result, and the one of all."""
@@ -47,6 +74,8 @@ def main() -> None:
         real_model=section(found, "real_model"),
         whole_models=section(found, "whole_model"),
         compiling=_compiling(_rows(found, "compile")),
+        serving=_beside_stock(found, "serving", SERVING),
+        drafting=_beside_stock(found, "drafting", DRAFTING),
         commands="\n".join(f"- `{file['command']}`" for file in found),
     )
     options.pages.with_suffix(".md").write_text(page, encoding="utf-8")
@@ -104,6 +133,21 @@ def _replayed(found: Found) -> str:
         if row["gates"].startswith("shipped model")
     ]
     return table(["phase", "tokens", "gates", *percents, *factors], lines)
+
+
+def _beside_stock(found: Found, benchmark: str, columns: dict[str, str]) -> str:
+    """Show the picture and some columns of every file of a benchmark."""
+    parts = []
+    for file in found:
+        if file["benchmark"] == benchmark:
+            page = f"benchmarks/{file['stem']}"
+            lines = [[_written(row[name], form) for name, form in columns.items()] for row in file["rows"]]
+            parts += [f"![{file['title']}]({page}.png)", f"[All columns]({page}.md).", table(list(columns), lines)]
+    return "\n\n".join(parts) or "*Not measured.*"
+
+
+def _written(content: Any, form: str) -> str:
+    return "" if content is None else form.format(content)
 
 
 def _compiling(rows: list[Row]) -> str:

@@ -22,8 +22,9 @@ class DraftCounts:
         accepted: Drafted tokens that dense attention kept.
         drafting_seconds: Seconds spent on drafts.
         verifying_seconds: Seconds spent on the dense calls of these rounds.
-        without_draft: Dense steps of one token, by reason; see `NO_DRAFT_REASONS`.
-        dense_seconds: Seconds spent on those.
+        dense_seconds: Seconds spent on dense steps without a draft.
+
+    `without_draft` counts those steps by reason; see `NO_DRAFT_REASONS`.
     """
 
     rounds: int = 0
@@ -31,8 +32,8 @@ class DraftCounts:
     accepted: int = 0
     drafting_seconds: float = 0.0
     verifying_seconds: float = 0.0
-    without_draft: dict[str, int] = field(default_factory=dict)
     dense_seconds: float = 0.0
+    without_draft: dict[str, int] = field(default_factory=dict, init=False)
 
     def add(self, drafted: int, accepted: int, drafting: float, verifying: float) -> None:
         """Add a round with a draft; the times are in seconds."""

@@ -414,7 +414,8 @@ def test_drafts_are_told_in_words_and_numbers() -> None:
     assert empty.to_dict()["drafts"]["acceptance"] is None
     assert REPORT.to_dict()["drafts"] is None
     assert "drafts" not in str(REPORT)
-    counts = DraftCounts(without_draft={"short": 2, "measuring": 1}, dense_seconds=0.25)
+    counts = DraftCounts(dense_seconds=0.25)
+    counts.without_draft.update(short=2, measuring=1)
     counts.add(3, 3, 1.5, 0.5)
     counts.add(3, 1, 1.5, 0.5)
     told = str(dataclasses.replace(REPORT, drafts=counts)).splitlines()

@@ -53,7 +53,8 @@ def makes_logits(model: Any) -> bool:
     return underlying(model).get_output_embeddings() is not None
 
 
-# The cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on, `layer_past` in some families.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What a cache is called: the second up to transformers 5.23, the first from 5.24 on, the third in some families."""
 
 
 def cache_among(arguments: Iterable[Any]) -> Any:

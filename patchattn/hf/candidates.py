@@ -306,7 +306,7 @@ def _check(model: Any, given: dict[str, Any]) -> None:
         raise _refused("assistant_ensemble_weight keeps tokens that dense attention would not.", "leave it out")
     if config.use_cache is False:
         raise _refused("Drafts are written to the cache, and use_cache is False.", "leave use_cache as it is")
-    _check_cache(given.get("cache", given.get("past_key_values")), config.cache_implementation)
+    _check_cache(cache_among(given.values()), config.cache_implementation)
 
 
 def _check_cache(cache: Any, kind: str | None) -> None:

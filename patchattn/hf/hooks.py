@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from patchattn.errors import PatchStateError, UnsupportedCallError
-from patchattn.hf.architecture import ORIGINALS, cache_among, hidden_of, implementation_of
+from patchattn.hf.architecture import CACHE_NAMES, ORIGINALS, cache_among, hidden_of, implementation_of
 
 STATE = "patchattn_layer"
 """Name of the submodule that a patched attention module carries."""
@@ -21,10 +21,6 @@ HIDDEN_ARGUMENT = "patchattn_hidden"
 
 PAGES_ARGUMENT = "patchattn_pages"
 """Keyword under which pages of continuous batching reach the attention function; their name on the engine's cache."""
-
-
-PAGED_CACHE = "cache"
-"""Keyword under which the engine of continuous batching hands on its cache."""
 
 
 def install_cache_hook(module: nn.Module) -> Any:
@@ -52,13 +48,14 @@ def _pass_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _pass_pages(state: Any, kwargs: dict[str, Any]) -> None:
     """Hand on the pages of a step of continuous batching; a layer that reads them itself gets them as its cache."""
-    pages = getattr(kwargs.get(PAGED_CACHE), PAGES_ARGUMENT, None)
-    if pages is None:
-        return
-    if state.is_local:
-        kwargs[PAGES_ARGUMENT] = pages.step(), pages.window_of(state.cache_layer)
-    else:
-        kwargs[PAGES_ARGUMENT] = kwargs[PAGED_CACHE] = pages.of_layer(state.cache_layer, kwargs)
+    for name in CACHE_NAMES:
+        pages = getattr(kwargs.get(name), PAGES_ARGUMENT, None)
+        if pages is None:
+            continue
+        if state.is_local:
+            kwargs[PAGES_ARGUMENT] = pages.step(), pages.window_of(state.cache_layer)
+        else:
+            kwargs[PAGES_ARGUMENT] = kwargs[name] = pages.of_layer(state.cache_layer, kwargs)
 
 
 def install_mask_hook(decoder: nn.Module) -> None:

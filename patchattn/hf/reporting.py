@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from copy import deepcopy
 from typing import Any
 
 from patchattn.hf.architecture import group_size, head_sizes, underlying
@@ -39,7 +39,7 @@ def report_of(
         timeline={index: list(state.timeline) for index, state in states.items()},
         timeline_is_cut=any(state.timeline_room < 0 for state in states.values()),
         expected_kl=expected_kl,
-        drafts=next((replace(state.drafting.counts) for state in states.values() if state.drafting is not None), None),
+        drafts=next((deepcopy(state.drafting.counts) for state in states.values() if state.drafting is not None), None),
         shapes={index: _head_shape(module, model) for index, module in attention_modules(model).items()},
     )
 

@@ -17,7 +17,7 @@ from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, Policy, Stat
 from patchattn.backends import blockwise, reference
 from patchattn.call.regions import Regions
 from patchattn.hf import attention as hf_attention
-from patchattn.hf import patching
+from patchattn.hf import gated, patching
 from patchattn.hf.mask import CausalMask
 from patchattn.moments.prompt import PromptMoments
 from patchattn.testing import ProvesNothingError, assert_equivalent, assert_within_budget, tiny_model
@@ -222,13 +222,13 @@ def test_a_gate_with_a_wrong_margin_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_stale_moments_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_moments = hf_attention.load_moments
+    load_moments = gated.load_moments
 
     def forgetful(*args: Any) -> PromptMoments | None:
         kept = load_moments(*args)
         return kept and dataclasses.replace(kept, total=kept.total * 0, outer=kept.outer * 0)
 
-    monkeypatch.setattr(hf_attention, "load_moments", forgetful)
+    monkeypatch.setattr(gated, "load_moments", forgetful)
     with pytest.raises(AssertionError, match=r"policy's gates: .*\(decode\) (opens|closes)"):
         assert_equivalent(tiny_model("llama"), policy(MomentGate(threshold=0.3)), padded((420,)), new_tokens=4)
 

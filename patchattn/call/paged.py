@@ -78,33 +78,33 @@ class PagedRows:
         lengths, device = [len(keys) for keys in places], places[0].device
         return cls(places, Regions.right_aligned(lengths, sink_size, window_size, device, break_even), kv_heads)
 
-    # Where the store has keys, [..., kv_heads, keys]: a number for each place and KV head. Keys are filled up to a
-    # multiple of so many with others of the same sequence, which the reader leaves out.
+    # Where the store has keys, [..., kv_heads, keys]: a number for each place and KV head.
 
-    def local(self, multiple: int) -> Tensor:
+    def local(self) -> Tensor:
         """Find sink and window, [sequences, kv_heads, keys]; of sequences that have more keys than both."""
         sink, window = self.regions.sink_size, self.regions.window_size
-        return self._once("local", multiple, lambda: [torch.cat([keys[:sink], keys[-window:]]) for keys in self.places])
+        return self._once("local", lambda: [torch.cat([keys[:sink], keys[-window:]]) for keys in self.places])
 
     def all_keys(self) -> Tensor:
         """Find all keys, [sequences, kv_heads, keys], those of shorter ones filled up behind; see `seen`."""
-        return self._once("all", 1, lambda: self.places)
+        return self._once("all", lambda: self.places)
 
     def seen(self) -> Tensor | None:
         """Which of `all_keys` are keys of a sequence, [sequences, 1, 1, keys] bool; None where all are."""
         # Filled up on the left there, on the right here.
         return self.regions.valid.flip(1)[:, None, None] if self.regions.host.last_first else None
 
-    def all_of(self, row: int, multiple: int) -> Tensor:
+    def all_of(self, row: int) -> Tensor:
         """Find all keys of one sequence, [kv_heads, keys]."""
-        return self._once(("all", row), multiple, lambda: [self.places[row]])[0]
+        return self._once(("all", row), lambda: [self.places[row]])[0]
 
     def bulk(self, row: int, multiple: int) -> Tensor:
-        """Find the bulk keys of one sequence, [kv_heads, keys]."""
+        """Find the bulk keys of one sequence, [kv_heads, keys], filled up behind to a multiple of so many."""
         sink, n_bulk = self.regions.sink_size, self.regions.last_n_bulk[row]
-        return self._once(("bulk", row), multiple, lambda: [self.places[row][sink : sink + n_bulk]])[0]
+        return self._once(("bulk", row), lambda: [self.places[row][sink : sink + n_bulk]], multiple)[0]
 
-    def _once(self, what: Hashable, multiple: int, places: Callable[[], list[Tensor]]) -> Tensor:
+    def _once(self, what: Hashable, places: Callable[[], list[Tensor]], multiple: int = 1) -> Tensor:
+        """Find places of some sequences; what is filled up is the first of each again, which the reader leaves out."""
         if what not in self._found:
             of_each = places()
             most = -(-max(map(len, of_each)) // multiple) * multiple

@@ -11,11 +11,11 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.errors import UnsupportedCallError
 from patchattn.hf.architecture import ORIGINAL_OF, ORIGINALS, implementation_of, original_attention
 from patchattn.hf.cache import prepare
+from patchattn.hf.engine import ENGINE_ARGUMENTS
 from patchattn.hf.gated import attend_call
 from patchattn.hf.hooks import CACHE_ARGUMENT, HIDDEN_ARGUMENT, PAGES_ARGUMENT, STATE, no_attention_weights
 from patchattn.hf.mask import CausalMask, mask
 from patchattn.hf.paged_attention import attend_local_pages, attend_pages
-from patchattn.hf.pages import ENGINE_ARGUMENTS
 from patchattn.policy import phase_of
 
 # What every call brings; whoever brings more is looked at more closely.

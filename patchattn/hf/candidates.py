@@ -12,7 +12,6 @@ import copy
 import inspect
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,29 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from patchattn.errors import UnsupportedCallError
+from patchattn.hf.answering import Answering
 from patchattn.hf.architecture import cache_among
 from patchattn.hf.draft_length import DraftLength
 from patchattn.report.drafts import DraftCounts
 
 Prefill = Literal["dense", "gated"]
 
-_OVERRIDDEN = (
-    "generate",
-    "_get_candidate_generator",
-    "_get_stopping_criteria",
-    "prepare_inputs_for_generation",
-    "init_continuous_batching",
-)
 _UNPATCH = "call patchattn.unpatch(model) first; patchattn.patch(model) has no such limit"
 _DYNAMIC = "leave cache_implementation out for a dynamic cache"
 _ALONE = "generate one text at a time, or call patchattn.unpatch(model) first"
 
 
-class Drafting:
-    """Makes a model draft in its own `generate`, and takes that back; also the switch that its layers look at.
+class Drafting(Answering):
+    """Makes a model draft in its own `generate`; also the switch that its layers look at.
 
-    Layers attend densely while `is_on` is False. Like `Batching` it does not keep the model alive, and in a copy of the
-    model it is about the copy.
+    Layers attend densely while `is_on` is False.
 
     Args:
         model: The model; None if there is none any more.
@@ -51,7 +43,13 @@ class Drafting:
     """
 
     def __init__(self, model: nn.Module | None, tokens: int | None, prefill: Prefill) -> None:
-        self._model = None if model is None else weakref.ref(model)
+        super().__init__(
+            model,
+            generate=self.generate,
+            _get_candidate_generator=self._candidates,
+            _get_stopping_criteria=self._stopping_criteria,
+            prepare_inputs_for_generation=self._inputs,
+        )
         self.tokens = tokens
         self.prefill: Prefill = prefill
         self.is_on = self.keeps_moments = False
@@ -59,14 +57,11 @@ class Drafting:
         self._criteria: Any = None
         # Another text at the same time would be verified while the first one drafts.
         self._one_at_a_time = threading.RLock()
-        if model is not None:
-            answers = (self.generate, self._candidates, self._stopping_criteria, self._inputs, self._refuse_serving)
-            vars(model).update(zip(_OVERRIDDEN, answers, strict=True))
 
     @property
-    def model(self) -> Any:
-        """The model; None if there is none any more."""
-        return None if self._model is None else self._model()
+    def settings(self) -> tuple[Any, ...]:
+        """What a copy is made with, beside its model."""
+        return self.tokens, self.prefill
 
     @property
     def counts(self) -> DraftCounts:
@@ -137,27 +132,6 @@ class Drafting:
             known = 0 if cache is None else int(cache.get_seq_length())
             kwargs["next_sequence_length"] = input_ids.shape[1] - known if known else None
         return type(self.model).prepare_inputs_for_generation(self.model, input_ids, **kwargs)
-
-    def _refuse_serving(self, *_: Any, **__: Any) -> Any:
-        raise _refused(
-            "Continuous batching verifies no drafts.",
-            "call patchattn.unpatch(model) first, then patchattn.patch(model)",
-        )
-
-    def undo(self) -> None:
-        """Give the model its methods back; does nothing the second time."""
-        model = self.model
-        if model is not None and vars(model).get("generate") == self.generate:
-            for name in _OVERRIDDEN:
-                vars(model).pop(name, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Drafting:
-        """Be about the copy of the model; about none where only a part of the model is copied."""
-        return Drafting(memo.get(id(self.model)), self.tokens, self.prefill)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Be about the model that comes out of the pickle."""
-        return Drafting, (self.model, self.tokens, self.prefill)
 
 
 class Candidates:

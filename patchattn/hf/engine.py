@@ -1,4 +1,4 @@
-"""Continuous batching: the engine of transformers, run on a patched model; what it calls things is known here only.
+"""Continuous batching: the engine of transformers, run on a patched model; what it calls things is known here.
 
 All ways in - `generate_batch`, the context manager, the manager itself, `transformers serve` - go through
 `model.init_continuous_batching`, which a patched model answers with a manager of its own. That one differs in three
@@ -17,35 +17,42 @@ from torch import nn
 
 from patchattn.call.paged import PagedStore, Scratch
 from patchattn.errors import PatchStateError
+from patchattn.hf.answering import Answering
 from patchattn.hf.pages import LayerPages, RequestMemory, Sequence, Step
 from patchattn.hf.servable import check_config, check_heads, check_servable, manager_class
 
-_START = "init_continuous_batching"
 _CACHED = "_cached_continuous_batching_manager"
 _MEMORY = "patchattn"
 
 
-class Batching:
-    """Makes a model start managers that know its patch, and takes that back. It is undone when the patch is.
+ENGINE_ARGUMENTS = frozenset(
+    {
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "read_index",
+        "write_index",
+        "logits_indices",
+        "block_table",
+        "logits_processor_args",
+        "is_causal",
+    }
+)
+"""What the engine gives every attention module; the pages say the same."""
 
-    The layers' states hold it, so that a patch can be undone from any module that holds the layers. It does not keep
-    the model alive, and in a copy of the model it is about the copy.
+
+class Batching(Answering):
+    """Makes a model start managers that know its patch.
 
     Args:
-        model: The model; one that has no such method is left as it is. None if there is none any more.
+        model: The model; one that knows no continuous batching is left as it is. None if there is none any more.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._model, self.is_undone = None if model is None else weakref.ref(model), False
+        super().__init__(model, init_continuous_batching=self.start)
         self._managers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.serves = False
-        if hasattr(model, _START):
-            vars(model)[_START] = self.start
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model; None if there is none any more."""
-        return None if self._model is None else self._model()
 
     def start(
         self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
@@ -56,9 +63,7 @@ class Batching:
             UnsupportedCallError: The model, its patch or the configuration can't be served; says why.
             PatchStateError: A manager from before the patch is kept with the model.
         """
-        model = self.model
-        assert model is not None
-        base = manager_class()
+        model, base = self.model, manager_class()
         generation_config = generation_config or model.generation_config
         # The engine's own method looks there too.
         config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
@@ -99,21 +104,10 @@ class Batching:
             )
 
     def undo(self) -> None:
-        """Give the model its method back; does nothing the second time."""
-        self.is_undone = True
-        model = self.model
-        if model is not None:
-            vars(model).pop(_START, None)
-            if getattr(model, _CACHED, None) in self._managers:
-                model.destroy_cached_continuous_batching_manager()  # pyright: ignore[reportCallIssue]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Batching:
-        """Be about the copy of the model; about none where only a part of the model is copied."""
-        return Batching(memo.get(id(self.model)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Be about the model that comes out of the pickle."""
-        return Batching, (self.model,)
+        """Give the model its method back, and end what it keeps of this patch; does nothing the second time."""
+        super().undo()
+        if getattr(self.model, _CACHED, None) in self._managers:
+            self.model.destroy_cached_continuous_batching_manager()
 
 
 class StepPages:

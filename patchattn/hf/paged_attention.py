@@ -47,11 +47,11 @@ def attend_pages(
         [1, rows, heads, value_dim].
     """
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    together: dict[Any, list[int]] = {}
-    for at, sequence in enumerate(pages.step.sequences):
-        kind = _kind(state, pages, sequence)
+    together: dict[tuple[str | None, int], list[tuple[Sequence, PromptMoments | None]]] = {}
+    for sequence in pages.step.sequences:
+        kind, moments = _kind(state, pages, sequence)
         if kind is not None:
-            together.setdefault(kind, []).append(at)
+            together.setdefault(kind, []).append((sequence, moments))
             continue
         rows, regions = sequence.rows, sequence.regions(state.policy, query.device)
         inputs = AttentionInputs(query[:, :, rows], *pages.read(sequence, key, value), regions, *rest)
@@ -60,15 +60,19 @@ def attend_pages(
         if attended is not None and state.record is not None:
             sequence.count(attended, regions)
         output[:, rows] = found.transpose(1, 2)
-    for (reason, _), chosen in together.items():
-        begins = [pages.step.sequences[at].begin for at in chosen]
+    for (reason, _), of_kind in together.items():
+        sequences = [sequence for sequence, _ in of_kind]
+        begins = [sequence.begin for sequence in sequences]
         is_run = begins[-1] - begins[0] == len(begins) - 1
         picked = slice(begins[0], begins[-1] + 1) if is_run else torch.tensor(begins, device=query.device)
-        rows = pages.step.paged_rows(tuple(chosen), pages.places, state.policy, pages.store.key.shape[1])
+        rows = pages.step.paged_rows(sequences, pages.places, state.policy, pages.store.key.shape[1])
         inputs = rows.without_keys(query[0, :, picked].transpose(0, 1).unsqueeze(2), pages.store, *rest)
         if reason is None:
-            of_rows = (None if x is None else x[0, picked].unsqueeze(1) for x in (positions, hidden))
-            found = _ask(state, [pages.step.sequences[at] for at in chosen], inputs, rows, pages, *of_rows)
+            kept = [moments for _, moments in of_kind if moments is not None]
+            moments = pages.moments_of(state.layer, kept) if kept else None
+            position, state_of_row = (None if x is None else x[0, picked].unsqueeze(1) for x in (positions, hidden))
+            known = Known(state.layer, moments, measured=state.measured, positions=position, hidden=state_of_row)
+            found = _ask(state, sequences, inputs, rows, pages, known)
         else:
             state.counters.add("dense_calls", reason)
             found = state.paged.dense(inputs, rows, pages.store)  # pyright: ignore[reportOptionalMemberAccess]
@@ -76,22 +80,25 @@ def attend_pages(
     return output
 
 
-def _kind(state: LayerState, pages: LayerPages, sequence: Sequence) -> tuple[str | None, int] | None:
-    """Say with which others a sequence goes together; None if with none.
+def _kind(
+    state: LayerState, pages: LayerPages, sequence: Sequence
+) -> tuple[tuple[str | None, int] | None, PromptMoments | None]:
+    """Say with which others a sequence goes together.
 
     Returns:
-        Why it is dense, None if it is asked; and dense ones of about the same length, for the shorter are padded.
+        None if with none; else why it is dense, None if it is asked, and of dense ones about how long it is, for the
+        shorter are padded. And the moments by which it is asked.
     """
-    policy = state.policy
+    gate = state.policy.gate
     if state.paged is None or state.replay is not None or sequence.queries != 1 or not len(pages.places):
-        return None
+        return None, None
     reason = state.why_dense(sequence.keys, "decode")
     if reason is not None:
-        return reason, sequence.keys.bit_length()
-    if policy.gate.reads_keys:
-        return None
+        return (reason, sequence.keys.bit_length()), None
+    moments = _moments(state, pages, sequence) if gate.keeps_moments else None
     # Once in a chunk moments have to go on, from keys that are gathered for it.
-    return (None, 0) if not policy.gate.keeps_moments or _moments(state, pages, sequence) is not None else None
+    alone = gate.reads_keys or (gate.keeps_moments and moments is None)
+    return None if alone else (None, 0), moments
 
 
 def _moments(state: LayerState, pages: LayerPages, sequence: Sequence) -> PromptMoments | None:
@@ -109,16 +116,11 @@ def _ask(
     inputs: AttentionInputs,
     rows: PagedRows,
     pages: LayerPages,
-    positions: Tensor | None,
-    hidden: Tensor | None,
+    known: Known,
 ) -> Tensor:
     """Attend sequences that go together through the gate, [sequences, heads, 1, value_dim]."""
     assert state.paged is not None
-    gate, moments = state.policy.gate, None
-    if gate.keeps_moments:
-        kept = [_moments(state, pages, sequence) for sequence in sequences]
-        moments = pages.moments_of(state.layer, [of_each for of_each in kept if of_each is not None])
-    known = Known(state.layer, moments, None, state.measured, positions, reach_query=False, hidden=hidden)
+    gate = state.policy.gate
     mass, _ = gate.weigh(inputs, known)
     attended = state.paged.attend(inputs, rows, pages.store, mass, gate.margin)
     state.counters.add("gated_calls", "decode")

@@ -21,22 +21,6 @@ from patchattn.call.regions import Regions
 from patchattn.moments.running import PromptMoments
 from patchattn.policy import PHASES, Phase, Policy, phase_of
 
-ENGINE_ARGUMENTS = frozenset(
-    {
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "read_index",
-        "write_index",
-        "logits_indices",
-        "block_table",
-        "logits_processor_args",
-        "is_causal",
-    }
-)
-"""What the engine gives every attention module; the pages say the same."""
-
 
 @dataclass(frozen=True)
 class RequestGates:
@@ -102,6 +86,7 @@ class Sequence:
     keys: int
     first_key: int
     memory: RequestMemory
+    _regions: Regions | None = None
 
     @property
     def rows(self) -> slice:
@@ -115,10 +100,10 @@ class Sequence:
 
     def regions(self, policy: Policy, device: torch.device) -> Regions:
         """Return sink, window and bulk of the sequence alone; made once, for all layers."""
-        if "_regions" not in self.__dict__:
+        if self._regions is None:
             sizes = (policy.sink_size, policy.window_size, self.queries, 1, self.keys, device)
-            self.__dict__["_regions"] = Regions.plain(*sizes, break_even=policy.break_even(self.phase))
-        return self.__dict__["_regions"]
+            self._regions = Regions.plain(*sizes, break_even=policy.break_even(self.phase))
+        return self._regions
 
     def count(self, attended: Attended, regions: Regions) -> None:
         """Count a call that went through the gate."""
@@ -137,21 +122,21 @@ class Step:
     sequences: list[Sequence]
     _rows: dict[Any, PagedRows] = field(default_factory=dict)
 
-    def paged_rows(self, chosen: tuple[int, ...], places: Tensor, policy: Policy, kv_heads: int) -> PagedRows:
+    def paged_rows(self, sequences: list[Sequence], places: Tensor, policy: Policy, kv_heads: int) -> PagedRows:
         """Return some sequences of one query each as rows; made once, for all layers of as many KV heads.
 
         Args:
-            chosen: Which sequences.
+            sequences: Which of them.
             places: Where the keys of all sequences are, [keys] int64.
             policy: The policy of the layer.
             kv_heads: Number of KV heads.
         """
-        if (chosen, kv_heads) not in self._rows:
-            each = [self.sequences[at] for at in chosen]
-            found = [places[one.first_key : one.first_key + one.keys] for one in each]
+        which = (kv_heads, *(one.begin for one in sequences))
+        if which not in self._rows:
+            found = [places[one.first_key : one.first_key + one.keys] for one in sequences]
             sizes = (policy.sink_size, policy.window_size, policy.break_even("decode"))
-            self._rows[chosen, kv_heads] = PagedRows.of(found, kv_heads, *sizes)
-        return self._rows[chosen, kv_heads]
+            self._rows[which] = PagedRows.of(found, kv_heads, *sizes)
+        return self._rows[which]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ def check_servable(model: Any, config: Any) -> None:
     """
     modules = [module for module in model.modules() if STATE in module._modules]
     states = [module._modules[STATE] for module in modules]
+    if any(state.drafting is not None for state in states):
+        raise _refused("Continuous batching verifies no drafts.", "call patchattn.unpatch(model), then patch(model)")
     if any(state.paged is None and state.backend != "reference" for state in states):
         raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
     if any(state.record == "timeline" for state in states):

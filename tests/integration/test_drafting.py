@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -248,8 +247,6 @@ REFUSED_CALLS = {
 @pytest.mark.parametrize("case", REFUSED_CALLS)
 def test_refused_calls(case):
     options, reason = REFUSED_CALLS[case]
-    if case == "ensemble" and transformers.__version__ < "5.17":
-        pytest.skip("unknown to this version")
     with (
         patchattn.draft(tiny_model("llama"), POLICY) as handle,
         pytest.raises(UnsupportedCallError, match=reason) as error,

@@ -2,13 +2,15 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import run_on_two
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
@@ -245,29 +247,12 @@ def gated_runs(model):
     return results
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_tensor_parallelism_gives_the_tokens_of_one_process(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(script), str(tmp_path / "model"), os.path.dirname(__file__)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    alone, ranks = gated_runs(tiny_model("llama")), [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    (tmp_path / "rank.py").write_text(RANK)
+    lines = run_on_two(tmp_path, str(tmp_path / "model"), str(Path(__file__).parent), timeout=240)
+    alone, ranks = gated_runs(tiny_model("llama")), [json.loads(line) for line in lines]
     assert len(ranks) == 2
     for number, one in enumerate(alone):
         slices = [rank[number] for rank in ranks]

@@ -40,8 +40,7 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     local = _attend_local(inputs)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
-    masses = zip(local.log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), strict=True)
-    opened = [is_open(near, far, margin) for near, far in masses]
+    opened = opened_pairs(local.log_mass, bulk_log_mass, margin)
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
     if any(opened):
         decisions = torch.tensor(opened, device=inputs.query.device).view(batch, heads, 1)
@@ -49,6 +48,12 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     else:
         decisions = torch.zeros(batch, heads, 1, dtype=torch.bool, device=inputs.query.device)
     return Attended(local.output.to(inputs.query.dtype).view(batch, heads, 1, -1), decisions, scored)
+
+
+def opened_pairs(local_log_mass: Tensor, bulk_log_mass: Tensor, margin: float) -> list[bool]:
+    """Decide on the host which pairs open, in the order of the masses."""
+    masses = zip(local_log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), strict=True)
+    return [is_open(near, far, margin) for near, far in masses]
 
 
 def _attend_local(inputs: AttentionInputs) -> Softmax:

@@ -45,7 +45,7 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
     if length == 1 and (query.dtype != torch.float32 or key.numel() >= _FEWEST_TO_GROUP):
         # Heads of a group as rows: their keys are read once.
         rows = query.reshape(batch, kv_heads, -1, dim)
-        part = _by_products(inputs, rows, key, value)
+        part = by_products(inputs, rows, key, value)
         output = scaled_dot_product_attention(rows, key, value, scale=inputs.scale) if part is None else part.output
         return output.reshape(batch, heads, 1, -1)
     if length == 1 or not before:
@@ -57,14 +57,24 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
     if length > _MOST_TO_GROUP:
         return attend_to(inputs, query, key, value).merge(own).output
     rows = query.reshape(batch, kv_heads, -1, dim)
-    far = _by_products(inputs, rows, key, value) or attend_to(inputs, rows, key, value)
+    far = by_products(inputs, rows, key, value) or attend_to(inputs, rows, key, value)
     return Softmax(far.output.reshape(own.output.shape), far.log_mass.reshape(own.log_mass.shape)).merge(own).output
 
 
-def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Softmax | None:
-    """Attend rows to every key by products, [batch, kv_heads, rows, value_dim]; None where the kernel is better."""
+def by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Softmax | None:
+    """Attend rows to every key by two products; None where the kernel is better.
+
+    Args:
+        inputs: The call, for scale, softcap and dtype.
+        query: [batch, kv_heads, rows, dim].
+        key: [batch, kv_heads, keys, dim].
+        value: [batch, kv_heads, keys, value_dim].
+
+    Returns:
+        Output [batch, kv_heads, rows, value_dim] and log mass [batch, kv_heads, rows].
+    """
     end = (key.shape[2] - _TELLING) // GRID * GRID
-    if not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
+    if inputs.softcap is not None or not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
         return None
     queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
     is_long = queries.shape[1] == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS

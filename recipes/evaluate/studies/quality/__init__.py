@@ -68,6 +68,11 @@ def page(context: Context) -> Page:
     def at(length: int, window: int, family: str, setting: str = "") -> Summary:
         return known[Place(PLACES[0].model, length, window), family, setting]
 
+    def beside(length: int, window: int, **gates: tuple[str, str]) -> list[dict[str, Summary]]:
+        """Gates of one place by the names that the text gives them; nothing where the first was not measured."""
+        is_measured = (Place(PLACES[0].model, length, window), *next(iter(gates.values()))) in known
+        return [{name: at(length, window, *gate) for name, gate in gates.items()}] if is_measured else []
+
     default = at(8192, 2048, "log-normal", "0.8")
     markdown = filled(
         globals(),
@@ -92,30 +97,26 @@ def page(context: Context) -> Page:
         guarded=at(8192, 2048, "guarded", "0.6"),
         lean=at(8192, 2048, "static, answering", "15% of heads"),
         elsewhere=at(8192, 2048, "static, other task", "30% of heads"),
-        promised=[{"risk": one} for name, one in known.items() if name == (default.place, "risk, each head", "0.05")],
-        priced=[
-            {
-                "lean": at(4096, 256, "price of the output", "17%"),
-                "rich": at(4096, 256, "price of the output", "30%"),
-                "plain": at(4096, 256, "log-normal", "0.6"),
-                "careful": at(4096, 256, "guarded", "0.6"),
-                "exact": at(4096, 256, "oracle", "0.6"),
-                "fixed": at(4096, 256, "static, by price", "30% of heads"),
-                "heavy": at(4096, 256, "static, answering", "30% of heads"),
-            }
-            for name in known
-            if name == (Place(default.place.model, 4096, 256), "price of the output", "17%")
-        ],
-        costed=[
-            {
-                "fifth": at(8192, 1024, "price of the output", "22%"),
-                "tenth": at(8192, 1024, "price of the output", "10%"),
-                "plain": at(8192, 1024, "log-normal", "0.6"),
-                "safe": at(8192, 1024, "log-normal", "0.8"),
-            }
-            for name in known
-            if name == (Place(default.place.model, 8192, 1024), "price of the output", "10%")
-        ],
+        promised=beside(8192, 2048, risk=("risk, each head", "0.05")),
+        priced=beside(
+            4096,
+            256,
+            lean=("price of the output", "17%"),
+            rich=("price of the output", "30%"),
+            plain=("log-normal", "0.6"),
+            careful=("guarded", "0.6"),
+            exact=("oracle", "0.6"),
+            fixed=("static, by price", "30% of heads"),
+            heavy=("static, answering", "30% of heads"),
+        ),
+        costed=beside(
+            8192,
+            1024,
+            tenth=("price of the output", "10%"),
+            fifth=("price of the output", "22%"),
+            plain=("log-normal", "0.6"),
+            safe=("log-normal", "0.8"),
+        ),
         pressed=[
             {
                 "snap": at(8192, 1024, "SnapKV", "50% kept"),

@@ -111,7 +111,7 @@ WEIGHED = {name: case for name, case in CASES.items() if name.startswith("decode
 
 
 @pytest.mark.parametrize("name", WEIGHED)
-@pytest.mark.parametrize("slab", [4096, 128])
+@pytest.mark.parametrize("slab", [pytest.param(4096, marks=pytest.mark.slow), 128])
 def test_weighing_in_the_graph_equals_weighing_before_it(name: str, slab: int, monkeypatch: pytest.MonkeyPatch):
     """With moments up to the first query, with those of a chunk before, with none, and with margins of heads."""
     monkeypatch.setattr("patchattn.backends.flex.call.SLAB", slab)
@@ -142,7 +142,7 @@ def test_weighing_in_the_graph_equals_weighing_before_it(name: str, slab: int, m
 
 
 @pytest.mark.parametrize("name", ["long", "prefill", "prefill goes on", "prefill, static cache"])
-@pytest.mark.parametrize("slab", [4096, 128])
+@pytest.mark.parametrize("slab", [pytest.param(4096, marks=pytest.mark.slow), 128])
 def test_a_probe_in_the_graph_decides_as_before_it(name: str, slab: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("patchattn.backends.flex.call.SLAB", slab)
     inputs, gate = WEIGHED[name].inputs(torch.float32), MomentGate(threshold=0.6)

@@ -438,6 +438,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) -> None:
     code = textwrap.dedent(RANKS).format(here=str(Path(__file__).parent))
     arguments = [str(tmp_path / "meeting"), str(tmp_path / "out")]

@@ -103,6 +103,7 @@ def test_the_patched_model_decides_as_the_calibration_says(family) -> None:
         assert differ.float().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_all_backends_decide_and_answer_alike(monkeypatch) -> None:
     model, calibration = tiny_model("llama"), llama()
     double = copy.deepcopy(model).double()
@@ -259,6 +260,7 @@ def test_unpatch_gives_the_model_back_exactly() -> None:
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+@pytest.mark.slow
 def test_low_precision_models_are_priced_and_patched() -> None:
     for family, dtype in (("llama", torch.bfloat16), ("gemma2", torch.bfloat16), ("gpt_oss", torch.bfloat16)):
         model = tiny_model(family, dtype=dtype)

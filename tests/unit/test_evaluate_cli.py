@@ -106,6 +106,7 @@ def test_lengths_are_refused_before_heads_are_ranked(monkeypatch: pytest.MonkeyP
         assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_three_policies_fit_a_narrow_terminal_and_heads_come_from_another_task(tmp_path: Path) -> None:
     policies = "default,closed,static-transfer:kv:0.2"
     options = (

@@ -222,6 +222,7 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, out: Path, *given: str) -> None:
     runpy.run_path(str(FOLDER / "gpu_stages.py"), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_stages_measure_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(monkeypatch, tmp_path, "layer", "--warm")
     assert not (tmp_path / "rows.jsonl").exists()

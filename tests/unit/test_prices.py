@@ -53,7 +53,13 @@ def divergence(model, ids, layer, head, query, step):
 
 @pytest.mark.parametrize(
     ("family", "layer", "head", "query"),
-    [("llama", 0, 1, 15), ("llama", 1, 4, 12), ("llama", 2, 0, 20), ("gemma2", 1, 2, 14), ("gpt_oss", 2, 3, 16)],
+    [
+        ("llama", 1, 4, 12),
+        pytest.param("llama", 0, 1, 15, marks=pytest.mark.slow),
+        pytest.param("llama", 2, 0, 20, marks=pytest.mark.slow),
+        pytest.param("gemma2", 1, 2, 14, marks=pytest.mark.slow),
+        ("gpt_oss", 2, 3, 16),
+    ],
 )
 def test_a_price_is_the_second_order_divergence_of_closing_the_pair(family, layer, head, query):
     model = tiny_model(family, dtype=torch.float64)

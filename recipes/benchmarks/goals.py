@@ -45,11 +45,13 @@ DRAFTING = {
     "cache": "{}",
     "tokens/s": "{:.1f}",
     "speed-up": "{:.2f}x",
+    "of cache": "{:.2f}x",
     "of open": "{:.2f}x",
     "kept": "{:.0%}",
     "a round": "{:.1f}",
     "drafted": "{:.0%}",
     "same": "{:.0%}",
+    "memory": "{:+.1%}",
 }
 """Columns that are shown of two benchmarks, and how numbers are written there."""
 
@@ -141,7 +143,7 @@ def _beside_stock(found: Found, benchmark: str, columns: dict[str, str]) -> str:
     for file in found:
         if file["benchmark"] == benchmark:
             page = f"benchmarks/{file['stem']}"
-            lines = [[_written(row[name], form) for name, form in columns.items()] for row in file["rows"]]
+            lines = [[_written(row.get(name), form) for name, form in columns.items()] for row in file["rows"]]
             parts += [f"![{file['title']}]({page}.png)", f"[All columns]({page}.md).", table(list(columns), lines)]
     return "\n\n".join(parts) or "*Not measured.*"
 

@@ -16,6 +16,7 @@ from patchattn.gates import ClosedGate
 from patchattn.hf.drafting import draft, generate_plainly
 from patchattn.hf.patching import PatchHandle
 from patchattn.policy import Policy
+from patchattn.report.drafts import DraftCounts
 
 # Tokens written after a right answer, for most answers are over before there is anything to draft.
 _BEYOND = 4
@@ -97,5 +98,6 @@ def write_both(
     report = handle.report()
     right = sum(text[: len(turn.answer)] == list(turn.answer) for text, turn in zip(found, quiz.turns, strict=True))
     level = sum(is_level(model, tokens, cache, *texts) for tokens, *texts in others)
-    shares = report.drafts.drafted, report.drafts.accepted, report.realised_density("decode")
+    made = report.drafts or DraftCounts()
+    shares = made.drafted, made.accepted, report.realised_density("decode")
     return lambda times: Drafted(right, len(found), len(found) - len(others), level, *shares, *times)

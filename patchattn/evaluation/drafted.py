@@ -36,10 +36,10 @@ def is_level(model: Any, tokens: Sequence[int], cache: Any, dense: Sequence[int]
     if len(new) > 1:
         _, cache = step(model, new[:-1], cache)
     read, rows = copy.deepcopy(cache), []
-    for token in (new[-1], *dense[:at]):
+    for token in (new[-1], *dense[:-1]):
         logits, cache = step(model, [token], cache)
         rows.append(logits)
-    last, text = (torch.tensor(ids, device=rows[0].device) for ids in ([new[-1:]], list(dense[: at + 1])))
+    last, text = (torch.tensor(ids, device=rows[0].device) for ids in ([new[-1:]], list(dense)))
     gaps, moves = gaps_and_moves(model, read, last, text, torch.cat(rows), DRAFT + 1)
     return bool(gaps[at] <= moves.max())
 

@@ -1,4 +1,4 @@
-"""`patchattn demo`: load model, text and policy, compare dense with patched, print one table."""
+"""`patchattn demo`: load model, text and policy, compare dense, patched and drafts, print one table."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from patchattn.cli.problems import read_text, stop
 from patchattn.cli.progress import progress
 from patchattn.demo import default_policy, default_text
 from patchattn.demo.compare import Comparison, compare
+from patchattn.evaluation.drafted import DRAFT
 from patchattn.hf.architecture import context_of
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import DEFAULT_WINDOW, Policy
@@ -28,6 +29,7 @@ from patchattn.writing import check_path
 
 _LONGEST = 4096
 _PAGE = "report.html"
+_AS_DENSE = "as dense"
 
 
 def demo(
@@ -63,11 +65,12 @@ def demo(
     ] = Path("heads.png"),
     json: Json = False,
 ) -> None:
-    """Ask a model for facts hidden far back in a text: dense, then patched.
+    """Ask a model for facts hidden far back in a text: dense, patched, and with lossless drafts.
 
-    Prints one table (right answers, text loss, agreement with dense, open fraction, realised density, time to first
-    token, tokens per second) and saves a picture of the heads that read far keys, and a page to look into: which heads
-    opened for which tokens of the text. Instruct models are asked in their chat template, base models without one.
+    Prints one table (right answers, text loss, agreement with dense, texts equal to dense's, drafted tokens kept, open
+    fraction, realised density, time to first token, tokens per second) and saves a picture of the heads that read far
+    keys, and a page to look into: which heads opened for which tokens of the text. Instruct models are asked in their
+    chat template, base models without one.
 
     **Examples**
 
@@ -153,31 +156,40 @@ def _check_out(path: Path) -> None:
 
 
 def _table(found: Comparison) -> Table:
-    dense, patched = found.dense, found.patched
+    dense, patched, drafts = found.dense, found.patched, found.drafts
     phases = tuple(patched.open_fraction)
     both = " / ".join(phases)
-    change = patched.text_loss / dense.text_loss - 1
     table = Table("measured", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("dense", justify="right")
-    table.add_column("patched", justify="right")
-    table.add_row("answers right", f"{dense.right}/{found.questions}", f"{patched.right}/{found.questions}")
-    table.add_row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})")
+    for name in ("dense", "patched", "drafts")[: None if drafts else -1]:
+        table.add_column(name, justify="right")
+
+    def row(name: str, of_dense: str, of_patched: str, of_drafts: str) -> None:
+        table.add_row(name, of_dense, of_patched, *([of_drafts] if drafts else []))
+
+    right = [f"{one.right}/{found.questions}" if one else "" for one in (dense, patched, drafts)]
+    row("answers right", *right)
+    change = patched.text_loss / dense.text_loss - 1
+    row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})", _AS_DENSE)
     names = " / ".join(found.agreement)
     agreed = {name: agreement.top1 for name, agreement in found.agreement.items()}
     kl = {name: agreement.kl for name, agreement in found.agreement.items()}
-    table.add_row(f"agreement with dense, {names}", "100%", _joined(agreed, "{:.1%}"))
-    table.add_row(f"KL to dense (nats), {names}", "0", _joined(kl, "{:.4f}"))
-    table.add_row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"))
-    table.add_row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"))
+    row(f"agreement with dense, {names}", "100%", _joined(agreed, "{:.1%}"), _AS_DENSE)
+    row(f"KL to dense (nats), {names}", "0", _joined(kl, "{:.4f}"), _AS_DENSE)
+    if drafts:
+        level = f" + {drafts.level} level" if drafts.level else ""
+        row("texts equal to dense", "", "", f"{drafts.same}/{drafts.texts}{level}")
+        kept = f"{drafts.kept / drafts.drafted:.0%} of {drafts.drafted}" if drafts.drafted else "none drafted"
+        row("drafted tokens kept", "", "", kept)
+    row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"), "")
+    row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"), "")
     limits = {phase: 1 / density for phase, density in patched.realised_density.items()}
-    table.add_row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"))
-    faster = dense.first_token_seconds / patched.first_token_seconds
-    times = f"{dense.first_token_seconds:.2f}", f"{patched.first_token_seconds:.2f} ({faster:.2f}x)"
-    table.add_row("time to first token (seconds)", *times)
-    faster = patched.tokens_per_second / dense.tokens_per_second
-    table.add_row(
-        "tokens per second", f"{dense.tokens_per_second:.1f}", f"{patched.tokens_per_second:.1f} ({faster:.2f}x)"
-    )
+    row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"), "")
+    seconds = [one.first_token_seconds if one else 1.0 for one in (dense, patched, drafts)]
+    faster = [f"{one:.2f} ({seconds[0] / one:.2f}x)" for one in seconds[1:]]
+    row("time to first token (seconds)", f"{seconds[0]:.2f}", *faster)
+    speeds = [one.tokens_per_second if one else 1.0 for one in (dense, patched, drafts)]
+    faster = [f"{one:.1f} ({one / speeds[0]:.2f}x)" for one in speeds[1:]]
+    row("tokens per second", f"{speeds[0]:.1f}", *faster)
     return table
 
 
@@ -209,10 +221,29 @@ def _notes(found: Comparison, model: Any, source: str) -> list[str]:
         "KL: how far the predicted probabilities of these tokens are from dense ones; 0 is equal.",
         "Open fraction: how many pairs (query head, query) read the keys beyond sink and window.",
         "Realised density: keys really scored, of those that dense attention scores.",
+        *_notes_of_drafts(found),
         *found.report.notes(),
         f"Time to first token: to read {found.prefill_tokens:,} tokens and write one. Tokens per second: after that, "
-        f"on the dynamic cache that generate uses. Best of {found.rounds} rounds, dense and patched in turn.",
+        f"with generate and its dynamic cache. Best of {found.rounds} rounds, all columns in turn.",
     ]
     if device == "cpu":
         notes.append("On a CPU a static cache writes faster, dense and patched: docs/how-to/choose-a-cache.md.")
+    return notes
+
+
+def _notes_of_drafts(found: Comparison) -> list[str]:
+    """Say how the column of drafts came to be, or why there is none."""
+    drafts = found.drafts
+    if drafts is None:
+        return [f"No lossless drafts: {found.no_drafts}"]
+    notes = [
+        "Drafts: patchattn.draft, closed heads with the same window; dense attention reads the text and verifies. "
+        f"{drafts.texts} texts, an answer and what follows it, with {DRAFT} tokens a draft; for tokens per second the "
+        "number adapts, down to none where drafting does not pay."
+    ]
+    if drafts.same < drafts.texts:
+        notes.append(
+            f"Of the {drafts.texts - drafts.same} other texts, {drafts.level} part from dense where its two best "
+            "tokens lie no further apart than rounding moves them when it reads several tokens at once (level)."
+        )
     return notes

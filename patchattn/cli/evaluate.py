@@ -21,7 +21,7 @@ from patchattn.cli.models import load
 from patchattn.cli.options import Backend, Device, Json
 from patchattn.cli.problems import check_out, read_text, stop
 from patchattn.cli.progress import progress
-from patchattn.evaluation import Evaluation, Material, make_sample, named_policy
+from patchattn.evaluation import Drafts, Evaluation, Material, make_sample, named_policy
 from patchattn.evaluation.documents import DocumentError, check_longest
 from patchattn.evaluation.policies import NAMES, fitting_window, heads_by_oracle, transfer_task
 from patchattn.evaluation.results import about
@@ -50,7 +50,8 @@ def evaluate(
             "lognormal, oracle, static, open, closed, calibrated; a number as in default:0.8 sets threshold or share. "
             "static-transfer:TASK ranks its heads on a task that is not measured. With --calibration: budget:0.3 opens "
             "so many pairs; if it has prices, kl:0.01 keeps so close to dense, in nats per token, and static-price:0.3 "
-            "ranks its heads by price. Dense is always measured."
+            "ranks its heads by price. drafts: closed heads draft what dense attention verifies, with drafts:0.6 those "
+            "that open at this threshold. Dense is always measured."
         ),
     ] = "default,closed",
     tasks: Annotated[
@@ -201,9 +202,9 @@ def _base(shortest: int, *, sink: int | None, window: int | None, min_bulk: int)
     return Policy(**given, window_size=fitting_window(shortest) if window is None else window, min_bulk=min_bulk)
 
 
-def _policy_files(names: str, tasks: Sequence[str]) -> dict[str, Policy | None]:
+def _policy_files(names: str, tasks: Sequence[str]) -> dict[str, Policy | Drafts | None]:
     """Read the policies that are files; the others are None by their short names, which fit the tasks measured."""
-    found: dict[str, Policy | None] = {}
+    found: dict[str, Policy | Drafts | None] = {}
     for name in _split(names):
         path = Path(name)
         if (task := transfer_task(name)) in tasks:

@@ -1,9 +1,10 @@
-"""Dense against patched on one model and one text: answers, text loss, agreement, open pairs and seconds.
+"""Dense, patched and lossless drafts on one model and one text: answers, loss, agreement, open pairs and seconds.
 
 The text becomes a document of an exact number of tokens with planted facts. The model reads it once, which gives text
 loss and what is predicted along the text, and is then asked for every fact on the cache of the document. The right
 answer is read token by token: what would have been written greedily is known from the predictions, and dense and
-patched are compared after the same tokens. Times are taken apart from all this.
+patched are compared after the same tokens. Drafts write, and are compared text by text. Times are taken apart from all
+this.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor
 
 from patchattn.demo import timing
+from patchattn.demo.drafts import Drafted, drafting, write_both
 from patchattn.demo.questions import Quiz, Turn, make_quiz
+from patchattn.errors import UnsupportedModelError
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.documents import check_longest
 from patchattn.evaluation.loss import losses_and_logits
@@ -61,11 +65,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dense and patched side by side.
+    """Dense, patched and lossless drafts side by side.
 
     Args:
         dense: The model as it came, with its own attention.
         patched: The same model under the policy.
+        drafts: The same model with lossless drafts of closed heads, with the window of the policy; None where the model
+            can't have them.
+        no_drafts: Why there are none.
         agreement: How close patched predictions stay to dense ones; of the `"text"` beyond sink and window, and of the
             right `"answers"`.
         policy: The policy, every `"auto"` resolved.
@@ -85,6 +92,8 @@ class Comparison:
 
     dense: Measured
     patched: Measured
+    drafts: Drafted | None
+    no_drafts: str
     agreement: dict[str, Agreement]
     policy: Policy
     backend: str
@@ -120,6 +129,8 @@ class Comparison:
             "policy": self.policy.model_dump(mode="json"),
             "dense": _plain(self.dense),
             "patched": _plain(self.patched),
+            "drafts": self.drafts and {name: _known(number) for name, number in vars(self.drafts).items()},
+            "no_drafts": self.no_drafts,
             "agreement": {
                 name: {"tokens": found.tokens, "top1": _known(found.top1), "kl": _known(found.kl)}
                 for name, found in self.agreement.items()
@@ -152,7 +163,7 @@ def compare(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure a model on a text, with its own attention and patched.
+    """Measure a model on a text, with its own attention, patched, and with lossless drafts.
 
     Args:
         model: A causal language model of transformers, not patched.
@@ -175,8 +186,12 @@ def compare(
     check_longest(model, length)
     quiz = make_quiz(model, tokenizer, text, length=length, questions=questions, seed=seed)
     patched = partial(patch, model, policy, backend=backend)
-    # Of each column: the document, the questions, and the rounds of timing.
-    behind, work = 0, 2 * (questions + _DOCUMENT_WEIGHT * (1 + timing.FEWEST_ROUNDS))
+    drafts = partial(drafting, model, policy, backend)
+    no_drafts = _why_no_drafts(drafts)
+    # Of each column: the document, the questions, and the rounds of timing; for drafts the questions twice.
+    columns = 2 if no_drafts else 3
+    behind = 0
+    work = columns * (questions + _DOCUMENT_WEIGHT * (1 + timing.FEWEST_ROUNDS)) + (columns - 2) * questions
 
     def tell(what: str, weight: int) -> None:
         nonlocal behind
@@ -193,15 +208,23 @@ def compare(
     with patched(record="timeline") as handle:
         other = look(model, quiz, far, partial(tell, "patched: reading and answering"))
     report = handle.report()
-    dense_times, times, rounds = timing.in_turn(
-        model, patched, quiz.document, longest=length, done=lambda name: tell(f"{name}: timing", _DOCUMENT_WEIGHT)
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"dense": nullcontext, "patched": patched}
+    drafted = None
+    if not no_drafts:
+        done = partial(tell, "drafts: writing")
+        drafted = write_both(model, drafts, quiz, done, longest=length, document_weight=_DOCUMENT_WEIGHT)
+        ways["drafts"] = partial(drafts, "auto")
+    times, rounds = timing.in_turn(
+        model, ways, quiz.document, longest=length, done=lambda name: tell(f"{name}: timing", _DOCUMENT_WEIGHT)
     )
     phases: list[Phase] = [phase for phase in PHASES if phase in resolved.phases]
     opened = {phase: report.open_fraction(phase) for phase in phases}
     density = {phase: report.realised_density(phase) for phase in phases}
     return Comparison(
-        dense=Measured(dense.right, dense.text_loss, *dense_times, {}, {}),
-        patched=Measured(other.right, other.text_loss, *times, opened, density),
+        dense=Measured(dense.right, dense.text_loss, *times["dense"], {}, {}),
+        patched=Measured(other.right, other.text_loss, *times["patched"], opened, density),
+        drafts=drafted and drafted(times["drafts"]),
+        no_drafts=no_drafts,
         agreement={
             "text": Predictions.of(dense.text).agreement(other.text),
             "answers": Predictions.of(dense.answers).agreement(other.answers),
@@ -219,6 +242,15 @@ def compare(
         report=report,
         tokens=quiz.tokens(),
     )
+
+
+def _why_no_drafts(drafts: Callable[..., AbstractContextManager[Any]]) -> str:
+    """Say why a model can't draft, before anything is measured; nothing if it can."""
+    try:
+        with drafts("auto"):
+            return ""
+    except UnsupportedModelError as error:
+        return error.message
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,23 @@
-"""Time to first token and tokens per second, dense and patched in turn."""
+"""Time to first token and tokens per second of several ways of computing attention, in turn."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
 from patchattn.evaluation.answers import write
+from patchattn.hf.drafting import generate_plainly
 from patchattn.hf.weights import input_device
 
 FEWEST_ROUNDS = 2
 _MOST_ROUNDS = 5
 _ENOUGH_SECONDS = 10
-_WARM_STEPS = 2
+# Drafts see in them what pays.
+_WARM_STEPS = 8
 _STEPS = 16
 
 
@@ -33,28 +35,27 @@ class Times(NamedTuple):
 
 def in_turn(
     model: Any,
-    patched: Callable[[], AbstractContextManager[Any]],
+    ways: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     tokens: Sequence[int],
     *,
     longest: int,
     done: Callable[[str], None],
-) -> tuple[Times, Times, int]:
+) -> tuple[dict[str, Times], int]:
     """Time a model as it came and patched, in turn, for machines get faster and slower with time.
 
-    Two rounds, and up to five while they are short. Both have read the document once before, which is the warm-up.
+    Two rounds, and up to five while they are short. All have read the document once before, which is the warm-up.
 
     Args:
         model: A causal language model, not patched.
-        patched: Patches it, until the context is left.
+        ways: By name what patches it, until the context is left.
         tokens: Token ids to read.
         longest: Most tokens to read and write together, which is kept to by reading fewer.
         done: Called after each measurement, with what was measured.
 
     Returns:
-        The best of all rounds, dense and patched, and the number of rounds.
+        The best of all rounds for each way, and the number of rounds.
     """
     given = list(tokens[: longest - 1 - _WARM_STEPS - _STEPS])
-    ways = {"dense": nullcontext, "patched": patched}
     found: dict[str, list[Times]] = {name: [] for name in ways}
     begin, rounds = _now(model), 0
     while rounds < FEWEST_ROUNDS or (rounds < _MOST_ROUNDS and _now(model) - begin < _ENOUGH_SECONDS):
@@ -63,20 +64,21 @@ def in_turn(
                 found[name].append(_time(model, given))
             done(name)
         rounds += 1
-    dense, other = (
-        Times(min(each.first_token_seconds for each in times), max(each.tokens_per_second for each in times))
-        for times in found.values()
-    )
-    return dense, other, rounds
+    best = {
+        name: Times(min(each.first_token_seconds for each in times), max(each.tokens_per_second for each in times))
+        for name, times in found.items()
+    }
+    return best, rounds
 
 
+@torch.no_grad()
 def _time(model: Any, given: Sequence[int]) -> Times:
     begin = _now(model)
     first, cache = write(model, given, None, 1)
-    seconds = _now(model) - begin
-    warm, cache = write(model, first, cache, _WARM_STEPS)
+    seconds, tokens = _now(model) - begin, [*given, *first]
+    tokens += generate_plainly(model, tokens, cache, _WARM_STEPS)
     begin = _now(model)
-    write(model, warm[-1:], cache, _STEPS)
+    generate_plainly(model, tokens, cache, _STEPS)
     return Times(seconds, _STEPS / (_now(model) - begin))
 
 

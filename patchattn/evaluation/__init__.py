@@ -3,7 +3,7 @@
 from patchattn.evaluation.cells import Cell
 from patchattn.evaluation.documents import DocumentError
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.policies import named_policy
+from patchattn.evaluation.policies import Drafts, named_policy
 from patchattn.evaluation.results import Evaluation
 from patchattn.evaluation.runner import evaluate
 from patchattn.evaluation.sample import Sample
@@ -14,6 +14,7 @@ __all__ = [
     "TASKS",
     "Cell",
     "DocumentError",
+    "Drafts",
     "Evaluation",
     "Material",
     "Sample",

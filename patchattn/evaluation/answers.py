@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from patchattn.evaluation.documents import Document
 from patchattn.evaluation.loss import losses_of
 from patchattn.evaluation.sample import Sample
 from patchattn.hf.architecture import cache_of, with_cache
+from patchattn.hf.drafting import generate_plainly
 from patchattn.hf.weights import input_device
 
 
@@ -38,7 +39,7 @@ def write(
     """
     found: list[int] = []
     for _ in range(count):
-        logits, cache = _step(model, given, cache)
+        logits, cache = step(model, given, cache)
         found.append(int(logits.argmax(-1)))
         given = found[-1:]
         if found[-1] in stop:
@@ -46,8 +47,12 @@ def write(
     return found, cache
 
 
-def _step(model: Any, given: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
-    """Read tokens after those in the cache; returns what is predicted next, [1, vocabulary], and the cache."""
+@torch.no_grad()
+def step(model: Any, given: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+    """Read tokens after those in the cache, None for a new one; returns what is predicted next and the cache.
+
+    The predictions are [1, vocabulary] logits.
+    """
     tokens = torch.tensor([list(given)], device=input_device(model))
     result = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
     return result.logits[:, -1], cache_of(result)
@@ -63,31 +68,46 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return found
 
 
+class Answered(NamedTuple):
+    """How a model answers a question.
+
+    Args:
+        score: The score of what was written, 0 to 1.
+        predicted: What the model predicts for each token of the right answer, given the true ones before it: [target,
+            vocabulary] logits.
+        written: What was written.
+    """
+
+    score: float
+    predicted: Tensor
+    written: list[int]
+
+
 @torch.no_grad()
-def answered(model: Any, tokenizer: Any, sample: Sample) -> tuple[float, Tensor]:
+def answered(model: Any, tokenizer: Any, sample: Sample, *, drafts: bool = False) -> Answered:
     """Have a model write after a prompt, then read the right answer there token by token; the prompt is read once.
 
     Args:
         model: A causal language model, patched or not.
         tokenizer: Its tokenizer.
         sample: The prompt; writing stops at its budget or the end of a text.
-
-    Returns:
-        The score of what was written, 0 to 1, and what the model predicts for each token of the right answer, given the
-        true ones before it: [target, vocabulary] logits.
+        drafts: Write with the model's own `generate`, in which it drafts.
     """
-    logits, cache = _step(model, sample.prompt, None)
+    logits, cache = step(model, sample.prompt, None)
     first, predicted = int(logits.argmax(-1)), [logits]
     # A copy, because not every cache can take back what was written to it.
     forced = copy.deepcopy(cache)
     for token in sample.target[:-1]:
-        logits, forced = _step(model, [token], forced)
+        logits, forced = step(model, [token], forced)
         predicted.append(logits)
     del forced
     found, stop = [first], stop_tokens(model, tokenizer)
     if sample.budget > 1 and first not in stop:
-        found += write(model, found, cache, sample.budget - 1, stop=stop)[0]
-    return sample.score(found, tokenizer), torch.cat(predicted)
+        if drafts:
+            found += generate_plainly(model, [*sample.prompt, first], cache, sample.budget - 1, stop=stop)
+        else:
+            found += write(model, found, cache, sample.budget - 1, stop=stop)[0]
+    return Answered(sample.score(found, tokenizer), torch.cat(predicted), found)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,10 @@ class Cell:
         losses: For text loss, the mean loss of each document in equal parts by position, nats per token.
         agreements: Agreement with dense of each sample's right answer, or of each document; empty for dense.
         counts: What the gates did, by phase; empty for dense.
+        same: For each sample whether the text that was written is dense's, token for token; empty for dense.
+        level: Texts that are not, and differ first where dense attention itself is not stable; looked for with drafts.
+        drafted: Tokens that were drafted.
+        kept: Drafted tokens that dense attention kept.
         key: Names everything that the result depends on.
     """
 
@@ -83,6 +87,10 @@ class Cell:
     losses: tuple[tuple[float, ...], ...] = ()
     agreements: tuple[Agreement, ...] = ()
     counts: dict[str, PhaseCounts] = field(default_factory=dict)
+    same: tuple[bool, ...] = ()
+    level: int = 0
+    drafted: int = 0
+    kept: int = 0
     key: str = ""
 
     @property
@@ -137,4 +145,8 @@ def together(cells: Sequence[Cell]) -> Cell:
         losses=reduce(add, (cell.losses for cell in cells)),
         agreements=reduce(add, (cell.agreements for cell in cells)),
         counts={phase: reduce(add, (cell.counts[phase] for cell in cells)) for phase in first.counts},
+        same=reduce(add, (cell.same for cell in cells)),
+        level=sum(cell.level for cell in cells),
+        drafted=sum(cell.drafted for cell in cells),
+        kept=sum(cell.kept for cell in cells),
     )

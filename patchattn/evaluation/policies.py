@@ -12,16 +12,53 @@ from patchattn.calibration.calibration import Calibration
 from patchattn.calibration.price_table import with_prices
 from patchattn.errors import PolicyError
 from patchattn.evaluation.documents import check_longest
+from patchattn.evaluation.drafted import DRAFT
 from patchattn.evaluation.tasks import TASKS
-from patchattn.gates import Gate, MomentGate, OracleGate, StaticGate
-from patchattn.gates.thresholds import KLTarget, OpenFractionTarget, Target
-from patchattn.hf.patching import patch
+from patchattn.gates import ClosedGate, Gate, MomentGate, OracleGate, StaticGate
+from patchattn.gates.thresholds import Frozen, KLTarget, OpenFractionTarget, Target
+from patchattn.hf.drafting import draft
+from patchattn.hf.patching import PatchHandle, patch
 from patchattn.hf.weights import input_device
 from patchattn.moments.gaussian import Estimate
 from patchattn.policy import DEFAULT_WINDOW, Policy
 
 DENSE = "dense"
 """The model as it came; always measured, as what all others are compared with."""
+
+DRAFTS = "drafts"
+"""Heads that draft what dense attention verifies: `drafts`, `drafts:0.6`."""
+
+
+class Drafts(Frozen):
+    """Heads draft under a policy, and dense attention verifies: measured with `patchattn.draft`, not `patch`.
+
+    Args:
+        policy: What the heads do in a draft.
+        tokens: Tokens of each draft. Always so many, so that what is found depends on no clock.
+    """
+
+    policy: Policy
+    tokens: int = DRAFT
+
+
+def gated_by(found: Policy | Drafts) -> Policy:
+    """Return the policy of the gates."""
+    return found.policy if isinstance(found, Drafts) else found
+
+
+def resolved_by(found: Policy | Drafts, policy: Policy) -> Policy | Drafts:
+    """Put a policy whose `"auto"` is resolved in place of the one of the gates."""
+    return found.model_copy(update={"policy": policy}) if isinstance(found, Drafts) else policy
+
+
+def patched_by(
+    model: Any, policy: Policy | Drafts, *, calibration: Calibration | None = None, backend: str = "auto"
+) -> PatchHandle:
+    """Patch a model with a policy, or make it draft."""
+    if isinstance(policy, Drafts):
+        return draft(model, policy.policy, calibration=calibration, backend=backend, tokens=policy.tokens)
+    return patch(model, policy, calibration=calibration, backend=backend)
+
 
 _KINDS = {gate.model_fields["kind"].default: gate for gate in get_args(get_args(Gate)[0])}
 _ESTIMATES = get_args(Estimate)
@@ -36,7 +73,7 @@ _TARGETS: dict[str, Callable[[float], Target]] = {
 }
 _OF_CALIBRATION = ("static-price", *_TARGETS, "calibrated")
 
-NAMES = (DENSE, *_GATES, TRANSFER, *_OF_CALIBRATION)
+NAMES = (DENSE, *_GATES, TRANSFER, *_OF_CALIBRATION, DRAFTS)
 """Short names; every kind of gate and every estimate is one. docs/how-to/evaluate-your-model.md says what they mean."""
 
 _STATIC_SHARE = 0.25
@@ -72,13 +109,14 @@ def transfer_task(name: str) -> str | None:
 
 def named_policy(
     name: str, base: Policy, *, calibration: Calibration | None = None, ranked_heads: RankedHeads | None = None
-) -> Policy | None:
+) -> Policy | Drafts | None:
     """Return the policy that a short name stands for; None for `dense`.
 
     Args:
         name: One of `NAMES`. A colon and a number in (0, 1) may follow where a gate has a threshold; for `static` it is
             the share of the heads that are open. `static-transfer` needs a task first, as in `static-transfer:kv:0.3`.
             `kl` and `budget` need one: nats per token and the share of open pairs that a calibration is asked for.
+            `drafts` are of closed heads, with a number of heads that open at this threshold.
         base: Sink, window, break-even, layers and phases.
         calibration: Brings the policy of `calibrated`, thresholds for `kl` and `budget`, and the ranking of heads for
             `static` and `static-price`.
@@ -103,7 +141,9 @@ def named_policy(
             )
     gate = _GATES.get(kind) if task is None else StaticGate
     takes_number = (
-        kind in _OF_CALIBRATION[:-1] if gate is None else gate is StaticGate or "threshold" in gate.model_fields
+        kind in (*_OF_CALIBRATION[:-1], DRAFTS)
+        if gate is None
+        else gate is StaticGate or "threshold" in gate.model_fields
     )
     if kind not in NAMES or (setting and not takes_number):
         raise PolicyError(
@@ -119,6 +159,9 @@ def named_policy(
         raise PolicyError(f"The policy {name!r} has no number in (0, 1).", fix=f"Give one, as in {example}.")
     if kind == DENSE:
         return None
+    if kind == DRAFTS:
+        drafting = ClosedGate() if number is None else MomentGate(threshold=number)
+        return Drafts(policy=base.model_copy(update={"gate": drafting, "phases": frozenset({"decode"})}))
     if gate is None:
         return _of_calibration(kind, number, base, calibration)
     settings: dict[str, Any] = {} if number is None else {"threshold": number}

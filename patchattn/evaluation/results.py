@@ -14,11 +14,11 @@ from patchattn.errors import ReportError
 from patchattn.evaluation.cells import Cell, PhaseCounts, together
 from patchattn.evaluation.page import escaped, number, table
 from patchattn.evaluation.picture import Panel, save_picture
-from patchattn.evaluation.policies import DENSE
+from patchattn.evaluation.policies import DENSE, Drafts
 from patchattn.evaluation.rows import csv_text as csv_of_rows
 from patchattn.evaluation.statistics import Interval
 from patchattn.evaluation.summary import Summary, summarize
-from patchattn.evaluation.table import MEANINGS, Row, rows
+from patchattn.evaluation.table import DRAFTS_MEAN, MEANINGS, Row, rows
 from patchattn.evaluation.tasks import TEXT_LOSS
 from patchattn.policy import PHASES, Phase, Policy
 from patchattn.writing import made, write_text
@@ -32,7 +32,7 @@ class Evaluation:
         model: Name of the model.
         tasks: Tasks in the order of the table, `"text"` among them if text loss was measured.
         lengths: Lengths in tokens.
-        policies: Policies by name, every `"auto"` resolved; None for dense, which is the first.
+        policies: Policies and drafts by name, every `"auto"` resolved; None for dense, which is the first.
         backend: Backend that computed the patched runs.
         samples: Samples of each task and seed.
         seeds: What everything random followed from.
@@ -43,7 +43,7 @@ class Evaluation:
     model: str
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    policies: dict[str, Policy | None]
+    policies: dict[str, Policy | Drafts | None]
     backend: str
     samples: int
     seeds: tuple[int, ...]
@@ -70,7 +70,8 @@ class Evaluation:
     def rows(self, length: int) -> Iterator[Row]:
         """Yield the rows of the table at one length: what is shown, and a text for each policy."""
         cells = [{task: self.cell(policy, task, length) for task in self.tasks} for policy in self.policies]
-        return rows(self.tasks, cells, [self.summary(policy, length) for policy in self.policies])
+        summaries = [self.summary(policy, length) for policy in self.policies]
+        return rows(self.tasks, cells, summaries, drafts=any(isinstance(it, Drafts) for it in self.policies.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; `summary` holds the numbers of the table, None where there is none."""
@@ -126,7 +127,9 @@ class Evaluation:
 def about(found: Evaluation) -> list[str]:
     """Say what the rows mean."""
     seeds = f"seed{'s' * (len(found.seeds) > 1)} {', '.join(map(str, found.seeds))}"
-    return [f"{found.samples} samples of each task, {seeds}, backend {found.backend}.", *MEANINGS]
+    drafts = [it for it in found.policies.values() if isinstance(it, Drafts)]
+    of_drafts = [DRAFTS_MEAN.format(drafts[0].tokens)] if drafts else []
+    return [f"{found.samples} samples of each task, {seeds}, backend {found.backend}.", *MEANINGS, *of_drafts]
 
 
 def markdown(found: Evaluation) -> str:
@@ -162,6 +165,8 @@ def csv_text(found: Evaluation) -> str:
             **_three("loss_change", alone.loss_change),
             **_three("agreement", close and close.top1),
             **_three("kl", close and close.kl),
+            "same_text": sum(cell.same) / len(cell.same) if cell.same else None,
+            "drafts_kept": cell.kept / cell.drafted if cell.drafted else None,
             **alone.shares(),
         }
 
@@ -179,6 +184,12 @@ def never_asked(found: Evaluation) -> list[str]:
     for name, policy in found.policies.items():
         for length in found.lengths:
             if policy is None or any(found.counts(name, length, phase).asked_pairs for phase in PHASES):
+                continue
+            if isinstance(policy, Drafts):
+                notes.append(
+                    f"{name} at {length:,} tokens: nothing was drafted, as no answer of two tokens or more was written "
+                    f"beyond sink {policy.policy.sink_size} and window {policy.policy.window_size}."
+                )
                 continue
             fewest = min(map(policy.break_even, policy.phases))
             enough = f"{fewest} keys" if fewest else "keys"

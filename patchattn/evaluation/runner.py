@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +22,16 @@ from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.answers import answered
 from patchattn.evaluation.cells import Cell, PhaseCounts
 from patchattn.evaluation.documents import DocumentError, check_longest
+from patchattn.evaluation.drafted import is_level
 from patchattn.evaluation.loss import by_position, losses_and_logits
 from patchattn.evaluation.material import Material
-from patchattn.evaluation.policies import DENSE
+from patchattn.evaluation.policies import DENSE, Drafts, gated_by, patched_by, resolved_by
 from patchattn.evaluation.results import Evaluation, never_asked
 from patchattn.evaluation.rows import Store
+from patchattn.evaluation.sample import Sample
 from patchattn.evaluation.tasks import TEXT_LOSS, chosen_tasks, make_sample
 from patchattn.hf.architecture import name_of
-from patchattn.hf.patching import is_patched, patch
+from patchattn.hf.patching import is_patched
 from patchattn.hf.weights import kept_buffers
 from patchattn.policy import PHASES, Policy
 from patchattn.version import VERSION
@@ -38,13 +41,13 @@ Progress = Callable[[str, int, int], None]
 
 _PLACES = 256
 # Of the checkpoint; another one does not find cells that lack what was added since.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Policy | Drafts],
     *,
     text: str,
     lengths: Sequence[int],
@@ -68,7 +71,8 @@ def evaluate(
     Args:
         model: A causal language model of transformers, not patched.
         tokenizer: Its tokenizer.
-        policies: Policies by the names they have in the table; `dense` is measured without being named.
+        policies: Policies by the names they have in the table; `dense` is measured without being named. Under `Drafts`
+            the model drafts in its own `generate`, and texts are compared with those of dense attention.
         text: Real text: haystack of some tasks, and what text loss is measured on.
         lengths: Tokens in prompt and answer together, one or more lengths.
         tasks: Names of tasks or groups, see `patchattn.evaluation.tasks`.
@@ -110,15 +114,15 @@ def evaluate(
         calibration = Calibration.from_pretrained(calibration)
     chosen = chosen_tasks(tasks)
     plan, notes = _plan(material, chosen, lengths, samples, seeds)
-    patched = partial(patch, model, calibration=calibration, backend=backend)
-    resolved: dict[str, Policy | None] = {DENSE: None}
+    patched = partial(patched_by, model, calibration=calibration, backend=backend)
+    resolved: dict[str, Policy | Drafts | None] = {DENSE: None}
     used = backend
     for policy_name, policy in policies.items():
         with patched(policy) as handle:  # What can't be patched is refused before anything is measured.
-            resolved[policy_name], used = handle.policy, handle.backend
+            resolved[policy_name], used = resolved_by(policy, handle.policy), handle.backend
     measured_on = None if calibration is None else _sha(calibration.manifest.model_dump_json())
     about = [_FORMAT, VERSION, _about_model(model), _sha(text), samples, used, measured_on, code and _sha(code)]
-    local = [policy.sink_size + policy.window_size for policy in policies.values()]
+    local = [it.sink_size + it.window_size for it in map(gated_by, policies.values())]
     store = None if checkpoint is None else Store(checkpoint, Cell)
     known = {} if store is None else {cell.key: cell for cell in store.rows()}
     total, behind = len(resolved) * sum(part.tokens for part in plan), 0
@@ -130,7 +134,7 @@ def evaluate(
             for policy_name, policy in resolved.items()
         }
         # Policies one after the other for each part, so that dense predictions of one part only are kept at a time.
-        predicted: list[Predictions] = []
+        dense = _Dense([], [])
         for policy_name, policy in resolved.items():
             what = f"{policy_name}: {part.task}, {part.length:,} tokens"
             cell = known.get(keys[policy_name])
@@ -140,10 +144,13 @@ def evaluate(
             tell(0)
             if cell is None or again:
                 with contextlib.nullcontext() if policy is None else patched(policy) as handle:
-                    answers = part.answers(model, tokenizer, material, places)
-                    found, agreements = _judged(answers, predicted, policy, tell)
+                    answers = part.answers(model, tokenizer, material, places, drafts=isinstance(policy, Drafts))
+                    found, agreements, written = _judged(answers, dense, policy, tell)
+                    texts = part.compared(model, material, written, dense.texts, policy)
                     report = None if handle is None else handle.report()
                 counts = {phase: PhaseCounts.of(report, phase) for phase in PHASES} if report else {}
+                if report is not None and report.drafts is not None:
+                    texts |= {"drafted": report.drafts.drafted, "kept": report.drafts.accepted}
                 cell = cell or Cell(
                     policy_name,
                     part.task,
@@ -152,6 +159,7 @@ def evaluate(
                     **{"losses" if part.task == TEXT_LOSS else "scores": found},
                     agreements=agreements,
                     counts=counts,
+                    **texts,
                     key=keys[policy_name],
                 )
                 if store is not None and not again:
@@ -185,24 +193,45 @@ class _Part:
     def tokens(self) -> int:
         return self.samples * self.length
 
-    def about(self, policy: Policy | None, places: Sequence[int]) -> list[Any]:
+    def about(self, policy: Policy | Drafts | None, places: Sequence[int]) -> list[Any]:
         """Tell policies apart, and for a text where they are compared with dense."""
         if policy is None:
             return [None]
         return [policy.model_dump(mode="json"), places[0] if self.task == TEXT_LOSS else None]
 
     def answers(
-        self, model: Any, tokenizer: Any, material: Material, places: Sequence[int]
-    ) -> Iterator[tuple[Any, Tensor]]:
-        """Yield what each sample gives: a score, or the losses of a stretch of text by position; and predictions."""
+        self, model: Any, tokenizer: Any, material: Material, places: Sequence[int], *, drafts: bool
+    ) -> Iterator[tuple[Any, Tensor, list[int]]]:
+        """Yield what each sample gives: a score, or the losses of a stretch of text; predictions; and a text."""
         if self.task == TEXT_LOSS:
             for tokens in material.stretches(self.length, self.samples):
                 losses, logits, _ = losses_and_logits(model, tokens, places)
-                yield tuple(by_position(losses)), logits
+                yield tuple(by_position(losses)), logits, []
         else:
             for at in range(self.samples):
-                sample = make_sample(self.task, material, length=self.length, seed=f"{self.seed}/{at}")
-                yield answered(model, tokenizer, sample)
+                yield answered(model, tokenizer, self.sample(material, at), drafts=drafts)
+
+    def sample(self, material: Material, at: int) -> Sample:
+        """Make one of the prompts."""
+        return make_sample(self.task, material, length=self.length, seed=f"{self.seed}/{at}")
+
+    def compared(
+        self,
+        model: Any,
+        material: Material,
+        texts: Sequence[list[int]],
+        dense: Sequence[list[int]],
+        policy: Policy | Drafts | None,
+    ) -> dict[str, Any]:
+        """Compare texts with those of dense attention; the model is dense, or drafts, so that it is in these calls."""
+        if policy is None or self.task == TEXT_LOSS:
+            return {}
+        same = tuple(map(operator.eq, texts, dense))
+        if not isinstance(policy, Drafts):
+            return {"same": same}
+        others = (at for at, is_same in enumerate(same) if not is_same)
+        level = sum(is_level(model, self.sample(material, at).prompt, None, dense[at], texts[at]) for at in others)
+        return {"same": same, "level": level}
 
 
 def _places(length: int, local: Sequence[int]) -> list[int]:
@@ -213,7 +242,7 @@ def _places(length: int, local: Sequence[int]) -> list[int]:
 
 
 def _check(
-    model: Any, policies: Mapping[str, Policy], lengths: Sequence[int], samples: int, seeds: Sequence[int]
+    model: Any, policies: Mapping[str, Policy | Drafts], lengths: Sequence[int], samples: int, seeds: Sequence[int]
 ) -> None:
     """Refuse what can't be measured."""
     if not policies or DENSE in policies:
@@ -270,19 +299,32 @@ def _tell(progress: Progress | None, what: str, behind: int, length: int, total:
         progress(what, behind + samples * length, total)
 
 
+@dataclass(frozen=True)
+class _Dense:
+    """What dense attention predicts for each sample of a part, and writes."""
+
+    predicted: list[Predictions]
+    texts: list[list[int]]
+
+
 def _judged(
-    answers: Iterator[tuple[Any, Tensor]], dense: list[Predictions], policy: Policy | None, tell: Callable[[int], None]
-) -> tuple[tuple[Any, ...], tuple[Agreement, ...]]:
+    answers: Iterator[tuple[Any, Tensor, list[int]]],
+    dense: _Dense,
+    policy: Policy | Drafts | None,
+    tell: Callable[[int], None],
+) -> tuple[tuple[Any, ...], tuple[Agreement, ...], list[list[int]]]:
     """Measure the samples of a part: what dense predicts is added to `dense`, what others do is compared with it."""
-    found, agreements = [], []
-    for answer, logits in answers:
+    found, agreements, texts = [], [], []
+    for answer, logits, written in answers:
         if policy is None:
-            dense.append(Predictions.of(logits))
+            dense.predicted.append(Predictions.of(logits))
+            dense.texts.append(written)
         else:
-            agreements.append(dense[len(found)].agreement(logits))
+            agreements.append(dense.predicted[len(found)].agreement(logits))
         found.append(answer)
+        texts.append(written)
         tell(len(found))
-    return tuple(found), tuple(agreements)
+    return tuple(found), tuple(agreements), texts
 
 
 def _sha(text: str) -> str:

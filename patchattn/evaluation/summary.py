@@ -57,6 +57,11 @@ class Summary:
         text: Agreement over the text; None for dense.
         answers: Agreement over the tokens of the right answers; None for dense.
         counts: What the gates did over all tasks, by phase.
+        texts: Texts that were compared with dense's; 0 for dense.
+        same: Those of them that are dense's, token for token.
+        level: Those that are not, and differ first where dense attention itself is not stable; for drafts.
+        drafted: Tokens that were drafted.
+        kept: Drafted tokens that dense attention kept.
     """
 
     policy: str
@@ -71,6 +76,11 @@ class Summary:
     text: Closeness | None
     answers: Closeness | None
     counts: dict[str, PhaseCounts]
+    texts: int
+    same: int
+    level: int
+    drafted: int
+    kept: int
 
     def shares(self) -> dict[str, float | None]:
         """Open fraction and density of each phase by name; None where they are not known."""
@@ -123,6 +133,11 @@ def summarize(policy: str, length: int, cells: Sequence[Cell], dense: Sequence[C
         counts={
             phase: sum((cell.counts.get(phase, PhaseCounts()) for cell in cells), PhaseCounts()) for phase in PHASES
         },
+        texts=sum(len(cell.same) for cell in cells),
+        same=sum(sum(cell.same) for cell in cells),
+        level=sum(cell.level for cell in cells),
+        drafted=sum(cell.drafted for cell in cells),
+        kept=sum(cell.kept for cell in cells),
     )
 
 

@@ -10,6 +10,7 @@ from patchattn.evaluation.statistics import Interval
 from patchattn.evaluation.summary import Closeness, Summary
 from patchattn.evaluation.tasks import TEXT_LOSS
 from patchattn.policy import PHASES
+from patchattn.report.counts import ratio
 
 _NOTHING = "-"
 
@@ -27,9 +28,20 @@ MEANINGS = (
 )
 """What the rows say."""
 
+DRAFTS_MEAN = (
+    "Same text: answers written token for token as dense attention writes them; level are others, of drafts, that part "
+    "from it where its two best tokens lie no further apart than rounding moves them when it reads several tokens at "
+    "once. Drafts: {} tokens each, all verified; kept are those that dense attention would have written."
+)
+"""What the rows say that are there for drafts only."""
+
 
 def rows(
-    tasks: Sequence[str], cells: Sequence[Mapping[str, Cell | None]], summaries: Sequence[Summary]
+    tasks: Sequence[str],
+    cells: Sequence[Mapping[str, Cell | None]],
+    summaries: Sequence[Summary],
+    *,
+    drafts: bool,
 ) -> Iterator[Row]:
     """Yield the rows.
 
@@ -37,6 +49,7 @@ def rows(
         tasks: Tasks in the order of the table.
         cells: For each policy its cell of each task, None for none.
         summaries: What each policy's cells add up to.
+        drafts: Whether to say what became of drafts.
     """
     asked = [task for task in tasks if task != TEXT_LOSS]
     for task in asked:
@@ -54,6 +67,9 @@ def rows(
         yield row("worst drop", lambda it: _signed(it.worst_drop))
         yield row("answer agreement", lambda it: _share(it.answers))
         yield row("answer KL", lambda it: _nats(it.answers))
+        if drafts:
+            yield row("same text", _same)
+            yield row("drafts kept", lambda it: number(ratio(it.kept, it.drafted), ".1%", unknown=_NOTHING))
     if TEXT_LOSS in tasks:
         yield row("text loss", lambda it: number(it.text_loss, ".4f", unknown=_NOTHING))
         yield row("loss change", lambda it: _signed(it.loss_change, "+", "%"))
@@ -70,6 +86,11 @@ def _score(cell: Cell | None) -> str:
     return _NOTHING if cell is None else with_interval(Interval(cell.score, *cell.interval), ".2f")
 
 
+def _same(found: Summary) -> str:
+    level = f" + {found.level} level" if found.level else ""
+    return f"{found.same}/{found.texts}{level}" if found.texts else _NOTHING
+
+
 def _signed(found: Interval | None, plus: str = "", unit: str = "") -> str:
     """Write in hundredths what can be below zero."""
     return _NOTHING if found is None else _interval([100 * end for end in found], plus, ".1f", unit, between=", ")
@@ -80,7 +101,10 @@ def _share(found: Closeness | None) -> str:
 
 
 def _nats(found: Closeness | None) -> str:
-    return _NOTHING if found is None else _interval(found.kl, "", ".3f", "", between="-")
+    # Predictions are kept in half precision, so that a KL of nothing can come out a little below zero.
+    return (
+        _NOTHING if found is None else _interval([round(end, 3) + 0.0 for end in found.kl], "", ".3f", "", between="-")
+    )
 
 
 def _interval(ends: Sequence[float], plus: str, how: str, unit: str, *, between: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from patchattn.calibration.calibration import Calibration
 from patchattn.errors import PolicyError, UnsupportedModelError
 from patchattn.gates import ClosedGate
-from patchattn.hf.architecture import text_config, underlying
+from patchattn.hf.architecture import text_config, underlying, with_cache
 from patchattn.hf.candidates import Drafting, Prefill
 from patchattn.hf.patching import PatchHandle, patch
+from patchattn.hf.weights import input_device
 from patchattn.policy import Policy
 
 _MOST_TOKENS = 64
@@ -86,6 +88,37 @@ def draft(
     for state in handle.states.values():
         state.drafting = drafting
     return handle
+
+
+def generate_plainly(
+    model: Any, tokens: Sequence[int], cache: Any, count: int, *, stop: Collection[int] = ()
+) -> list[int]:
+    """Write greedily with the `generate` of a model, and with none of its generation settings.
+
+    Args:
+        model: A causal language model, drafting or not.
+        tokens: The whole text so far.
+        cache: The cache of some first tokens of it; it is filled. None for a new one.
+        count: Most tokens to write; at least 1.
+        stop: Token ids after which to stop.
+
+    Returns:
+        What was written.
+    """
+    from transformers import GenerationConfig
+
+    ids, model = torch.tensor([list(tokens)], device=input_device(model)), underlying(model)
+    settings = model.generation_config
+    ends = sorted(stop)
+    # What a configuration leaves open, `generate` takes from the one of the model.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=count, eos_token_id=ends or None, pad_token_id=ends[0] if ends else None
+    )
+    try:
+        asked = {} if cache is None else with_cache(model, cache)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = settings
 
 
 def _check(handle: PatchHandle, prefill: Prefill) -> None:

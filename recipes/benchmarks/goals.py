@@ -45,11 +45,13 @@ DRAFTING = {
     "cache": "{}",
     "tokens/s": "{:.1f}",
     "speed-up": "{:.2f}x",
+    "of cache": "{:.2f}x",
     "of open": "{:.2f}x",
     "kept": "{:.0%}",
     "a round": "{:.1f}",
     "drafted": "{:.0%}",
     "same": "{:.0%}",
+    "memory": "{:+.1%}",
 }
 """Columns that are shown of two benchmarks, and how numbers are written there."""
 
@@ -76,6 +78,7 @@ def main() -> None:
         compiling=_compiling(_rows(found, "compile")),
         serving=_beside_stock(found, "serving", SERVING),
         drafting=_beside_stock(found, "drafting", DRAFTING),
+        drafted_texts=_drafted_texts(found),
         commands="\n".join(f"- `{file['command']}`" for file in found),
     )
     options.pages.with_suffix(".md").write_text(page, encoding="utf-8")
@@ -141,9 +144,24 @@ def _beside_stock(found: Found, benchmark: str, columns: dict[str, str]) -> str:
     for file in found:
         if file["benchmark"] == benchmark:
             page = f"benchmarks/{file['stem']}"
-            lines = [[_written(row[name], form) for name, form in columns.items()] for row in file["rows"]]
+            lines = [[_written(row.get(name), form) for name, form in columns.items()] for row in file["rows"]]
             parts += [f"![{file['title']}]({page}.png)", f"[All columns]({page}.md).", table(list(columns), lines)]
     return "\n\n".join(parts) or "*Not measured.*"
+
+
+def _drafted_texts(found: Found) -> str:
+    """Show how many texts of drafts are those of dense attention."""
+    parts = []
+    for file in found:
+        if file["benchmark"].startswith("drafted_text"):
+            columns = list(file["rows"][0])
+            lines = [[_short(row[name]) for name in columns] for row in file["rows"]]
+            parts += [f"{file['title']}, [how](benchmarks/{file['stem']}.md):", table(columns, lines)]
+    return "\n\n".join(parts) or "*Not measured.*"
+
+
+def _short(content: Any) -> str:
+    return f"{content:.3g}" if isinstance(content, float) else f"{content:,}" if isinstance(content, int) else content
 
 
 def _written(content: Any, form: str) -> str:

@@ -26,6 +26,7 @@ TINY = {
     "report_recording": "overhead recording --lengths 700 --window 64 --steps 2",
     "whole_model": "model --lengths 40 80 --steps 2 --window 16 --dtypes bf16",
     "drafting": "drafting --lengths 150 --new 6 --window 64 --dtype fp32",
+    "drafted_text": "drafted_text --count 2 --longest 600 --new 6",
     "serving": "serving --loads 2x300 --new 4 --window 64 --batch-tokens 128 256",
     "compile": "compile --lengths 40 --steps 2 --compiler eager",
 }
@@ -58,7 +59,11 @@ def test_a_benchmark_writes_numbers_table_and_picture(
     assert {"torch", "device", "threads"} <= set(found["environment"])
     assert str(Path.home()) not in json.dumps(found["environment"])
     assert (tmp_path / f"{name}.md").read_text().count("\n|") == len(found["rows"]) + 2
-    assert (tmp_path / f"{name}.png").exists() == (name != "compile")
+    assert (tmp_path / f"{name}.png").exists() == (name not in ("compile", "drafted_text"))
+    if name == "drafted_text":
+        assert [(row["same"], row["lost"]) for row in found["rows"]] == [(2, 0), (2, 0)]
+    if name == "drafting":
+        assert all(math.isnan(row["memory"] or math.nan) or abs(row["memory"]) < 1 for row in found["rows"])
 
 
 @pytest.mark.parametrize("what", ["dense", "gated", "gate"])

@@ -49,10 +49,11 @@ def test_a_chat_model_is_asked_in_its_template_about_prose(tmp_path: Path) -> No
     assert "pydoc_data.topics" in result.stdout
     assert "answers only 0 of 2: these questions do not measure this model" in " ".join(result.stdout.split())
     lines = result.stdout.splitlines()
-    table = lines[next(at for at, line in enumerate(lines) if line.startswith(" measured")) :][:11]
+    table = lines[next(at for at, line in enumerate(lines) if line.startswith(" measured")) :][:13]
     assert max(len(line.rstrip()) for line in table) < 80
     for row in ("agreement with dense, text / answers", "KL to dense (nats), text / answers"):
         assert any(line.strip().startswith(row) for line in table)
+    assert any(line.startswith(" texts equal to dense") and line.rstrip().endswith("/2") for line in table)
     times = [line for line in table if "time to first token" in line or "tokens per second" in line]
     assert len(times) == 2
     assert all(line.rstrip().endswith("x)") for line in times)

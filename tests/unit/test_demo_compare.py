@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from patchattn.demo.compare import compare, look
 from patchattn.demo.questions import make_quiz
 from patchattn.evaluation.answers import write
 from patchattn.gates import ClosedGate, OpenGate
+from patchattn.hf.candidates import Drafting
 from patchattn.hf.patching import is_patched, patch
 from patchattn.policy import Policy
 from patchattn.testing import tiny_model
@@ -23,6 +25,11 @@ from patchattn.testing import tiny_model
 CHAT = "<u>{{ messages[0]['content'] }}</u><a>"
 PROSE = "\n".join(f"Line {number} of a long story in which nothing happens to anybody." for number in range(200))
 SMALL = {"length": 512, "questions": 3}
+
+
+@pytest.fixture(autouse=True)
+def two_rounds_of_timing(monkeypatch):
+    monkeypatch.setattr(timing, "_ENOUGH_SECONDS", 0)
 
 
 def tokenizer_with(template):
@@ -100,6 +107,29 @@ def test_open_gates_agree_and_closed_ones_do_not(template):
     assert timeline.phases.count("decode") == closed.agreement["answers"].tokens
 
 
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_drafts_write_what_dense_attention_writes(template):
+    found = compare(made_up(), tokenizer_with(template), PROSE, Policy(window_size=32, min_bulk=0), **SMALL)
+    drafts = found.drafts
+    assert (drafts.same, drafts.texts, drafts.level, drafts.right) == (3, 3, 0, found.dense.right)
+    assert 0 < drafts.drafted
+    assert 0 < drafts.realised_density < 0.5
+    assert found.to_dict()["drafts"]["same"] == 3
+
+
+def test_texts_of_drafts_that_are_verified_by_gates_are_others(monkeypatch):
+    monkeypatch.setattr(Drafting, "is_on", property(lambda self: True, lambda self, on: None), raising=False)
+    found = compare(made_up(), tokenizer_with(CHAT), PROSE, Policy(window_size=8, min_bulk=0), **SMALL)
+    assert found.drafts.same + found.drafts.level < 3
+
+
+def test_a_model_that_cannot_draft_is_compared_without():
+    found = compare(made_up("minimax"), tokenizer_with(CHAT), PROSE, Policy(window_size=32, min_bulk=0), **SMALL)
+    assert found.drafts is None
+    assert "recurrent layers" in found.no_drafts
+    assert found.to_dict()["drafts"] is None
+
+
 def test_a_model_that_answers_nothing_is_said_not_to_be_measured():
     found = compare(made_up(), tokenizer_with(CHAT), PROSE, Policy(window_size=32, min_bulk=0), **SMALL)
     assert found.dense.right == 0
@@ -126,13 +156,12 @@ def test_dense_and_patched_are_timed_in_turn_and_the_best_round_counts(monkeypat
     monkeypatch.setattr(timing, "_time", time_once)
     done = []
     policy = Policy(window_size=32, min_bulk=0)
-    dense, patched, rounds = timing.in_turn(
-        model, lambda: patch(model, policy), range(99), longest=60, done=done.append
-    )
+    ways = {"dense": nullcontext, "patched": lambda: patch(model, policy)}
+    times, rounds = timing.in_turn(model, ways, range(99), longest=60, done=done.append)
     assert [was for was, _ in seen] == [False, True] * rounds
-    assert {count for _, count in seen} == {60 - 1 - 2 - 16}
+    assert {count for _, count in seen} == {60 - 1 - 8 - 16}
     assert done == ["dense", "patched"] * rounds
-    assert (dense, patched) == ((1.0, 1.0), (2.0, 0.5))
+    assert times == {"dense": (1.0, 1.0), "patched": (2.0, 0.5)}
     assert not is_patched(model)
 
 
@@ -141,4 +170,4 @@ def test_long_rounds_are_two(monkeypatch):
     monkeypatch.setattr(timing, "_now", lambda model: next(clock))
     monkeypatch.setattr(timing, "_time", lambda model, given: timing.Times(1.0, 1.0))
     model = made_up()
-    assert timing.in_turn(model, lambda: patch(model), range(9), longest=60, done=print)[2] == 2
+    assert timing.in_turn(model, {"dense": nullcontext}, range(9), longest=60, done=print)[1] == 2

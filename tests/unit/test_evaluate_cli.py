@@ -28,9 +28,20 @@ def test_a_table_and_its_files(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text(Policy(window_size=48, min_bulk=0, gate=MomentGate(threshold=0.2)).model_dump_json())
     out = tmp_path / "out"
-    result = run(*SMALL, "--policies", f"closed,static:0.1,{mine}", "--sink", "4", "--out", out)
+    result = run(*SMALL, "--policies", f"closed,static:0.1,{mine},drafts:0.6", "--sink", "4", "--out", out)
     assert result.exit_code == 0, result.output
-    for words in ("300 tokens", "dense", "closed", "static:0.1", "mine", "fact", "text loss", "open, decode"):
+    for words in (
+        "300 tokens",
+        "dense",
+        "closed",
+        "static:0.1",
+        "mine",
+        "fact",
+        "text loss",
+        "open, decode",
+        "drafts:0.6",
+        "same text",
+    ):
         assert words in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "cells.jsonl",
@@ -41,6 +52,9 @@ def test_a_table_and_its_files(tmp_path: Path) -> None:
     assert (found["policies"]["closed"]["window_size"], found["policies"]["closed"]["sink_size"]) == (75, 4)
     assert len(found["policies"]["static:0.1"]["gate"]["open_heads"]) == 3
     assert found["policies"]["mine"]["window_size"] == 48
+    drafts = found["policies"]["drafts:0.6"]
+    assert (drafts["policy"]["gate"]["threshold"], drafts["policy"]["phases"], drafts["tokens"]) == (0.6, ["decode"], 4)
+    assert found["summary"][-1]["same"] + found["summary"][-1]["level"] == found["summary"][-1]["texts"] == 2
     cells = (out / "cells.jsonl").read_text()
     again = run(*SMALL, "--policies", "closed", "--sink", "4", "--out", out, "--json")
     assert again.exit_code == 0, again.output

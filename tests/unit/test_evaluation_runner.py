@@ -23,6 +23,7 @@ from patchattn.errors import MissingPackageError, PatchStateError, PolicyError, 
 from patchattn.evaluation import (
     Cell,
     DocumentError,
+    Drafts,
     Evaluation,
     Material,
     evaluate,
@@ -102,11 +103,12 @@ def test_the_right_answer_is_predicted_as_in_one_reading(shipped: tuple[Any, Any
     model, tokenizer = shipped
     sample = make_sample("list", Material(TEXT, tokenizer), length=400, seed=3)
     assert len(sample.target) > 5
-    score, logits = answered(model, tokenizer, sample)
+    score, logits, written = answered(model, tokenizer, sample)
     with torch.no_grad():
         whole = model(torch.tensor([[*sample.prompt, *sample.target]])).logits[0]
     torch.testing.assert_close(logits, whole[len(sample.prompt) - 1 : -1], atol=1e-3, rtol=1e-3)
     free, _ = write(model, sample.prompt, None, sample.budget)
+    assert written == free[: len(written)]
     assert score == sample.score(free, tokenizer)
 
 
@@ -172,6 +174,37 @@ def test_a_second_run_goes_on_from_the_cells_of_the_first(
     assert renamed.cell("mine", "fact", 400).scores == evaluation.cell("closed", "fact", 400).scores
     with pytest.raises(TypeError):
         evaluate(*shipped, POLICIES, tasks=["fact"], **arguments, seed=1)
+    with pytest.raises(TypeError):
+        evaluate(*shipped, {"drafts": Drafts(policy=POLICIES["closed"])}, tasks=["fact"], **arguments)
+
+
+def test_drafts_answer_as_dense_attention_does(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"text": TEXT, "lengths": [400], "tasks": ["list"], "samples": 2}
+    policies = {"drafts": Drafts(policy=POLICIES["closed"]), "closed": POLICIES["closed"]}
+    found = evaluate(*shipped, policies, checkpoint=tmp_path / "cells.jsonl", **arguments)
+    dense, drafts, closed = (found.summary(name, 400) for name in found.policies)
+    assert (drafts.same, drafts.texts, drafts.level) == (2, 2, 0)
+    assert drafts.mean_score == dense.mean_score
+    assert 0 <= drafts.kept < drafts.drafted
+    assert drafts.answers.top1.value == 1
+    assert math.isnan(drafts.counts["prefill"].open_fraction)
+    assert drafts.counts["decode"].open_fraction == 0
+    assert closed.same < 2
+    text = markdown(found)
+    assert f"| same text | - | 2/2 | {closed.same}/2 |" in text
+    assert f"| drafts kept | - | {drafts.kept / drafts.drafted:.1%} | - |" in text
+    assert "4 tokens each, all verified" in text
+    lines = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert [line["same_text"] for line in lines if line["policy"] == "drafts"] == ["1.00000"]
+    assert not any("drafted" in note for note in found.notes)
+    again = evaluate(*shipped, policies, checkpoint=tmp_path / "cells.jsonl", **arguments)
+    assert again == found
+
+
+def test_answers_too_short_or_too_near_to_draft_are_said(shipped: tuple[Any, Any]) -> None:
+    wide = {"wide": Drafts(policy=Policy(window_size=1024, min_bulk=0))}
+    found = evaluate(*shipped, wide, text=TEXT, lengths=[300], tasks=["fact"], samples=1)
+    assert any(note.startswith("wide at 300 tokens: nothing was drafted") for note in found.notes)
 
 
 def test_cells_survive_a_run_that_was_broken_off(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ Drafts are of closed heads, of {draft} tokens each whether they pay or not, with
 Stock `generate` and the drafting one go on from copies of the same dense cache; every fifth drafting one reads its \
 prompt itself. `same` are texts equal in every token. Of the others, `level` are those where dense attention itself is \
 not stable: at the first token that differs the gap between its two best logits is no larger than the most by which \
-such a gap moves in this text when the stock model reads the same tokens {queries} at a time in place of one by one. \
+such a gap moves in this text when the stock model reads the same tokens {queries} at a time in place of one by one, \
+which is one step of the numbers that logits are kept in at least. \
 `lost` are all others. `level tokens` are those of all dense texts whose gap is that small, `gap moves` the most by \
 which one moved, in logits.\
 """

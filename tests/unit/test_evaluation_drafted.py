@@ -64,3 +64,16 @@ def test_gaps_are_those_of_the_two_best_and_hardly_move_in_double_precision(mode
     best = logits.sort(descending=True).values
     torch.testing.assert_close(gaps, (best[:, 0] - best[:, 1]).float(), atol=1e-5, rtol=1e-5)
     assert moves.max() < 1e-5
+
+
+def test_gaps_move_by_a_step_of_the_numbers_at_least() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    text = write(model, PROMPT, None, 7)[0]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([PROMPT + text[:at]])).logits[:, -1] for at in range(7)])
+        given = of_prompt(model, PROMPT[:-1]), torch.tensor([PROMPT[-1:]]), torch.tensor(text)
+        _, moves = gaps_and_moves(model, *given, logits, 3)
+    best = logits.max(1).values
+    steps = torch.nextafter(best, torch.full_like(best, torch.inf)).float() - best.float()
+    assert (moves >= steps / 2).all()  # in batches the best logit may be just below a power of two
+    assert (moves > 0).all()

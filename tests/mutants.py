@@ -233,7 +233,7 @@ MUTANTS = (
     Mutant(
         "flex_merge_swapped",
         "flex merges local and bulk results with swapped weights",
-        "backends/flex/compiled.py",
+        "backends/flex/passes.py",
         "torch.sigmoid(bulk_log_mass - log_mass), 0",
         "torch.sigmoid(log_mass - bulk_log_mass), 0",
         FLEX,

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from faked import SHARED_MEMORY
-from recorder import Compiled, compiling
+from recorder import Compiled, compiling, problems
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from patchattn.backends import flex
@@ -121,24 +120,7 @@ def wrong(case: Case, found: Compiled) -> list[str]:
     """Say what must not be."""
     queries = min(case.queries, flex.call.SLAB)
     scores = queries * case.keys if queries > 1 else case.batch * case.heads * case.keys
-    problems = [] if len(found.graphs) == 2 else [f"{len(found.graphs)} graphs, not one and one for all layers"]
-    for graph in found.graphs:
-        problems += [f"waits for the device: {what}" for what in graph.waits]
-        problems += [f"as large as queries x keys: {name}" for name, size in graph.buffers.items() if size >= scores]
-        problems += [f"{name} was not compiled" for name in graph.kernels if name not in found.kernels]
-    *shared, layer = found.graphs
-    once = sum(graph.n_launches + graph.n_pins for graph in shared)
-    problems += [f"{once} launches and pins for all layers, over {SHARED}"] if once > SHARED else []
-    if (layer.n_launches, layer.n_pins) != (case.launches, case.pins):
-        problems.append(f"{layer.n_launches} launches and {layer.n_pins} pins, not {case.launches} and {case.pins}")
-    for name, configurations in found.kernels.items():
-        # Where there are several, autotuning takes one that fits.
-        shared, spilled = (min(getattr(c, what) for c in configurations) for what in ("shared", "spilled"))
-        if shared > SHARED_MEMORY:
-            problems.append(f"{shared} bytes of shared memory in {name}")
-        if spilled > case.most_spilled:
-            problems.append(f"{spilled} bytes spilled in {name}")
-    return problems
+    return problems(found, case, largest=scores, once=SHARED)
 
 
 def test_the_check_can_fail():

@@ -74,6 +74,11 @@ class PageTable:
         return self._found[what]  # pyright: ignore[reportReturnType]
 
     @property
+    def of_step(self) -> Tensor:
+        """Which rows of the step they are, [rows] int64."""
+        return self.numbers[0, : len(self.rows)]
+
+    @property
     def counts(self) -> Counts:
         """What a report needs to know of the rows that are asked."""
         asked = [one.length for one in self.rows if one.is_asked]
@@ -121,6 +126,6 @@ class TableInputs:
 
     def without_keys(self) -> AttentionInputs:
         """Return the call for gates, see `patchattn.call.paged.without_keys`; without the rows that fill up."""
-        query = self.query[0].index_select(1, self.table.numbers[0, : len(self.table.rows)]).transpose(0, 1)
+        query = self.query[0].index_select(1, self.table.of_step).transpose(0, 1)
         rest = self.scale, self.softcap, self.sink_logits
         return without_keys(query.unsqueeze(2), self.store, self.table.regions, *rest)

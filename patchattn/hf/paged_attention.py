@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
-from patchattn.call.page_table import TableInputs, TableRow
+from patchattn.call.page_table import PageTable, TableInputs, TableRow
 from patchattn.call.regions import Counts
 from patchattn.gates.base import Known
 from patchattn.hf.cache import chunks_kept, load_moments, store_moments, why_rebuilt
@@ -48,13 +48,15 @@ def attend_pages(
     Returns:
         [1, rows, heads, value_dim].
     """
+    listed = [(sequence, _row(state, pages, sequence)) for sequence in pages.step.sequences]
+    together = [row for _, row in listed if row is not None]
+    by_table = None
+    if together and state.by_table is not None:
+        by_table = _attend_by_table(state, query, pages, rest, together, positions, hidden)
+        if len(together) == query.shape[2]:
+            return by_table.unsqueeze(0)
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    together: list[Row] = []
-    for sequence in pages.step.sequences:
-        row = _row(state, pages, sequence)
-        if row is not None:
-            together.append(row)
-            continue
+    for sequence in (sequence for sequence, row in listed if row is None):
         rows, regions = sequence.rows, sequence.regions(state.policy, query.device)
         inputs = AttentionInputs(query[:, :, rows], *pages.read(sequence, key, value), regions, *rest)
         of_rows = (None if x is None else x[:, rows] for x in (positions, hidden))
@@ -63,15 +65,11 @@ def attend_pages(
             asked = int(regions.host_counts.n_asked) * attended.open.shape[1]
             pages.step.count([sequence], sequence.phase, asked, attended.open)
         output[:, rows] = found.transpose(1, 2)
-    if together and state.by_table is not None:
-        found = _attend_by_table(state, query, pages, rest, together, positions, hidden)
-        if len(together) == query.shape[2]:
-            return found.unsqueeze(0)
-        output[0, _picked(together, query.device)] = found
-    elif together:
-        for reason, rows in _apart(together).items():
-            found = _attend_rows(state, query, pages, rest, reason[0], rows, positions, hidden)
-            output[0, _picked(rows, query.device)] = found
+    if by_table is not None:
+        return output.index_copy_(1, _table(state, pages, together).of_step, by_table.unsqueeze(0))
+    for (reason, _), rows in _apart(together).items():
+        found = _attend_rows(state, query, pages, rest, reason, rows, positions, hidden)
+        output[0, _picked(rows, query.device)] = found
     return output
 
 
@@ -182,8 +180,7 @@ def _attend_by_table(
 ) -> Tensor:
     """Attend rows, asked and dense ones, [rows, heads, value_dim]; see `attend_pages`."""
     assert state.by_table is not None
-    told = [TableRow(each.begin, each.first_key, each.keys, reason is None) for each, reason, _ in rows]
-    table, gate = pages.step.table(told, pages, state.policy), state.policy.gate
+    table, gate = _table(state, pages, rows), state.policy.gate
     asked = [row for row in rows if row.reason is None]
     known = Known(state.layer)
     if asked:
@@ -196,6 +193,12 @@ def _attend_by_table(
     if asked:
         _count(state, pages, asked, table.counts, table.asked(attended))
     return attended.output[:, :, 0]
+
+
+def _table(state: LayerState, pages: LayerPages, rows: list[Row]) -> PageTable:
+    """Return where the keys of rows are, on the device."""
+    told = [TableRow(each.begin, each.first_key, each.keys, reason is None) for each, reason, _ in rows]
+    return pages.step.table(told, pages, state.policy)
 
 
 def _known(

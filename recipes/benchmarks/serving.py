@@ -41,8 +41,8 @@ requests after each has its first. Speed-ups are against the stock engine with t
 the gate has no part: medians of ratios within a repeat, all in turn. `MiB` is the largest resident set of the first \
 repeat above that of the loaded model; the pages take {pages} MiB of it. Stock runs `sdpa` with a mask of all requests \
 against all keys, and copies the keys of all requests in every layer and step. `in turn` is stock `generate`, one \
-request after the other, with the faster of its caches in the whole: `first token` counts the wait for those before, and \
-`tokens/s` are those of the last request. Open fraction and density are of prompts / of new tokens.\
+request after the other, with the faster of its caches in the whole: `first token` counts the wait for those before, \
+and `tokens/s` are those of the last request. Open fraction and density are of prompts / of new tokens.\
 """
 
 

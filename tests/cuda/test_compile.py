@@ -49,6 +49,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     most_spilled: int = 64  # bytes, of each kernel
+    gathered: bool = False  # keys lie as those do that are gathered from pages
 
     def attend(self) -> None:
         """Attend on fake tensors."""
@@ -61,10 +62,12 @@ class Case:
             valid[0, :100] = False
         slot = torch.full((), self.keys - self.queries if self.slot is None else self.slot, device="cuda")
         regions = Regions.of(valid, query_length=self.queries, sink_size=4, window_size=1024, query_slot=slot)
+        sizes = (self.keys, self.kv_heads) if self.gathered else (self.kv_heads, self.keys)
+        key, value = (draw(self.batch, *sizes, self.dim) for _ in range(2))
         inputs = AttentionInputs(
             draw(self.batch, self.heads, self.queries, self.dim),
-            draw(self.batch, self.kv_heads, self.keys, self.dim),
-            draw(self.batch, self.kv_heads, self.keys, self.dim),
+            key.transpose(1, 2) if self.gathered else key,
+            value.transpose(1, 2) if self.gathered else value,
             regions,
             self.dim**-0.5,
             self.softcap,
@@ -99,6 +102,7 @@ MORE = {
     "prefill, dim 256": Case(*PREFILL, **SLABS, heads=16, dim=256),
     "prefill, padding": Case(*PREFILL, **SLABS, batch=2, padded=True),
     "prefill, padding, softcap and sinks": Case(*PREFILL, **SLABS, batch=2, padded=True, softcap=30.0, sinks=True),
+    "prefill, from pages": Case(*PREFILL, **SLABS, gathered=True),
     "prefill, static cache": Case(*PREFILL, **SLABS, slot=0),
     "prefill, softcap and sinks": Case(
         *PREFILL, **SLABS, heads=64, dim=64, softcap=30.0, sinks=True, most_spilled=2308

@@ -77,7 +77,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 @torch.no_grad()
 def alone(model: Any, prompt: list[int], new: int = 8) -> list[int]:
     """What `generate` writes."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     sizes = {"max_new_tokens": new, "min_new_tokens": new}
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **sizes)[
         0, len(prompt) :

@@ -12,10 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import PROMPTS, alone, by_tables, counts, offloading_to_cpu, policy, prompt, serve, tokens
+from serving import MIXED, PROMPTS, alone, by_tables, counts, offloading_to_cpu, policy, prompt, serve, tokens
 
 import patchattn
-from patchattn import ClosedGate, MomentGate, OracleGate, StaticGate
+from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
 from patchattn.backends.flex.compiled import forget
 from patchattn.hf.pages import LayerPages
 from patchattn.testing import tiny_model
@@ -157,3 +157,12 @@ def test_moments_that_stood_still_are_brought_up_to_the_query():
         model, [prompt(180)], 130, given={"policy": policy(min_bulk={"prefill": 0, "decode": 230})}
     )
     assert 0 < report.open_fraction("decode") < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [OpenGate(), MIXED, ClosedGate()], ids=lambda gate: gate.kind)
+def test_on_a_gpu(gate):
+    model = tiny_model("llama").cuda()
+    with patchattn.patch(model, policy(gate), backend="flex"):
+        want = [alone(model, each) for each in PROMPTS]
+        assert tokens(serve(model, PROMPTS)) == want

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from patchattn.call.inputs import Attended, AttentionInputs
+from patchattn.call.page_table import TableInputs
 from patchattn.call.paged import PagedRows, PagedStore
 from patchattn.gates.base import HeadGate, Known
 from patchattn.gates.decision import all_open
@@ -57,6 +59,20 @@ class PagedBackend:
 
 
 @dataclass(frozen=True)
+class TableBackend:
+    """The same for all sequences with one query of a step at once, where decisions stay on the device.
+
+    Args:
+        attend: Weighs by a gate that reads no keys, and attends; rows that are not asked read all of their keys. Of
+            moments, positions and hidden states it is given a row for each of `PageTable.numbers`.
+        why_not: Says what keeps it from serving, from device, page size and head dimension; None if nothing does.
+    """
+
+    attend: Callable[[TableInputs, HeadGate, Known], Attended]
+    why_not: Callable[[torch.device, int, int], str | None]
+
+
+@dataclass(frozen=True)
 class Backend:
     """A way to compute gated attention.
 
@@ -71,7 +87,8 @@ class Backend:
             None.
         own_dense: Attends to every causal key with nothing computed for a gate, [batch, heads, query, value_dim];
             None leaves that to `attend` with all gates open.
-        paged: The same for keys in pages; None where the backend has none, and keys are gathered for it.
+        paged: The same for keys in pages; None where the backend has none.
+        by_table: The same for keys in pages, with all sequences and decisions on the device; None where it has none.
     """
 
     attend: Attend
@@ -79,6 +96,7 @@ class Backend:
     own_weighed: Callable[[AttentionInputs, HeadGate, Known], tuple[Attended, PromptMoments] | None] | None = None
     own_dense: Callable[[AttentionInputs], Tensor] | None = None
     paged: PagedBackend | None = None
+    by_table: TableBackend | None = None
 
     def least_asked(self, sink_size: int, window_size: int) -> MinBulk:
         """Return the numbers of bulk keys below which no query is asked, however long its call."""

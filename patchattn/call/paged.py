@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,20 +114,31 @@ class PagedRows:
             self._found[what] = filled.unsqueeze(-2) * self.kv_heads + heads[:, None]
         return self._found[what]
 
-    def without_keys(
-        self, query: Tensor, store: PagedStore, scale: float, softcap: float | None, sink_logits: Tensor | None
-    ) -> AttentionInputs:
-        """Return the call for gates, which weigh it by what they know and do not look at keys.
+    def without_keys(self, query: Tensor, store: PagedStore, *rest: Any) -> AttentionInputs:
+        """Return the call for gates; see the function of this name."""
+        return without_keys(query, store, self.regions, *rest)
 
-        Whoever looks reads NaN, which opens.
 
-        Args:
-            query: [sequences, heads, 1, dim].
-            store: The keys that are not read.
-            scale: See `AttentionInputs`.
-            softcap: See `AttentionInputs`.
-            sink_logits: See `AttentionInputs`.
-        """
-        shape = (len(self.places), self.kv_heads, self.regions.key_length)
-        key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
-        return AttentionInputs(query, key, value, self.regions, scale, softcap, sink_logits)
+def without_keys(
+    query: Tensor,
+    store: PagedStore,
+    regions: Regions,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> AttentionInputs:
+    """Return the call of sequences in pages for gates, which weigh it by what they know and do not look at keys.
+
+    Whoever looks reads NaN, which opens.
+
+    Args:
+        query: [sequences, heads, 1, dim].
+        store: The keys that are not read.
+        regions: The call of all sequences, as if they were padded on the left.
+        scale: See `AttentionInputs`.
+        softcap: See `AttentionInputs`.
+        sink_logits: See `AttentionInputs`.
+    """
+    shape = (len(query), store.key.shape[1], regions.key_length)
+    key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
+    return AttentionInputs(query, key, value, regions, scale, softcap, sink_logits)

@@ -269,6 +269,11 @@ class Regions:
         """What a report needs to know: on the host where nothing is padding, else in tensors."""
         if not host_may_read(self.valid) or not self.is_without_padding:
             return Counts(self.asked.sum(), self.below.sum(), self.n_causal.sum())
+        return self.host_counts
+
+    @cached_property
+    def host_counts(self) -> Counts:
+        """What a report needs to know of a call without padding; read on the host, not for compiled code."""
         batch, begin = len(self.host.first), self.host.query_slot
         end = begin + self.query_length
 

@@ -45,7 +45,7 @@ def forced(open_pairs: Tensor, inputs: AttentionInputs) -> Tensor:
     Returns:
         [batch, heads, query] nats.
     """
-    inf = torch.tensor(torch.inf, dtype=inputs.compute_dtype, device=open_pairs.device)
+    inf = torch.full((), torch.inf, dtype=inputs.compute_dtype, device=open_pairs.device)
     return torch.where(open_pairs.expand(inputs.query.shape[:3]), inf, -inf)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchattn.moments.gaussian import CHUNK
 from patchattn.moments.prompt import PromptMoments
 
 _ATTRIBUTE = "_patchattn_moments"
@@ -53,6 +54,14 @@ def load_moments(cache: Any, layer: int, key: Tensor, grid: tuple[int, int]) -> 
 def reach_query(cache: Any, layer: int, queries: int, keys: int) -> bool:
     """Say whether moments are known to go up to the first query of a call: no call between, no keys taken back."""
     return getattr(_entry(cache, layer), _KEYS, None) == keys - queries
+
+
+def chunks_kept(cache: Any, layer: int, grid: tuple[int, int]) -> int:
+    """Say how many chunks the moments of a layer cover, whose calls had one sequence without padding.
+
+    Reads no tensor: it goes by the keys of the last call that kept any.
+    """
+    return max((getattr(_entry(cache, layer), _KEYS, None) or 0) - sum(grid), 0) // CHUNK
 
 
 def why_rebuilt(cache: Any, layer: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchattn.call.inputs import Attended
-from patchattn.call.regions import Regions
+from patchattn.call.regions import Counts
 from patchattn.hf.cache import REBUILD_REASONS
 from patchattn.policy import PHASES, Phase
 from patchattn.report import LayerCounts
@@ -59,9 +59,8 @@ class Counters(nn.Module):
         else:
             self._wait(self.waiting[place], amount)
 
-    def count(self, phase: Phase, regions: Regions, attended: Attended) -> None:
+    def count(self, phase: Phase, counts: Counts, attended: Attended) -> None:
         """Add one gated call."""
-        counts = regions.counts
         self._add_open(phase, attended.open)
         self.add("asked", phase, counts.n_asked)
         self.add("below", phase, counts.n_below)

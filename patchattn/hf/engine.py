@@ -125,6 +125,17 @@ class StepPages:
         self._step = Step([])
         self._stacked: dict[int, Any] = {}
         self._scratch = Scratch()
+        self._stores: dict[int, PagedStore] = {}
+
+    def settle_after(self, processor: Any) -> None:
+        """Count what the gates of each step did once the engine has waited for its tokens."""
+        retrieve = processor.inputs_and_outputs.retrieve_device_outputs
+
+        def retrieve_device_outputs() -> None:
+            retrieve()
+            self._step.settle()
+
+        processor.inputs_and_outputs.retrieve_device_outputs = retrieve_device_outputs
 
     def step(self) -> Step:
         """Return the sequences of this step."""
@@ -147,10 +158,14 @@ class StepPages:
     def of_layer(self, layer: int, arguments: Mapping[str, Any]) -> LayerPages:
         """Return the pages of a full layer, from the arguments that the engine gives its attention module."""
         allocator = self._processor.cache.layer_to_allocator[layer]
-        index = allocator.index
-        key, value = allocator._kv_token_views[layer]
+        index, size, stride = allocator.index, allocator.tokens_per_page, allocator.block_physical_stride
+        if layer not in self._stores:
+            # Each layer's begins where its first page does. As long as that of the last one, they have one shape.
+            length = (2 * len(allocator.cache_tensor) // stride - 1) * stride + size
+            key, value = (x[:length] for x in allocator._kv_token_views[layer])
+            self._stores[layer] = PagedStore(key, value, self._scratch)
         places, write_to = arguments["read_index"][index], arguments["write_index"][index]
-        return LayerPages(self.step(), PagedStore(key, value, self._scratch), places, write_to, self._stacked)
+        return LayerPages(self.step(), self._stores[layer], places, write_to, self._stacked, size, stride)
 
     def window_of(self, layer: int) -> int:
         """Return the window of a sliding layer, tokens."""
@@ -202,7 +217,8 @@ def _patched_class(base: type) -> Any:
 
         def _create_batch_processor(self) -> Any:
             processor = super()._create_batch_processor()
-            processor.cache.patchattn_pages = StepPages(processor, self.patchattn_memories)
+            processor.cache.patchattn_pages = pages = StepPages(processor, self.patchattn_memories)
+            pages.settle_after(processor)
             _guard(processor)
             _forget_cancelled(processor.scheduler, self.output_router)
             return processor

@@ -25,15 +25,16 @@ def observing(handle: PatchHandle, observer: Observer) -> Iterator[PatchHandle]:
     Yields:
         The handle; the observer is gone on exit, also where the model was unpatched meanwhile.
     """
-    before = {layer: (state.attend, state.weighed, state.paged) for layer, state in handle.states.items()}
+    states = handle.states
+    before = {layer: (state.attend, state.weighed, state.paged, state.by_table) for layer, state in states.items()}
     for layer, state in handle.states.items():
         state.attend = partial(_shown, observer, layer, state.attend)
-        state.weighed = state.paged = None
+        state.weighed = state.paged = state.by_table = None
     try:
         yield handle
     finally:
         for layer, state in handle.states.items():
-            state.attend, state.weighed, state.paged = before[layer]
+            state.attend, state.weighed, state.paged, state.by_table = before[layer]
 
 
 def _shown(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchattn.call.inputs import Attended
+from patchattn.call.page_table import PageTable, TableRow
 from patchattn.call.paged import PagedRows, PagedStore
 from patchattn.call.regions import Regions
 from patchattn.moments.running import PromptMoments
@@ -105,11 +105,6 @@ class Sequence:
             self._regions = Regions.plain(*sizes, break_even=policy.break_even(self.phase))
         return self._regions
 
-    def count(self, attended: Attended, regions: Regions) -> None:
-        """Count a call that went through the gate."""
-        asked = int(regions.counts.n_asked) * attended.open.shape[1]
-        self.memory.count(self.phase, asked, int(attended.open.sum()))
-
 
 @dataclass
 class Step:
@@ -120,7 +115,40 @@ class Step:
     """
 
     sequences: list[Sequence]
-    _rows: dict[Any, PagedRows] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict)
+    _opened: list[tuple[list[RequestMemory], Phase, Tensor]] = field(default_factory=list)
+
+    def count(self, sequences: list[Sequence], phase: Phase, asked: int, opened: Tensor) -> None:
+        """Count what went through the gate.
+
+        Args:
+            sequences: Some of the step's.
+            phase: Their phase.
+            asked: Pairs of each that were asked.
+            opened: [sequences, ...] bool; those that opened. Kept until `settle`, for reading it waits for the device.
+        """
+        for one in sequences:
+            one.memory.count(phase, asked, 0)
+        self._opened.append(([one.memory for one in sequences], phase, opened.flatten(1).sum(1)))
+
+    def settle(self) -> None:
+        """Give each request what was counted of it; waits for the device."""
+        if not self._opened:
+            return
+        device = self._opened[0][2].device
+        opened = torch.cat([found.to(device) for *_, found in self._opened]).tolist()
+        for memories, phase, _ in self._opened:
+            for memory in memories:
+                memory.count(phase, 0, opened.pop(0))
+        self._opened.clear()
+
+    def table(self, rows: list[TableRow], pages: LayerPages, policy: Policy) -> PageTable:
+        """Return rows with where their keys are; made once, for all layers."""
+        which = (policy.sink_size, policy.window_size, *rows)
+        if which not in self._made:
+            sizes = pages.page_size, pages.stride, policy.sink_size, policy.window_size
+            self._made[which] = PageTable.of(rows, pages.places, *sizes)
+        return self._made[which]
 
     def paged_rows(self, sequences: list[Sequence], places: Tensor, policy: Policy, kv_heads: int) -> PagedRows:
         """Return some sequences of one query each as rows; made once, for all layers of as many KV heads.
@@ -132,11 +160,11 @@ class Step:
             kv_heads: Number of KV heads.
         """
         which = (kv_heads, *(one.begin for one in sequences))
-        if which not in self._rows:
+        if which not in self._made:
             found = [places[one.first_key : one.first_key + one.keys] for one in sequences]
             sizes = (policy.sink_size, policy.window_size, policy.break_even("decode"))
-            self._rows[which] = PagedRows.of(found, kv_heads, *sizes)
-        return self._rows[which]
+            self._made[which] = PagedRows.of(found, kv_heads, *sizes)
+        return self._made[which]
 
 
 @dataclass(frozen=True)
@@ -150,13 +178,17 @@ class LayerPages:
             sequence has any but those of its rows.
         write_to: Where the keys of the rows belong, [rows] int64.
         stacked: Moments of several requests side by side, by layer; kept from step to step.
+        page_size: Keys of a page.
+        stride: Places from one page of a request to the next that it may have.
     """
 
     step: Step
     store: PagedStore
     places: Tensor
     write_to: Tensor
-    stacked: dict[int, tuple[list[PromptMoments], PromptMoments]]
+    stacked: dict[int, tuple[list[PromptMoments | None], PromptMoments]]
+    page_size: int
+    stride: int
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the keys of the rows, [1, kv_heads, rows, dim], and read none."""
@@ -174,14 +206,21 @@ class LayerPages:
         """
         if not len(self.places):
             return key[:, :, sequence.rows], value[:, :, sequence.rows]
-        places = self.places[sequence.first_key : sequence.first_key + sequence.keys]
-        found = (x.index_select(0, places).transpose(0, 1)[None] for x in (self.store.key, self.store.value))
-        return tuple(found)  # pyright: ignore[reportReturnType]
+        return self._found(sequence, self.store.key), self._found(sequence, self.store.value)
 
-    def moments_of(self, layer: int, of_each: list[PromptMoments]) -> PromptMoments:
-        """Return moments of several requests side by side; those of the step before where none has changed."""
+    def read_keys(self, sequence: Sequence) -> Tensor:
+        """Return all keys of a sequence, [1, kv_heads, keys, dim], without values."""
+        return self._found(sequence, self.store.key)
+
+    def _found(self, sequence: Sequence, of_all: Tensor) -> Tensor:
+        places = self.places[sequence.first_key : sequence.first_key + sequence.keys]
+        return of_all.index_select(0, places).transpose(0, 1)[None]
+
+    def moments_of(self, layer: int, of_each: list[PromptMoments | None]) -> PromptMoments:
+        """Return moments of several requests side by side, zeros for None; those of before where none has changed."""
         kept = self.stacked.get(layer)
         if kept is None or list(map(id, kept[0])) != list(map(id, of_each)):
-            parts = (torch.cat(part) for part in zip(*(moments.parts for moments in of_each), strict=True))
+            empty = PromptMoments.empty(self.store.key.transpose(0, 1)[None])
+            parts = (torch.cat(part) for part in zip(*((one or empty).parts for one in of_each), strict=True))
             kept = self.stacked[layer] = (of_each, PromptMoments(*parts))
         return kept[1]

@@ -9,6 +9,7 @@ from patchattn.hf.architecture import head_sizes, head_slices
 from patchattn.hf.hooks import STATE
 
 _KINDS = ("full_attention", "sliding_attention")
+_PAGE_SIZE = 256  # of the engine, where no configuration says so
 _BATCH = "use generate() with a padded batch, or call patchattn.unpatch(model) first"
 
 
@@ -45,8 +46,15 @@ def check_servable(model: Any, config: Any) -> None:
     states = [module._modules[STATE] for module in modules]
     if any(state.drafting is not None for state in states):
         raise _refused("Continuous batching verifies no drafts.", "call patchattn.unpatch(model), then patch(model)")
-    if any(state.paged is None and state.backend != "reference" for state in states):
-        raise _refused(f"The backend {states[0].backend!r} can't read pages yet.", 'patch with backend="blockwise"')
+    for module, state in zip(modules, states, strict=True):
+        size, (dim, *_) = getattr(config, "page_size", _PAGE_SIZE), head_sizes(module)
+        device = next(module.parameters()).device
+        why_not = None if state.by_table is None else state.by_table.why_not(device, size, dim)
+        if why_not is not None:
+            raise _refused(
+                f"The backend {state.backend!r} can't read these pages: {why_not}.",
+                'patch with backend="blockwise", or serve with pages of another size',
+            )
     if any(state.record == "timeline" for state in states):
         raise _refused(
             'record="timeline" keeps the decisions of one text, and here many are mixed.', 'patch with record="summary"'

@@ -78,7 +78,7 @@ class LayerState(nn.Module):
         self.has_softcap, self.has_sinks = has_softcap, has_sinks
         self.cache_layer, self.gated, self.record, self.register = cache_layer, gated, record, register
         self.attend, self.weighed, self.dense = load(backend).attend, load(backend).own_weighed, load(backend).dense
-        self.backend, self.paged = backend, load(backend).paged
+        self.backend, self.paged, self.by_table = backend, load(backend).paged, load(backend).by_table
         self.break_even = load(backend).break_even if judges_calls else None
         local = policy.sink_size + policy.window_size
         self.least_keys = {phase: local + max(1, policy.break_even(phase)) for phase in PHASES}
@@ -135,7 +135,7 @@ class LayerState(nn.Module):
     def record_call(self, phase: Phase, regions: Regions, attended: Attended) -> None:
         """Count a call that went through the gate, and keep its decisions, as far as `record` asks for it."""
         if self.record is not None:
-            self.counters.count(phase, regions, attended)
+            self.counters.count(phase, regions.counts, attended)
         if self.record == "timeline":
             self.keep(phase, attended.open | regions.below[:, None])
 

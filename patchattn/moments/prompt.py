@@ -59,7 +59,8 @@ def bulk_log_mass_from_prompt(
         if free and state.is_complete(regions):
             return _decode_step(inputs, state, estimate), state
         if fuses_products(key):
-            mass = _evaluate_one(inputs, state, n_bulk, estimate)[..., None]
+            how = {"scale": inputs.scale, "softcap": inputs.softcap, "estimate": estimate}
+            mass = evaluate_one(inputs.query[:, :, 0], state, n_bulk, **how)[..., None]
         else:
             grouped, groups = inputs.query[:, :, None], state.with_chunk_axis()
             mass = _evaluate(inputs, grouped, groups, n_bulk[:, None], estimate)[:, :, 0]
@@ -130,23 +131,29 @@ def _prefill(
     return mass, state, known
 
 
-def _evaluate_one(inputs: AttentionInputs, moments: PromptMoments, n_bulk: Tensor, estimate: Estimate) -> Tensor:
-    """Evaluate one query per sequence against its moments, [batch, heads] nats, without a product of matrices.
+def evaluate_one(
+    query: Tensor, moments: PromptMoments, n_bulk: Tensor, *, scale: float, softcap: float | None, estimate: Estimate
+) -> Tensor:
+    """Evaluate one query per sequence against its moments, without a product of matrices.
 
     Args:
-        inputs: The call.
-        moments: What `PromptMoments.advanced` returned.
-        n_bulk: [batch, 1].
+        query: [batch, heads, dim].
+        moments: Of each sequence.
+        n_bulk: [batch, 1]; number of bulk keys.
+        scale: Factor on the dot products.
+        softcap: Cap on the scores; None for none.
         estimate: See `log_mass_of_gaussian`.
+
+    Returns:
+        [batch, heads] nats.
     """
-    kv_heads, scale = moments.total.shape[1], inputs.scale
-    q = inputs.query[:, :, 0].unflatten(1, (kv_heads, -1)).to(moments.total.dtype)
+    q = query.unflatten(1, (moments.total.shape[1], -1)).to(moments.total.dtype)
     known = moments.as_key_moments()
     along = (q[..., None, :] * known.covariance[:, :, None]).sum(-1)
     mean, variance = (
         (q * x).sum(-1) * factor for x, factor in ((known.mean[:, :, None], scale), (along, scale * scale))
     )
-    mass = log_mass_of_gaussian(n_bulk[..., None], mean, variance, softcap=inputs.softcap, estimate=estimate)
+    mass = log_mass_of_gaussian(n_bulk[..., None], mean, variance, softcap=softcap, estimate=estimate)
     return mass.flatten(1, 2)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,8 +40,9 @@ requests after each has its first. Speed-ups are against the stock engine with t
 ({tokens} tokens) in the whole, which the others use too, and against the patched model with every gate open, in which \
 the gate has no part: medians of ratios within a repeat, all in turn. `MiB` is the largest resident set of the first \
 repeat above that of the loaded model; the pages take {pages} MiB of it. Stock runs `sdpa` with a mask of all requests \
-against all keys, and copies the keys of all requests in every layer and step. Open fraction and density are of \
-prompts / of new tokens.\
+against all keys, and copies the keys of all requests in every layer and step. `in turn` is stock `generate`, one \
+request after the other, with the faster of its caches in the whole: `first token` counts the wait for those before, \
+and `tokens/s` are those of the last request. Open fraction and density are of prompts / of new tokens.\
 """
 
 
@@ -74,7 +77,7 @@ class Served:
     """
 
     def __init__(self, model: Any, prompts: list[list[int]], new: int, batch_tokens: int) -> None:
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.new = model, prompts, new
         blocks = sum(-(-(len(prompt) + new) // PAGE_SIZE) + 1 for prompt in prompts)
         self.config = ContinuousBatchingConfig(
             num_blocks=blocks, max_batch_tokens=batch_tokens, page_size=PAGE_SIZE, allow_block_sharing=False
@@ -92,6 +95,10 @@ class Served:
         return 1e3 * self.seconds[-1]["whole"]
 
     def _serve(self) -> None:
+        self.seconds.append(seconds_of(*self._stamps()))
+
+    def _stamps(self) -> tuple[float, list[list[float]]]:
+        """Serve all requests; returns when it began, and when each token of each was there."""
         outputs = self.model.generate_batch(
             self.prompts,
             generation_config=self.generation,
@@ -101,17 +108,47 @@ class Served:
         errors = [output.error for output in outputs if output.error]
         if errors or len(outputs) < len(self.prompts):
             raise RuntimeError(f"The engine failed: {errors}")
-        begin = min(output.created_time for output in outputs)
-        stamps = [output.timestamps for output in outputs]
-        all_began, end = max(each[0] for each in stamps), max(each[-1] for each in stamps)
-        after = sum(stamp > all_began for each in stamps for stamp in each)
-        self.seconds.append(
-            {
-                "whole": end - begin,
-                "first token": statistics.mean(each[0] - begin for each in stamps),
-                "tokens/s": (end - all_began) / max(after, 1),
-            }
-        )
+        return min(output.created_time for output in outputs), [output.timestamps for output in outputs]
+
+
+class InTurn(Served):
+    """The same requests by `generate`, one after the other.
+
+    Args:
+        model: Stock.
+        prompts: Tokens of each request.
+        new: New tokens of each.
+        cache: "dynamic" or "static".
+    """
+
+    def __init__(self, model: Any, prompts: list[list[int]], new: int, cache: str) -> None:
+        super().__init__(model, prompts, new, 0)
+        self.cache = cache
+
+    def _stamps(self) -> tuple[float, list[list[float]]]:
+        begin, stamps = time.perf_counter(), []
+        # What is read of the new tokens is on the host by then.
+        noted = SimpleNamespace(put=lambda _: stamps[-1].append(time.perf_counter()), end=lambda: None)
+        sizes = {"min_new_tokens": self.new, "max_new_tokens": self.new, "cache_implementation": self.cache}
+        for prompt in self.prompts:
+            ids = torch.tensor([prompt], device=self.model.device)
+            stamps.append([])
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=noted, **sizes
+            )
+        # The first thing that is told is the prompt.
+        return begin, [each[1:] for each in stamps]
+
+
+def seconds_of(begin: float, stamps: list[list[float]]) -> dict[str, float]:
+    """Say how long all took, a first token in the mean, and each token after every request had its first."""
+    all_began, end = max(each[0] for each in stamps), max(each[-1] for each in stamps)
+    after = sum(stamp > all_began for each in stamps for stamp in each)
+    return {
+        "whole": end - begin,
+        "first token": statistics.mean(each[0] - begin for each in stamps),
+        "tokens/s": (end - all_began) / max(after, 1),
+    }
 
 
 def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[Row]:
@@ -120,7 +157,14 @@ def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[
     stock = [Served(model, prompts, options.new, size) for size in options.batch_tokens]
     best = min(stock, key=Served.serve) if len(stock) > 1 else stock[0]
     size = best.config.max_batch_tokens
-    served, handles = {STOCK: Served(model, prompts, options.new, size)}, {}
+    by_itself = min((InTurn(model, prompts, options.new, cache) for cache in ("dynamic", "static")), key=Served.serve)
+    in_turns = f"stock `generate` in turn, {by_itself.cache} cache"
+    # Anew, so that each has the memory of its first repeat.
+    served: dict[str, Served] = {
+        STOCK: Served(model, prompts, options.new, size),
+        in_turns: InTurn(model, prompts, options.new, by_itself.cache),
+    }
+    handles = {}
     for label, policy in POLICIES.items():
         chosen = policy.model_copy(update={"window_size": options.window}) if options.window else policy
         patched = twin(model)
@@ -133,7 +177,8 @@ def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[
     }
     rows = []
     for name, one in served.items():
-        row: Row = {"requests": requests, "tokens": length, "policy": name, "batch tokens": size}
+        row: Row = {"requests": requests, "tokens": length, "policy": name}
+        row["batch tokens"] = None if name == in_turns else size
         for what, of_what in by_what.items():
             seconds = of_what.ms(name) / 1e3
             row[what if what == "tokens/s" else f"{what} s"] = 1 / seconds if what == "tokens/s" else seconds

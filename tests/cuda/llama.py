@@ -53,5 +53,6 @@ def made_on_fake_device() -> Iterator[None]:
     with (
         mock.patch.object(torch, "tensor", through_the_host(torch.tensor)),
         mock.patch.object(torch, "as_tensor", through_the_host(torch.as_tensor)),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
     ):
         yield

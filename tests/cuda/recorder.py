@@ -10,11 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from faked import fake_mode
+from faked import SHARED_MEMORY, fake_mode
 
 _HOST_READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique", "is_nonzero")
 
@@ -116,6 +116,48 @@ def compiling() -> Iterator[Compiled]:
     ):
         yield compiled
     compiled.seconds = time.perf_counter() - begin
+
+
+class Expected(Protocol):
+    """What a layer's graph launches, and what its kernels may spill."""
+
+    @property
+    def launches(self) -> int: ...
+
+    @property
+    def pins(self) -> int: ...
+
+    @property
+    def most_spilled(self) -> int: ...
+
+
+def problems(found: Compiled, case: Expected, *, largest: int, once: int) -> list[str]:
+    """Say what must not be.
+
+    Args:
+        found: A graph for all layers, and one for each.
+        case: What the second must be like.
+        largest: Elements that no buffer may have.
+        once: Launches and pins that the first may have.
+    """
+    said = [] if len(found.graphs) == 2 else [f"{len(found.graphs)} graphs, not one and one for all layers"]
+    *shared, layer = found.graphs
+    for graph in found.graphs:
+        said += [f"waits for the device: {what}" for what in graph.waits]
+        said += [f"as large as queries x keys: {name}" for name, size in graph.buffers.items() if size >= largest]
+        said += [f"{name} was not compiled" for name in graph.kernels if name not in found.kernels]
+    for_all = sum(graph.n_launches + graph.n_pins for graph in shared)
+    said += [f"{for_all} launches and pins for all layers, over {once}"] if for_all > once else []
+    if (layer.n_launches, layer.n_pins) != (case.launches, case.pins):
+        said.append(f"{layer.n_launches} launches and {layer.n_pins} pins, not {case.launches} and {case.pins}")
+    for name, configurations in found.kernels.items():
+        # Where there are several, autotuning takes one that fits.
+        memory, spilled = (min(getattr(c, what) for c in configurations) for what in ("shared", "spilled"))
+        if memory > SHARED_MEMORY:
+            said.append(f"{memory} bytes of shared memory in {name}")
+        if spilled > case.most_spilled:
+            said.append(f"{spilled} bytes spilled in {name}")
+    return said
 
 
 def _kernel(name: str, shared: int, ptxas: str) -> Kernel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,9 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import offloading_manager
 
 from patchattn import MomentGate, Policy
+from patchattn.backends import flex
+from patchattn.backends.backend import TableBackend
+from patchattn.backends.flex.table import attend_table_with
 
 MIXED = MomentGate(threshold=0.1)
 LENGTHS = (320, 230, 40, 177)
@@ -73,7 +77,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 @torch.no_grad()
 def alone(model: Any, prompt: list[int], new: int = 8) -> list[int]:
     """What `generate` writes."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     sizes = {"max_new_tokens": new, "min_new_tokens": new}
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **sizes)[
         0, len(prompt) :
@@ -101,6 +105,25 @@ def running(
         yield manager
     finally:
         manager.stop(block=True, hard_stop=hard_stop)
+
+
+def by_tables(handle: Any, compiler: Any = "eager", *, whole: bool = False) -> list[int]:
+    """Let a patched model attend in rows over pages as on a CUDA device; with `whole` in all else, too.
+
+    Returns how many rows each call has, which grows.
+    """
+    calls: list[int] = []
+
+    def attend(inputs: Any, *given: Any) -> Any:
+        calls.append(len(inputs.table.rows))
+        return attend_table_with(inputs, *given, compiler=compiler)
+
+    for state in handle.states.values():
+        state.by_table = TableBackend(attend, lambda *_: None)
+        if whole:
+            state.attend = partial(flex.attend_with, compiler=compiler)
+            state.weighed = partial(flex.weigh_and_attend_with, compiler=compiler)
+    return calls
 
 
 def finished(manager: Any, ids: set[str]) -> dict[str, Any]:

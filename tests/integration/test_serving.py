@@ -148,16 +148,22 @@ def test_calibrations(fields):
 def test_a_step_gathers_keys_only_where_moments_go_on(gate):
     # 164 keys are sink, window and the first chunk, 292 the next: with 200 of prompt and 100 more it is met once.
     model, gathered = tiny_model("llama"), []
-    read = LayerPages.read
 
-    def noted(pages, sequence, *given):
-        gathered.append(sequence.queries)
-        return read(pages, sequence, *given)
+    def noting(read):
+        def noted(pages, sequence, *given):
+            gathered.append((read.__name__, sequence.queries))
+            return read(pages, sequence, *given)
 
-    with patchattn.patch(model, policy(GATES[gate]), backend="blockwise"), mock.patch.object(LayerPages, "read", noted):
+        return mock.patch.object(LayerPages, read.__name__, noted)
+
+    with (
+        patchattn.patch(model, policy(GATES[gate]), backend="blockwise"),
+        noting(LayerPages.read),
+        noting(LayerPages.read_keys),
+    ):
         serve(model, [prompt(200)], 100)
-    layers, pieces = 3, [128, 72]
-    assert sorted(gathered) == sorted(layers * (pieces + ([1] if gate == "moment" else [])))
+    layers, pieces = 3, [("read", 128), ("read", 72)]
+    assert sorted(gathered) == sorted(layers * (pieces + ([("read_keys", 1)] if gate == "moment" else [])))
 
 
 def test_requests_with_one_query_go_together():

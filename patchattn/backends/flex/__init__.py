@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchattn.backends.backend import Backend, CallShape
+from patchattn.backends.backend import Backend, CallShape, TableBackend
 from patchattn.backends.flex.backward import forward_only
 from patchattn.backends.flex.call import (
     Call,
@@ -40,6 +40,7 @@ from patchattn.backends.flex.compiled import (
     kind_of,
     shared_of,
 )
+from patchattn.backends.flex.table import attend_table, why_not
 from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
@@ -198,4 +199,5 @@ def break_even(shape: CallShape, phase: Phase) -> int:
     return 4096
 
 
-BACKEND = Backend(attend, break_even=break_even, own_weighed=weigh_and_attend)
+BY_TABLE = TableBackend(attend_table, why_not)
+BACKEND = Backend(attend, break_even=break_even, own_weighed=weigh_and_attend, by_table=BY_TABLE)

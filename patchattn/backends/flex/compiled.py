@@ -9,16 +9,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from patchattn.backends.flex.call import SLAB, Call, Settings
 from patchattn.backends.flex.masks import RowMasks, block_size, bulk_end, open_first, pinned
+from patchattn.backends.flex.passes import merged, modified, one_pass, with_sink_logits
 from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
@@ -40,7 +41,7 @@ def attend_call(  # pragma: compiled
     settings: Settings, call: Call, shared: Shared, margin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend in two passes inside a compiled graph; returns output, open pairs and scored keys."""
-    _refuse_uncompiled()
+    refuse_uncompiled()
     heads, kv_heads, value_dim = call["query"].shape[1], call["key"].shape[1], call["value"].shape[3]
     gate, sink_logits = rows_of(call["gate"], kv_heads), _sink_rows(call)
     output, opened, scored = _two_passes(settings, shared, _grouped(call), gate, margin, sink_logits)
@@ -85,7 +86,7 @@ def weighed_call(  # pragma: compiled
 
 def attend_at_once(settings: Settings, call: Call) -> tuple[Tensor, Tensor, Tensor]:  # pragma: compiled
     """Do the same in one pass, for a call whose decisions are made."""
-    _refuse_uncompiled()
+    refuse_uncompiled()
     kv_heads, heads = call["key"].shape[1], call["query"].shape[1]
     masks = RowMasks.of(
         call["valid"],
@@ -105,13 +106,14 @@ def attend_at_once(settings: Settings, call: Call) -> tuple[Tensor, Tensor, Tens
     null = None
     if sinks is not None:
         null = key.shape[2] - 1, pinned(F.pad(sinks, (0, masks.slots.shape[0] - rows)))
-    score_mod = _score_mod(settings.softcap, null)
+    score_mod = modified(settings.softcap, null)
     # Nothing pointwise may follow the kernel: it takes no epilogue on CPU (torch 2.13).
     output = flex_attention(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=settings.scale)
     return ungrouped(output, heads), ungrouped(opened, heads), count.expand(-1, kv_heads).sum()
 
 
-def _refuse_uncompiled() -> None:
+def refuse_uncompiled() -> None:
+    """Refuse to run FlexAttention outside of a graph."""
     if not torch.compiler.is_compiling():
         # Uncompiled FlexAttention makes the queries x keys tensor.
         raise BackendError(
@@ -161,24 +163,10 @@ def _two_passes(  # pragma: compiled
     query, key, value = grouped
     keys = key.shape[2]
 
-    def one(query: Tensor, block_mask: BlockMask) -> tuple[Tensor, Tensor]:
-        output, aux = flex_attention(
-            query,
-            key,
-            value,
-            score_mod=_score_mod(settings.softcap),
-            block_mask=block_mask,
-            scale=settings.scale,
-            return_aux=AuxRequest(lse=True),
-        )
-        return output.float(), cast(Tensor, aux.lse)
-
-    output, log_mass = one(query, shared.local_mask(settings.window_size, keys))
+    output, log_mass = one_pass(settings, query, key, value, shared.local_mask(settings.window_size, keys))
     # What the kernels return for a row without keys differs between devices.
     log_mass = torch.where(shared.has_local[:, None], log_mass, -torch.inf)
-    if sink_logits is not None:
-        output = output * torch.sigmoid(log_mass - sink_logits)[..., None]
-        log_mass = torch.logaddexp(log_mass, sink_logits)
+    output, log_mass = with_sink_logits(output, log_mass, sink_logits)
     # A tensor, so that another margin is not another graph.
     opened = decide(log_mass, bulk_log_mass, shared.asked, margin)
     reads_bulk = opened | shared.unasked[:, None]
@@ -187,36 +175,13 @@ def _two_passes(  # pragma: compiled
     if order is not None:  # a decode call has a single tile
         query = query.gather(2, order[..., None].expand_as(query))
     block_mask, scored = shared.bulk_mask(reads_bulk, order, settings.window_size, keys)
-    bulk_output, bulk_log_mass = one(query, block_mask)
+    bulk_output, bulk_log_mass = one_pass(settings, query, key, value, block_mask)
     if place is not None:
         bulk_output = bulk_output.gather(2, place[..., None].expand_as(bulk_output))
         bulk_log_mass = bulk_log_mass.gather(2, place)
     has_bulk = reads_bulk & shared.has_bulk[:, None]
-    share = torch.where(has_bulk, torch.sigmoid(bulk_log_mass - log_mass), 0)[..., None]
-    has_local = (log_mass > -torch.inf) | log_mass.isnan()
-    output = torch.where(has_local[..., None], output * (1 - share), 0)
-    output = output + torch.where(has_bulk[..., None], bulk_output * share, 0)
+    output = merged((output, log_mass), (bulk_output, bulk_log_mass), has_bulk)
     return output.to(query.dtype), opened, shared.local_scored + scored
-
-
-def _score_mod(softcap: float | None, null: tuple[int, Tensor] | None = None) -> Callable[..., Tensor] | None:
-    """Cap the scores, and give the null key its own.
-
-    Args:
-        softcap: Cap; None for none.
-        null: Slot of the null key and its scores, [batch, kv_heads, rows]; None for none.
-    """
-    if softcap is None and null is None:
-        return None
-
-    def modify(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:  # pragma: compiled
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if null is not None:
-            score = torch.where(key == null[0], null[1][b, h, row], score)
-        return score
-
-    return modify
 
 
 def kind_of(call: Call, *, two_passes: bool) -> tuple[object, ...]:
@@ -227,7 +192,18 @@ def kind_of(call: Call, *, two_passes: bool) -> tuple[object, ...]:
     return batch, heads, key.shape[1], dim, value.shape[3], length, query.dtype, query.device, "sink_logits" in call
 
 
-@functools.cache
+_MADE: list[Any] = []
+_Made = TypeVar("_Made", bound=Callable[..., Any])
+
+
+def kept(make: _Made) -> _Made:
+    """Make each compiled function once, until `forget`."""
+    made = functools.cache(make)
+    _MADE.append(made)
+    return made  # pyright: ignore[reportReturnType]
+
+
+@kept
 def compiled_call(settings: Settings, compiler: Compiler, _kind: tuple[object, ...]) -> Run:
     """Compile for one kind of call; each has its own count towards the recompile limit.
 
@@ -240,20 +216,20 @@ def compiled_call(settings: Settings, compiler: Compiler, _kind: tuple[object, .
     def run(call: Call, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
         return attend_call(settings, call, *more) if settings.two_passes else attend_at_once(settings, call)
 
-    return _compile(run, compiler, dynamic=None if settings.two_passes else False)
+    return compile_alone(run, compiler, dynamic=None if settings.two_passes else False)
 
 
-@functools.cache
+@kept
 def compiled_weighed(settings: Settings, compiler: Compiler, estimate: Estimate, _kind: tuple[object, ...]) -> Any:
     """Compile `weighed_call` for one kind of call; see `compiled_call`."""
 
     def weigh(call: Call, *more: Any) -> Any:
         return weighed_call(settings, estimate, call, *more)
 
-    return _compile(weigh, compiler, dynamic=None)
+    return compile_alone(weigh, compiler, dynamic=None)
 
 
-@functools.cache
+@kept
 def compiled_shared(
     settings: Settings, compiler: Compiler, heads: int, kv_heads: int, _kind: tuple[object, ...]
 ) -> Callable[..., Shared]:
@@ -263,10 +239,11 @@ def compiled_shared(
         return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)
 
     # It has no kernel that has to be compiled, so that the compilers for tests leave it as it is.
-    return _compile(share, compiler, dynamic=None) if compiler == "inductor" else share
+    return compile_alone(share, compiler, dynamic=None) if compiler == "inductor" else share
 
 
-def _compile(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | None) -> Callable[..., Any]:
+def compile_alone(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | None) -> Callable[..., Any]:
+    """Compile a function into whole graphs, with a count of its own towards the recompile limit."""
     # Dynamo counts compilations per code object, and closures share theirs.
     run.__code__ = run.__code__.replace(co_name=f"{run.__name__}_{next(_NUMBERS)}")
     # What these functions return is kept from call to call, and a CUDA graph of their own would overwrite it.
@@ -279,7 +256,7 @@ _NUMBERS = itertools.count()
 
 def forget() -> None:
     """Forget every compiled function: after `torch.compiler.reset()` they would be compiled under old counts."""
-    for made in (compiled_call, compiled_weighed, compiled_shared):
+    for made in _MADE:
         made.cache_clear()
 
 

@@ -463,6 +463,14 @@ MUTANTS = (
         "tests/unit/test_probe.py",
     ),
     Mutant(
+        "prices_without_the_scale",
+        "thresholds by price are not multiplied by the scale of the probe",
+        "calibration/findings.py",
+        'prices.margins[prices.rungs(target)] * self.tensors["probe_scale"]',
+        "prices.margins[prices.rungs(target)]",
+        "tests/unit/test_kl_target.py -k where_it_has_them",
+    ),
+    Mutant(
         "probe_left_out",
         "a gate with a probe does not read the hidden state",
         "gates/measured.py",

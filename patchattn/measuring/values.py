@@ -31,7 +31,7 @@ class Valuing(Backward):
         local: Sink and window, tokens.
         probe: Gives margins, and takes slopes.
         tensors: What was fitted to other documents.
-        margins: [layers, query_heads] nats; from which each head closes.
+        margins: [layers, query_heads]; from which each head closes, of the grid.
     """
 
     def __init__(

@@ -383,8 +383,8 @@ def test_a_budget_by_price_is_kept() -> None:
     prices = calibration.findings.priced()
     for fraction in (0.05, 0.2, 0.5, 0.9):
         target = OpenFractionTarget(fraction=fraction)
-        margins = calibration.thresholds(target)
-        rungs = torch.searchsorted(prices.margins, margins)
+        margins = calibration.thresholds(target) / calibration.tensors["probe_scale"]
+        rungs = (prices.margins - margins[..., None]).nan_to_num(nan=0.0).abs().argmin(-1)
         assert fraction - 0.1 < prices.opened(rungs) <= fraction
         assert calibration.findings.offsets(target)[1] is not None
 

@@ -474,8 +474,8 @@ MUTANTS = (
         "probe_left_out",
         "a gate with a probe does not read the hidden state",
         "gates/measured.py",
-        "self.probe.to(dtype)).mT + margins",
-        "self.probe.to(dtype)).mT * 0 + margins",
+        "linear(hidden, probe).mT + margins",
+        "linear(hidden, probe).mT * 0 + margins",
         "tests/integration/test_priced.py -k decides_as_the_calibration_says",
     ),
     Mutant(

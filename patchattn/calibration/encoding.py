@@ -203,7 +203,7 @@ def _tensor(name: str, entry: dict[str, Any], body: memoryview, begin: int) -> t
     return tensor.reshape(shape), offsets[1]
 
 
-def _manifest(text: str) -> tuple[Manifest, int]:
+def _manifest(text: str) -> tuple[Manifest, Any]:
     """Read a manifest of this schema or an earlier one, and tell which."""
     try:
         fields = json.loads(text)

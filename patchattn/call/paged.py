@@ -114,7 +114,13 @@ class PagedRows:
         return self._found[what]
 
     def without_keys(
-        self, query: Tensor, store: PagedStore, scale: float, softcap: float | None, sink_logits: Tensor | None
+        self,
+        query: Tensor,
+        store: PagedStore,
+        scale: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+        whole_groups: bool = False,  # noqa: FBT001, FBT002
     ) -> AttentionInputs:
         """Return the call for gates, which weigh it by what they know and do not look at keys.
 
@@ -126,7 +132,8 @@ class PagedRows:
             scale: See `AttentionInputs`.
             softcap: See `AttentionInputs`.
             sink_logits: See `AttentionInputs`.
+            whole_groups: See `AttentionInputs`.
         """
         shape = (len(self.places), self.kv_heads, self.regions.key_length)
         key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
-        return AttentionInputs(query, key, value, self.regions, scale, softcap, sink_logits)
+        return AttentionInputs(query, key, value, self.regions, scale, softcap, sink_logits, whole_groups)

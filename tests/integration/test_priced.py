@@ -188,7 +188,7 @@ def test_decode_decides_as_one_prefill(kind) -> None:
     assert 0 < sum(calls[0][..., 290:].float().mean() for calls in whole.values()) < 3
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", pytest.param("flex", marks=pytest.mark.slow)])
 def test_in_decode_a_group_opens_as_a_whole_if_the_policy_says_so(backend) -> None:
     model, calibration, ids = tiny_model("llama"), llama(), tokens()
     found = {}

@@ -463,6 +463,14 @@ MUTANTS = (
         "tests/unit/test_probe.py",
     ),
     Mutant(
+        "groups_never_whole",
+        "in decode no head opens with its group",
+        "gates/decision.py",
+        "opened | (opened.any(axis, keepdim=True) & (bulk_log_mass != -torch.inf))",
+        "opened",
+        "tests/unit/test_gate.py -k groups_open",
+    ),
+    Mutant(
         "prices_without_the_scale",
         "thresholds by price are not multiplied by the scale of the probe",
         "calibration/findings.py",

@@ -96,7 +96,7 @@ CASES = {
     "decode, padding, softcap and sinks": Case(13, 0, batch=2, padded=True, softcap=30.0, sinks=True),
 }
 MORE = {
-    "decode, whole groups": Case(*DECODE, whole_groups=True),
+    "decode, whole groups": Case(13, 0, whole_groups=True),
     "decode, float16": Case(*DECODE, dtype=torch.float16),
     # Keys of the next chunk are a launch of their own where Inductor does not put them behind the kernel of local keys,
     # and with a head dimension of 64 so is the count of scored keys.

@@ -52,6 +52,8 @@ class Policy(Frozen):
         min_bulk: Queries with fewer bulk keys than this are opened without asking, because there the gated path
             can't win: one number, or `MinBulk` with one for each phase. `"auto"` leaves it to the backend at hand,
             whose numbers `patch` puts in place; calls that are too short to pay are then dense, too.
+        whole_groups: In decode, open all query heads of a KV group where one opens: its keys are read anyway. False
+            decides each head on its own, as in prefill.
         schema_version: Version of this schema.
 
     Example:
@@ -67,6 +69,7 @@ class Policy(Frozen):
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     phases: frozenset[Phase] = frozenset({"prefill", "decode"})
     min_bulk: NumberOfKeys | MinBulk | Literal["auto"] = "auto"
+    whole_groups: bool = False
 
     def break_even(self, phase: Phase) -> int:
         """Return `min_bulk` as the number of keys of a phase; 0 while it is `"auto"`, which `patch` resolves."""

@@ -63,7 +63,8 @@ def made_up_tensors(
     margins = torch.arange(-2.0, 4.0, 0.5) if margins is None else margins
     tensors = {}
     for name, (dtype, shape) in encoding.expected_tensors(manifest, len(margins), len(TRIED)).items():
-        tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
+        if name != "probe_scale":
+            tensors[name] = uniform(*shape).to(torch.float16 if dtype == "F16" else torch.float32)
     missed = uniform(*tensors["missed_mass"].shape).sort(dim=-1, descending=True).values
     # Heads differ in how much they miss at worst; always open misses nothing.
     missed = missed * uniform(*missed.shape[:-1])[..., None]
@@ -101,6 +102,7 @@ def _made_up_prices(tensors: dict[str, torch.Tensor], held_out: int, generator) 
         "tried": tried,
         "kl": kl * (0.5 + torch.rand(held_out, 1, generator=generator)),
         "kl_open_fraction": torch.tensor([prices.opened(of) for of in chosen]).expand(held_out, -1).half(),
+        "probe_scale": 0.5 + 2 * torch.rand(price.shape[:2], generator=generator),
     }
 
 

@@ -32,7 +32,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Att
     scores = attention_scores(inputs)
     local = regions.local_mask()[:, None]
     local_log_mass = masked_log_mass(scores, local, inputs.sink_logits)
-    opened = decide(local_log_mass, bulk_log_mass, regions.asked, margin)
+    opened = decide(local_log_mass, bulk_log_mass, regions.asked, margin, inputs.opens_groups)
     reads_bulk = opened | regions.unasked[:, None]
     attended = local | (regions.bulk_mask()[:, None] & reads_bulk[..., None])
     log_mass = masked_log_mass(scores, attended, inputs.sink_logits)

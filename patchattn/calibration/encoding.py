@@ -20,10 +20,11 @@ from patchattn.calibration.key_moments import check_factors
 from patchattn.calibration.manifest import Manifest
 from patchattn.errors import CalibrationFormatError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _MANIFEST = "manifest"
 _OF_SCHEMA_1 = ("bulk_counts", "covariance_error")
+_MOMENTS_OF_SCHEMA_1 = ("key_mean", "key_deviation", "key_factor")
 _SINCE_SCHEMA_1 = {"moments": "prompt", "rotary": None, "moment_documents": 0}
 _SHARES = frozenset(
     "missed_mass open_fraction recall precision known_fraction oracle_open_fraction priced_open_fraction "
@@ -60,6 +61,7 @@ def expected_tensors(manifest: Manifest, n_margins: int, n_settings: int = 0) ->
         of_prices, heads = manifest.prices, (layers, of.query_heads)
         found["probe"] = ("F16", (*heads, of_prices.hidden))
         found["probe_offset"] = ("F32", heads)
+        found["probe_scale"] = ("F32", heads)
         found["price"] = ("F32", (*heads, n_margins + 2))
         found["value"] = ("F32", (*heads, n_margins + 2))
         found["priced_open_fraction"] = ("F16", (*heads, n_margins + 2))
@@ -95,14 +97,18 @@ def decode(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
     text = metadata.get(_MANIFEST) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise damaged("it has no manifest in its metadata")
-    manifest, dropped = _manifest(text)
+    manifest, version = _manifest(text)
     tensors = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
         tensors[name], end = _tensor(name, entry, body, end)
     if end != len(body):
         raise damaged(f"{len(body) - end} bytes after the last tensor")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    if version == 1:
+        # They were of turned keys, for a few lengths; nothing uses those any more.
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _MOMENTS_OF_SCHEMA_1}
+    if version == 3 and manifest.prices is not None:
+        tensors["probe_scale"] = torch.ones(len(manifest.layers), manifest.fingerprint.query_heads)
     check(manifest, tensors)
     return manifest, tensors
 
@@ -134,6 +140,8 @@ def check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
             raise damaged(f"{name} leaves [0, 1]")
     if (tensors["spread"] < 0).any():
         raise damaged("spread is negative")
+    if (tensors.get("probe_scale", torch.ones(1)) <= 0).any():
+        raise damaged("probe_scale is not positive")
     for name in ("missed_mass", "price", "value"):
         curve = tensors.get(name, torch.zeros(1)).float()
         if (curve.diff(dim=-1) > 0).any() or (curve[..., -1] != 0).any():
@@ -195,8 +203,8 @@ def _tensor(name: str, entry: dict[str, Any], body: memoryview, begin: int) -> t
     return tensor.reshape(shape), offsets[1]
 
 
-def _manifest(text: str) -> tuple[Manifest, frozenset[str]]:
-    """Read a manifest of this schema or an earlier one, and name the tensors that the earlier one has beyond this."""
+def _manifest(text: str) -> tuple[Manifest, Any]:
+    """Read a manifest of this schema or an earlier one, and tell which."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
@@ -207,15 +215,13 @@ def _manifest(text: str) -> tuple[Manifest, frozenset[str]]:
             f"The calibration has schema version {version}; this version of patchattn reads 1 to {SCHEMA_VERSION}.",
             fix="upgrade patchattn",
         )
-    dropped: frozenset[str] = frozenset()
     if type(version) is int and version == 1:
-        # Its key moments were of turned keys, for a few lengths; nothing uses those any more.
         fields = {name: value for name, value in fields.items() if name not in _OF_SCHEMA_1} | _SINCE_SCHEMA_1
-        dropped = frozenset({"key_mean", "key_deviation", "key_factor"})
+    if type(version) is int and version < 3:
+        fields |= {"prices": None}
     if type(version) is int and version < SCHEMA_VERSION:
-        # Schema 2 had no prices.
-        text = json.dumps(fields | {"schema_version": SCHEMA_VERSION, "prices": None})
-    return _validated(text), dropped
+        text = json.dumps(fields | {"schema_version": SCHEMA_VERSION})
+    return _validated(text), version
 
 
 def _validated(text: str) -> Manifest:

@@ -192,7 +192,7 @@ class Findings:
         prices = self.prices_for(target)
         if prices is None or isinstance(target, RiskTarget):
             return self.by_mass(target)
-        return prices.margins[prices.rungs(target)]
+        return prices.margins[prices.rungs(target)] * self.tensors["probe_scale"]
 
     def offsets(self, target: Target) -> tuple[Tensor, Tensor | None]:
         """Return what the gate adds to the bulk log mass of each head: [layers, query_heads] nats, and the probe.

@@ -134,7 +134,7 @@ class Manifest(_Frozen):
         schema_version: Version of this schema.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     model: Text
     commit: Text | None = None
     fingerprint: Fingerprint

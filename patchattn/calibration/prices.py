@@ -34,7 +34,8 @@ class Prices:
     """Prices of closing, and what came of them.
 
     Args:
-        margins: [rungs] nats, from -inf (closed for every query) to +inf (open for every query).
+        margins: [rungs]; margins over the scale of a head's probe, from -inf (closed for every query) to +inf (open for
+            every query).
         price: [layers, query_heads, rungs]; what closing at this rung costs, each pair as if it were the only one, nats
             of KL per token.
         value: [layers, query_heads, rungs]; what it costs where the other heads are gated too.

@@ -24,6 +24,7 @@ class AttentionInputs:
         scale: Factor on the dot products.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None for none.
         sink_logits: [heads]; a learned logit per head that joins the softmax but has no value; None for none.
+        whole_groups: Whether, in a call with one query per sequence, all query heads of a KV group open where one does.
 
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together.
@@ -36,6 +37,7 @@ class AttentionInputs:
     scale: float
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together before anything is computed."""
@@ -67,6 +69,11 @@ class AttentionInputs:
     def group_size(self) -> int:
         """Number of query heads that share a KV head."""
         return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def opens_groups(self) -> int | None:
+        """Number of KV heads, where their groups open as a whole in this call; None where they don't."""
+        return self.key.shape[1] if self.whole_groups and self.query.shape[2] == 1 else None
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -115,6 +115,7 @@ class TableInputs:
         scale: See `AttentionInputs`.
         softcap: See `AttentionInputs`.
         sink_logits: See `AttentionInputs`.
+        whole_groups: See `AttentionInputs`.
     """
 
     query: Tensor
@@ -123,6 +124,7 @@ class TableInputs:
     scale: float
     softcap: float | None
     sink_logits: Tensor | None
+    whole_groups: bool = False
 
     def without_keys(self) -> AttentionInputs:
         """Return the call for gates, see `patchattn.call.paged.without_keys`; without the rows that fill up."""

@@ -126,6 +126,7 @@ def without_keys(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    whole_groups: bool = False,  # noqa: FBT001, FBT002
 ) -> AttentionInputs:
     """Return the call of sequences in pages for gates, which weigh it by what they know and do not look at keys.
 
@@ -138,7 +139,8 @@ def without_keys(
         scale: See `AttentionInputs`.
         softcap: See `AttentionInputs`.
         sink_logits: See `AttentionInputs`.
+        whole_groups: See `AttentionInputs`.
     """
     shape = (len(query), store.key.shape[1], regions.key_length)
     key, value = (x.new_full((), torch.nan).expand(*shape, x.shape[2]) for x in (store.key, store.value))
-    return AttentionInputs(query, key, value, regions, scale, softcap, sink_logits)
+    return AttentionInputs(query, key, value, regions, scale, softcap, sink_logits, whole_groups)

@@ -10,7 +10,13 @@ from torch import Tensor
 from patchattn.call.inputs import AttentionInputs
 
 
-def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, margin: float | Tensor) -> Tensor:
+def decide(
+    local_log_mass: Tensor,
+    bulk_log_mass: Tensor,
+    asked: Tensor,
+    margin: float | Tensor,
+    whole_groups: int | None = None,
+) -> Tensor:
     """Decide which pairs open.
 
     Args:
@@ -18,6 +24,8 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, margin:
         bulk_log_mass: [batch, heads, query] nats, exact or estimated.
         asked: [batch, query] bool; real queries with bulk keys.
         margin: Margin in nats from which a gate closes.
+        whole_groups: Number of KV heads, where the query heads of each open together, see `with_groups`; None decides
+            each on its own.
 
     Returns:
         [batch, heads, query] bool; True means open. A margin that is not finite opens, except where the bulk log mass
@@ -26,7 +34,21 @@ def decide(local_log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, margin:
     # A local mass that is not finite says nothing about the bulk keys: only a bulk mass of -inf is closed then.
     # Written so that NaN opens.
     most = local_log_mass.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf) - margin
-    return asked[:, None] & ~(bulk_log_mass <= most)
+    opened = asked[:, None] & ~(bulk_log_mass <= most)
+    if whole_groups is None:
+        return opened
+    return with_groups(*(x.unflatten(1, (whole_groups, -1)) for x in (opened, bulk_log_mass)), axis=2).flatten(1, 2)
+
+
+def with_groups(opened: Tensor, bulk_log_mass: Tensor, axis: int) -> Tensor:
+    """Open the heads beside an open one, whose keys are read anyway, but for those that are closed for certain.
+
+    Args:
+        opened: [..., group, ...] bool; decisions of the query heads of a KV group.
+        bulk_log_mass: The same shape, nats.
+        axis: That of the group.
+    """
+    return opened | (opened.any(axis, keepdim=True) & (bulk_log_mass != -torch.inf))
 
 
 def is_open(local_log_mass: float, bulk_log_mass: float, margin: float) -> bool:

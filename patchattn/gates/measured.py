@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchattn.moments.running import fuses_products
 from patchattn.moments.text import RotaryMoments
 
 _PARTS = ("mean", "covariance", "frequencies", "order")
@@ -53,7 +54,10 @@ class MeasuredHeads:
             return margins
         if hidden is None:
             return torch.where(margins == -torch.inf, margins, torch.nan)
-        return torch.nn.functional.linear(hidden.to(dtype), self.probe.to(dtype)).mT + margins
+        hidden, probe = hidden.to(dtype), self.probe.to(dtype)
+        if hidden.shape[1] == 1 and fuses_products(hidden):
+            return (hidden * probe).sum(-1, keepdim=True) + margins
+        return torch.nn.functional.linear(hidden, probe).mT + margins
 
     def bits(self) -> dict[str, Tensor]:
         """Return the tensors as the bits of float32 in int32, which casting a module to another dtype leaves alone."""

@@ -89,7 +89,8 @@ def with_offsets(mass: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         mass: [batch, heads, query] nats.
-        offsets: See `MeasuredHeads.offsets`; -inf closes whatever the mass, also where the mass opens in doubt.
+        offsets: See `MeasuredHeads.offsets`; -inf closes whatever the mass, also where the mass opens in doubt, but for
+            heads that open with their group.
     """
     offsets = offsets.to(mass.dtype)
-    return torch.where(offsets == -torch.inf, -torch.inf, mass + offsets)
+    return torch.where(offsets == -torch.inf, torch.finfo(mass.dtype).min, mass + offsets)

@@ -79,11 +79,12 @@ def attention(
         raise _unknown_arguments(["softcap"] if not state.has_softcap and softcap is not None else ["s_aux"])
     scale, positions = query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("position_ids")
     if pages is not None:
-        return attend_pages(state, query, key, value, pages, (scale, softcap, s_aux), positions, hidden), None
+        rest = (scale, softcap, s_aux, state.policy.whole_groups)
+        return attend_pages(state, query, key, value, pages, rest, positions, hidden), None
     assert isinstance(attention_mask, CausalMask)
     policy, break_even = state.policy, state.policy.break_even(phase_of(query.shape[2]))
     regions = attention_mask.regions(policy.sink_size, policy.window_size, query, key, break_even)
-    inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux)
+    inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux, policy.whole_groups)
     output, _ = attend_call(state, inputs, cache, positions, hidden)
     return output.transpose(1, 2).contiguous(), None
 

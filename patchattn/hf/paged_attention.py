@@ -26,7 +26,7 @@ def attend_pages(
     key: Tensor,
     value: Tensor,
     pages: LayerPages,
-    rest: tuple[float, float | None, Tensor | None],
+    rest: tuple[float, float | None, Tensor | None, bool],
     positions: Tensor | None,
     hidden: Tensor | None,
 ) -> Tensor:
@@ -41,7 +41,7 @@ def attend_pages(
         key: [1, kv_heads, rows, dim]; already in the pages.
         value: [1, kv_heads, rows, value_dim].
         pages: The pages of the layer.
-        rest: Scale, softcap and sink logits, see `AttentionInputs`.
+        rest: Scale, softcap, sink logits and whole groups, see `AttentionInputs`.
         positions: [1, rows], or None.
         hidden: [1, rows, hidden], or None.
 
@@ -147,7 +147,7 @@ def _attend_rows(
     state: LayerState,
     query: Tensor,
     pages: LayerPages,
-    rest: tuple[float, float | None, Tensor | None],
+    rest: tuple[float, float | None, Tensor | None, bool],
     reason: str | None,
     rows: list[Row],
     positions: Tensor | None,
@@ -173,7 +173,7 @@ def _attend_by_table(
     state: LayerState,
     query: Tensor,
     pages: LayerPages,
-    rest: tuple[float, float | None, Tensor | None],
+    rest: tuple[float, float | None, Tensor | None, bool],
     rows: list[Row],
     positions: Tensor | None,
     hidden: Tensor | None,

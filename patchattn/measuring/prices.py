@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from patchattn.backends.blockwise import closed_attention
 from patchattn.call.inputs import Attended, AttentionInputs
@@ -55,6 +55,12 @@ Loss = Callable[[Callable[[Tensor, Tensor], Tensor], slice, Tensor], Tensor]
 """What is differentiated: of a function that makes logits (see `head_of`), some positions, and their logits,
 [tokens, vocabulary], it returns the sum over these positions."""
 
+_KEPT = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+)
+"""What is not computed twice: of all that a layer does it takes longest for its size."""
+
 # Logits of one call, in numbers; with their gradients they take about a gibibyte.
 _MOST_LOGITS = 2**25
 
@@ -62,7 +68,8 @@ _MOST_LOGITS = 2**25
 class Backward:
     """One backward pass of a document that tells about every pair. Subclasses say of what, and attend.
 
-    Activations between layers are kept, those inside are computed twice, for the layer whose turn it is.
+    Activations between layers and the outputs of attention kernels are kept, the others inside are computed twice, for
+    the layer whose turn it is.
 
     Args:
         model: The model, in evaluation mode and not patched.
@@ -76,8 +83,8 @@ class Backward:
         self._given: dict[int, Any] = {}
         self._is_first, self._computes_twice = True, False
 
-    def run(self, ids: Tensor, loss: Loss) -> None:
-        """Read a document and differentiate.
+    def run(self, ids: Tensor, loss: Loss) -> Tensor:
+        """Read a document and differentiate; returns the decoder's hidden states, [1, tokens, dim].
 
         Args:
             ids: [1, tokens] ids, on the model's device.
@@ -100,6 +107,7 @@ class Backward:
                     f"{type(self.model).__name__} can't run backward, which prices need: {first_line(error)}.",
                     fix="measure without prices, or load the weights in a dtype that has gradients",
                 ) from error
+        return output.last_hidden_state.detach()
 
     def _attend(self, layer: int, inputs: AttentionInputs, _: Callable[[], Attended]) -> Attended:
         output, given = self.attend(layer, inputs, without_graph(inputs), self._hidden[layer])
@@ -109,8 +117,7 @@ class Backward:
         if not (self._is_first and self._computes_twice):
             self._given[layer] = given
         output.register_hook(partial(self._visit, layer))
-        opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
-        return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
+        return all_attended(inputs, output)
 
     @torch.no_grad()
     def _visit(self, layer: int, gradient: Tensor) -> None:
@@ -152,12 +159,15 @@ class Pricing(Backward):
         super().__init__(model, layers, local)
         self._show = show
 
-    def price(self, ids: Tensor, seed: int) -> None:
+    def price(self, ids: Tensor, seed: int) -> Tensor:
         """Price one document.
 
         Args:
             ids: [tokens] ids.
             seed: Of the labels that are drawn.
+
+        Returns:
+            The dense decoder's hidden states, [1, tokens, dim].
 
         Raises:
             CalibrationError: See `run`.
@@ -168,7 +178,7 @@ class Pricing(Backward):
             labels = drawn(logits.detach(), generator)
             return exactly(logits).log_softmax(-1).gather(1, labels[:, None]).sum()
 
-        self.run(ids[None].to(input_device(self.model)), loss)
+        return self.run(ids[None].to(input_device(self.model)), loss)
 
     def attend(self, layer: int, inputs: AttentionInputs, bare: AttentionInputs, hidden: Tensor) -> tuple[Tensor, Any]:
         """Attend densely."""
@@ -182,6 +192,12 @@ class Pricing(Backward):
         along = (gradient.double() * (closed.double() - dense.double())).sum(-1)
         cost = torch.where(inputs.regions.asked[:, None], along.square() / 2, 0)
         self._show(layer, Priced(inputs, hidden, local, cost))
+
+
+def all_attended(inputs: AttentionInputs, output: Tensor) -> Attended:
+    """Return what is made of an output that is taken as if every pair were open."""
+    opened = inputs.regions.asked[:, None].expand(inputs.query.shape[:3])
+    return Attended(output, opened, inputs.regions.n_causal.sum() * inputs.query.shape[1])
 
 
 def without_graph(inputs: AttentionInputs) -> AttentionInputs:
@@ -258,7 +274,9 @@ def ready(model: Any) -> Iterator[bool]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack, torch.enable_grad():
         for layer in layers:
-            stack.enter_context(replaced_forward(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
+            kept = partial(create_selective_checkpoint_contexts, _is_kept)
+            twice = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=kept)
+            stack.enter_context(replaced_forward(layer, twice))
         try:
             for parameter in trained:
                 parameter.requires_grad_(requires_grad=False)
@@ -266,6 +284,12 @@ def ready(model: Any) -> Iterator[bool]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(requires_grad=True)
+
+
+def _is_kept(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    # What needs no gradient may be changed in place.
+    is_kept = operator in _KEPT and torch.is_grad_enabled()
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _layers_around(model: nn.Module) -> list[nn.Module]:

@@ -132,11 +132,13 @@ def price_documents(
     steps.each(split.fitted, lambda index: fitting.price(cut[index], index))
     tensors = probe.tensors(steps.added_up())
     pricing = Pricing(model, layers, local, partial(probe.price_with, tensors))
-    steps.each(split.priced, lambda index: pricing.price(cut[index], index))
+    # A run that goes on from a checkpoint has none of what was priced before.
+    dense: dict[int, Tensor] = {}
+    steps.each(split.priced, lambda index: dense.update({index: pricing.price(cut[index], index).cpu()}))
     sums, n_priced = steps.added_up(), len(split.priced)
     gated = Prices.of(price_tensors(sums, n_priced) | {"margins": MARGINS}, GATED).at(GATED)
     valuing = Valuing(model, layers, local, probe, tensors, rung_margins(MARGINS)[gated])
-    steps.each(split.priced, lambda index: valuing.value(cut[index]))
+    steps.each(split.priced, lambda index: valuing.value(cut[index], dense.pop(index, None)))
     return tensors | price_tensors(steps.added_up(), n_priced, gated)
 
 

@@ -3,7 +3,8 @@
 The logarithm of a pair's price is regressed, for each head, on the hidden state that its layer is given and on the
 margin that the gate knows, the estimated log mass of the bulk minus the exact one of the local keys. Divided by the
 slope of the margin, what the hidden state adds is an offset to the estimated log mass in nats: the gate compares as
-before, and the margin from which a head closes says at which price.
+before, and the margin from which a head closes says at which price. The less the price depends on the margin, the
+further margins spread: each head has a scale, by which the margins of the grid are multiplied.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ _PENALTY = 100.0
 _LEAST_SLOPE = 0.05
 """Of a log price on the margin, at least; a head whose price hardly depends on it would need endless offsets."""
 
-_MEAN_MARGIN = 3.0
-"""Where offsets put the mean margin of each head, nats: in the middle of `MARGINS`."""
+_MEAN, _SPREAD = 3.0, 3.0
+"""Mean and standard deviation of each head's margin over its scale: `MARGINS` reach 3.7 deviations to both sides."""
+
+_LEAST_SCALE = 0.1
+"""Nats; of a head whose margin hardly varies."""
 
 _FURTHEST = 40.0
 """Margins are cut to this before they are a feature, nats."""
@@ -82,26 +86,31 @@ class Probe:
         self._totals.sums["probe_log_price"][at] += (features.T @ log_price).double().cpu()
 
     def tensors(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit; returns `probe` [layers, heads, hidden] in half precision, and `probe_offset` [layers, heads] nats.
+        """Fit to documents.
 
         Args:
             sums: Those of all processes.
+
+        Returns:
+            `probe` [layers, heads, hidden] in half precision, `probe_offset` [layers, heads] nats, and `probe_scale`
+            [layers, heads], by which the margins of the grid are multiplied.
         """
         found = [
             self._of_layer(gram, log_price)
             for gram, log_price in zip(sums["probe_gram"], sums["probe_log_price"], strict=True)
         ]
-        probe, offset = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return {"probe": probe.half(), "probe_offset": offset.float()}
+        probe, offset, scale = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return {"probe": probe.half(), "probe_offset": offset.float(), "probe_scale": scale.float()}
 
-    def _of_layer(self, gram: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the heads of a layer: [heads, hidden] and [heads]."""
+    def _of_layer(self, gram: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fit the heads of a layer: [heads, hidden], [heads] and [heads]."""
         size, heads = self._directions.shape[1], log_price.shape[1]
         count = gram[-1, -1].clamp(min=1)
         means = gram[-1] / count
         variance = (gram.diagonal() / count - means.square()).clamp(min=0)
         variance[-1] = 1e-6
-        weights, offsets = [], []
+        covariance = gram / count - means[:, None] * means
+        weights, offsets, scales = [], [], []
         for head in range(heads):
             features = torch.tensor([*range(size), size + head, size + heads])
             of_head = gram[features][:, features] + torch.diag(_PENALTY * variance[features])
@@ -109,14 +118,19 @@ class Probe:
             slope = solved[size].clamp(min=_LEAST_SLOPE)
             weight = (self._directions.double() @ (solved[:size] / slope)).clamp(-_HEAVIEST, _HEAVIEST).half()
             weights.append(weight)
-            seen = (self._directions.double().T @ weight.double()) @ means[:size]
-            offsets.append(-means[size + head] - seen - _MEAN_MARGIN)
-        return torch.stack(weights), torch.stack(offsets)
+            # Of the bulk log mass with what the hidden state adds, less the local one: the margin, but for its sign.
+            parts = torch.cat([self._directions.double().T @ weight.double(), gram.new_ones(1)])
+            variance_of_margin = parts @ covariance[features[:-1]][:, features[:-1]] @ parts
+            scales.append((variance_of_margin.clamp(min=0).sqrt() / _SPREAD).clamp(min=_LEAST_SCALE))
+            offsets.append(-parts @ means[features[:-1]] - _MEAN * scales[-1])
+        return torch.stack(weights), torch.stack(offsets), torch.stack(scales)
 
     def margin(
         self, tensors: dict[str, Tensor], layer: int, inputs: AttentionInputs, hidden: Tensor, local: Tensor
     ) -> Tensor:
-        """Return the margin that the probe gives, [1, heads, query] nats; -inf before the first chunk of keys is full.
+        """Return the margin that the probe gives, over its scale, [1, heads, query].
+
+        It is what the margins of the grid are compared with; -inf before the first chunk of keys is full.
 
         Args:
             tensors: What `tensors` returned, from other documents.
@@ -127,11 +141,12 @@ class Probe:
         """
         bulk, _ = bulk_log_mass_from_prompt(inputs, estimate=self._estimate)
         at = self._layers.index(layer)
-        probe, offset = (tensors[name][at].to(bulk.device, bulk.dtype) for name in ("probe", "probe_offset"))
+        names = ("probe", "probe_offset", "probe_scale")
+        probe, offset, scale = (tensors[name][at].to(bulk.device, bulk.dtype) for name in names)
         # As the gate adds it.
         added = MeasuredHeads(offset, probe=probe).offsets(hidden, bulk.dtype)
         assert added is not None
-        return local - with_offsets(bulk, added)
+        return (local - with_offsets(bulk, added)) / scale[:, None]
 
     def price_with(self, tensors: dict[str, Tensor], layer: int, priced: Priced) -> None:
         """Add the prices of one layer of a document, by the margin that the probe gives."""
@@ -147,7 +162,7 @@ class Probe:
 
         Args:
             layer: Index of the layer.
-            margin: [heads, query] nats.
+            margin: [heads, query]; see `margin`.
             slope: [heads, query]; the first-order change of the KL, nats per token of the document, of closing a pair.
         """
         self._totals.sums["slope"][self._layers.index(layer)] += closed_sums(margin, slope.double())

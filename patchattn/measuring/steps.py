@@ -30,7 +30,7 @@ class Steps:
         self._totals, self._checkpoint, self._key, self._count, self._tell = totals, checkpoint, key, count, tell
         self._begun, self._done = 0, 0 if checkpoint is None else resume(totals, checkpoint, key)
 
-    def each(self, documents: Sequence[int], do: Callable[[int], None]) -> None:
+    def each(self, documents: Sequence[int], do: Callable[[int], object]) -> None:
         """Do something with those of some documents that are this process's, unless the checkpoint has them."""
         rank, world = ranks()
         for index in documents[rank::world]:

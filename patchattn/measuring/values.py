@@ -8,18 +8,20 @@ One backward pass of the gated model gives the slope, without drawn labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchattn.backends.blockwise import closed_attention
-from patchattn.call.inputs import AttentionInputs
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.call.with_graph import dense_with_graph, local_with_graph
 from patchattn.hf.architecture import without_head
 from patchattn.hf.weights import input_device
-from patchattn.measuring.prices import Backward, exactly
+from patchattn.measuring.prices import Backward, all_attended, exactly
 from patchattn.measuring.probe import Probe
+from patchattn.measuring.reading import seen_by
 
 
 class Valuing(Backward):
@@ -31,7 +33,7 @@ class Valuing(Backward):
         local: Sink and window, tokens.
         probe: Gives margins, and takes slopes.
         tensors: What was fitted to other documents.
-        margins: [layers, query_heads] nats; from which each head closes.
+        margins: [layers, query_heads]; from which each head closes, of the grid.
     """
 
     def __init__(
@@ -47,22 +49,33 @@ class Valuing(Backward):
         self._probe, self._tensors = probe, tensors
         self._margins = dict(zip(layers, margins, strict=True))
 
-    def value(self, ids: Tensor) -> None:
-        """Value the pairs of one document, [tokens] ids.
+    def value(self, ids: Tensor, dense: Tensor | None = None) -> None:
+        """Value the pairs of one document.
+
+        Args:
+            ids: [tokens] ids.
+            dense: What `Pricing.price` returned for it; None reads it again.
 
         Raises:
             CalibrationError: See `run`.
         """
         ids = ids[None].to(input_device(self.model))
-        with torch.no_grad():
-            dense = without_head(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._read_densely(ids) if dense is None else dense.to(ids.device)
 
         def loss(logits_of: Any, rows: slice, logits: Tensor) -> Tensor:
             with torch.no_grad():
-                wanted = exactly(logits_of(ids[:, rows], dense[:, rows])[0]).softmax(-1)
+                wanted = exactly(logits_of(ids[:, rows], hidden[:, rows])[0]).softmax(-1)
             return -(wanted * exactly(logits).log_softmax(-1)).sum() / ids.shape[1]
 
         self.run(ids, loss)
+
+    @torch.no_grad()
+    def _read_densely(self, ids: Tensor) -> Tensor:
+        def attend(_: int, inputs: AttentionInputs, __: Callable[[], Attended]) -> Attended:
+            return all_attended(inputs, dense_with_graph(inputs))
+
+        with seen_by(attend, self.model, self._layers, local=self._local):
+            return without_head(self.model)(input_ids=ids, use_cache=False).last_hidden_state
 
     def attend(self, layer: int, inputs: AttentionInputs, bare: AttentionInputs, hidden: Tensor) -> tuple[Tensor, Any]:
         """Attend as the gates say."""

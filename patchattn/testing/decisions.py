@@ -30,8 +30,9 @@ def wrong_decisions(
     """Find the pairs whose decision differs from float64 by more than rounding explains.
 
     A decision may differ where the float64 margin lies within twice the plain computation's error of the threshold,
-    and, for the guarded estimate, within 0.1% of the freezing point. Moments are taken from all keys at once: what a
-    cache has kept from earlier calls plays no part.
+    and, for the guarded estimate, within 0.1% of the freezing point. Where groups open as a
+    whole, so they do here. Moments are taken from all keys at once: what a cache has kept from earlier calls plays no
+    part.
 
     Args:
         policy: The policy, `min_bulk` resolved.
@@ -71,4 +72,15 @@ def wrong_decisions(
     unsure = (margin - threshold).abs() <= tolerance
     for mass in masses[1:]:
         unsure |= mass.isfinite() != masses[0].isfinite()
-    return (opened != should_open) & ~unsure, margin, tolerance
+    least, most = should_open & ~unsure, should_open | unsure
+    if policy.whole_groups and inputs.query.shape[2] == 1:
+        kv_heads = inputs.key.shape[1]
+        least, most = (_with_their_groups(pairs, masses[0], kv_heads) for pairs in (least, most))
+    return (least & ~opened) | (opened & ~most), margin, tolerance
+
+
+def _with_their_groups(opened: Tensor, mass: Tensor, kv_heads: int) -> Tensor:
+    """Open, beside the open heads of a group, those that are not closed for certain."""
+    group = opened.shape[1] // kv_heads
+    any_open = opened.view(len(opened), kv_heads, group).any(2).repeat_interleave(group, 1)[..., None]
+    return opened | (any_open & ~mass.isneginf())

@@ -1,7 +1,6 @@
 """Hypothesis strategies for attention calls: shapes, padding, keys, gates, policies and batches of tokens.
 
-Needs hypothesis; the rest of `patchattn.testing` does not. Tensors are made from a seed that hypothesis draws, so a
-failing example is short to print and cheap to shrink.
+Needs hypothesis. Tensors are made from a seed that it draws: a failing example is short to print and cheap to shrink.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def attention_inputs(
         key_kinds: Distributions of keys to choose from, see `make_keys`.
         dtype: dtype of queries, keys and values.
         holes: Whether padding may lie between real tokens.
-        features: Whether a softcap and sink logits may be there.
+        features: Whether a softcap and sink logits may be there, and groups may open as a whole.
     """
     sizes = draw(shapes() if shape is None else shape)
     seed = draw(_SEEDS)
@@ -238,6 +237,7 @@ def attention_inputs(
         draw(st.sampled_from([1.0, 2.0])) * sizes.head_dim**-0.5,
         draw(st.sampled_from([None, None, 3.0])) if features else None,
         normal(sizes.heads) if features and draw(st.booleans()) else None,
+        features and draw(st.booleans()),
     )
 
 
@@ -316,6 +316,7 @@ def policies(
         "gate": gates(layers=patched or layers, heads=heads, calibrated=calibrated),
         "phases": st.frozensets(st.sampled_from(PHASES), min_size=1),
         "min_bulk": sizes | st.builds(MinBulk, prefill=sizes, decode=sizes) | st.just("auto"),
+        "whole_groups": st.booleans(),
     }
     return Policy(layers=patched, **{name: draw(values) for name, values in fields.items()})
 
@@ -345,6 +346,5 @@ def padded_batches(
 
 def cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
     """Return the call with queries, keys, values and sink logits in another dtype."""
-    sinks = inputs.sink_logits
-    changed: dict[str, Any] = {name: getattr(inputs, name).to(dtype) for name in ("query", "key", "value")}
-    return replace(inputs, **changed, sink_logits=None if sinks is None else sinks.to(dtype))
+    parts = {name: getattr(inputs, name) for name in ("query", "key", "value", "sink_logits")}
+    return replace(inputs, **{name: part.to(dtype) for name, part in parts.items() if part is not None})

@@ -17,11 +17,14 @@ from unittest import mock
 import torch
 from harness import Row, arguments, measure, milliseconds, prepare, progress, save
 from matplotlib.figure import Figure
-from problems import DTYPES, dense_baselines, gated, iid_gates, make_inputs, reading, shape_on, shipped_model
+from problems import DTYPES, Shape, dense_baselines, gated, iid_gates, make_inputs, reading, shape_on, shipped_model
 from transformers import DynamicCache
 
 import patchattn
 from patchattn import Policy
+from patchattn.call.inputs import AttentionInputs
+from patchattn.gates.measured import MeasuredHeads
+from patchattn.gates.moment import with_offsets
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.counting import Counters
 from patchattn.hf.patching import Record
@@ -68,7 +71,8 @@ def gate(options: argparse.Namespace, cases: list[tuple[int, str]]) -> None:
     notes = (
         f"{options.open:.0%} of the pairs open, i.i.d.; medians in milliseconds. `local` is a call with all gates "
         "closed, `bulk` what open pairs add to it (gathering, bulk keys, merge), `gate` the estimate from prompt "
-        "moments, which a forced gate does not need; in decode the moments are those left by the step before."
+        "moments, which a forced gate does not need; in decode the moments are those left by the step before. "
+        "`probe` is what thresholds by price add to it: a product with a hidden state as wide as all query heads."
     )
     save(options, "gate_overhead", "Parts of one gated layer", rows, notes, figure)
 
@@ -84,12 +88,28 @@ def parts(options: argparse.Namespace, length: int, phase: str) -> Row:
         "closed": gated(inputs, iid_gates(shape, 0.0), options.backend),
         "gated": gated(inputs, iid_gates(shape, options.open), options.backend),
         "gate": lambda: bulk_log_mass_from_prompt(inputs, state, max_chunks=bound if on_cuda else None),
+        "probe": with_probe(shape, inputs),
     }
     timed = measure(variants, device=options.device, repeats=options.repeats, clock=options.clock)
     ms, best = {name: timed.ms(name) for name in variants}, min(dense, key=timed.ms)
     row: Row = {"phase": phase, "tokens": length, "dense": best, "dense ms": ms[best], "local ms": ms["closed"]}
     row |= {"bulk ms": max(ms["gated"] - ms["closed"], 0.0), "gate ms": ms["gate"]}
-    return row | {"gate / dense": ms["gate"] / ms[best], "quiet": timed.is_quiet, "dtype": options.dtype}
+    row |= {"probe ms": ms["probe"], "gate / dense": ms["gate"] / ms[best], "probe / dense": ms["probe"] / ms[best]}
+    return row | {"quiet": timed.is_quiet, "dtype": options.dtype}
+
+
+def with_probe(shape: Shape, inputs: AttentionInputs) -> Callable[[], torch.Tensor]:
+    """Add what a probe says of a hidden state to a bulk log mass."""
+    drawn = torch.randn(shape.batch, shape.queries, shape.heads * shape.dim, generator=torch.Generator().manual_seed(0))
+    hidden, mass = drawn.to(inputs.query), torch.zeros(inputs.query.shape[:3], device=inputs.query.device)
+    heads = MeasuredHeads(mass[0, :, 0], probe=torch.ones(shape.heads, hidden.shape[2], device=hidden.device))
+
+    def add() -> torch.Tensor:
+        offsets = heads.offsets(hidden, inputs.compute_dtype)
+        assert offsets is not None
+        return with_offsets(mass, offsets)
+
+    return add
 
 
 def recording(options: argparse.Namespace, cases: list[tuple[int, str]]) -> None:

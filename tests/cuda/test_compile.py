@@ -18,6 +18,7 @@ from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
 from patchattn.gates.base import Known
+from patchattn.gates.measured import MeasuredHeads
 from patchattn.gates.moment import MomentGate
 from patchattn.moments.prompt import PromptMoments
 
@@ -48,6 +49,8 @@ class Case:
     padded: bool = False
     softcap: float | None = None
     sinks: bool = False
+    whole_groups: bool = False
+    hidden: int = 0  # size of the hidden state that a probe reads; 0 for no probe
     most_spilled: int = 64  # bytes, of each kernel
     gathered: bool = False  # keys lie as those do that are gathered from pages
 
@@ -72,8 +75,14 @@ class Case:
             self.dim**-0.5,
             self.softcap,
             draw(self.heads) if self.sinks else None,
+            self.whole_groups,
         )
-        known = Known(moments=PromptMoments.empty(inputs.key))
+        measured = hidden = None
+        if self.hidden:
+            margins, probe = (torch.empty(self.heads, *more, device="cuda") for more in ((), (self.hidden,)))
+            measured = MeasuredHeads(margins, probe=probe)
+            hidden = draw(self.batch, self.queries, self.hidden)
+        known = Known(moments=PromptMoments.empty(inputs.key), measured=measured, hidden=hidden)
         assert flex.weigh_and_attend(inputs, MomentGate(), known) is not None
 
 
@@ -83,9 +92,13 @@ SLABS = {"queries": 9000, "keys": 32768}  # three slabs, the last one shorter, a
 CASES = {
     "decode": Case(*DECODE),
     "prefill": Case(*PREFILL, **SLABS),
+    # The product with the hidden state is a launch, and in a prefill the hidden state in float32 another.
+    "decode, probe": Case(13, 0, hidden=4096),
+    "prefill, probe": Case(35, 1, **SLABS, hidden=4096),
     "decode, padding, softcap and sinks": Case(13, 0, batch=2, padded=True, softcap=30.0, sinks=True),
 }
 MORE = {
+    "decode, whole groups": Case(13, 0, whole_groups=True),
     "decode, float16": Case(*DECODE, dtype=torch.float16),
     # Keys of the next chunk are a launch of their own where Inductor does not put them behind the kernel of local keys,
     # and with a head dimension of 64 so is the count of scored keys.

@@ -189,6 +189,33 @@ def test_decode_decides_as_one_prefill(kind) -> None:
     assert 0 < sum(calls[0][..., 290:].float().mean() for calls in whole.values()) < 3
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise", pytest.param("flex", marks=pytest.mark.slow)])
+def test_in_decode_a_group_opens_as_a_whole_if_the_policy_says_so(backend) -> None:
+    model, calibration, ids = tiny_model("llama"), llama(), tokens()
+    found = {}
+    for whole_groups in (False, True):
+        policy = aimed_at(calibration, whole_groups=whole_groups)
+        with patchattn.patch(
+            model, policy, calibration=calibration, record="timeline", backend=backend.replace("flex", "reference")
+        ) as handle:
+            if backend == "flex":
+                through_cuda_path(handle)
+            cache = DynamicCache(config=model.config)
+            run(model, ids[:, :280], **with_cache(model, cache))
+            for at in range(280, 290):
+                run(model, ids[:, at : at + 1], **with_cache(model, cache))
+            found[whole_groups] = recorded_gates(handle)
+    for layer, (alone, whole) in enumerate(zip(found[False].values(), found[True].values(), strict=True)):
+        assert torch.equal(alone[0], whole[0])
+        by_group = torch.cat(whole[1:], 2).unflatten(1, (2, 3))
+        assert torch.equal(by_group.any(2), by_group.all(2))
+        if layer == 0:
+            # Later layers are given something else.
+            heads = torch.cat(alone[1:], 2).unflatten(1, (2, 3))
+            assert torch.equal(heads.any(2), by_group.all(2))
+            assert not torch.equal(heads.any(2), heads.all(2))
+
+
 @pytest.mark.slow
 def test_a_compiled_model_decides_alike_without_a_graph_for_each_length() -> None:
     model, calibration = tiny_model("llama"), llama()
@@ -385,8 +412,8 @@ def test_a_budget_by_price_is_kept() -> None:
     prices = calibration.findings.priced()
     for fraction in (0.05, 0.2, 0.5, 0.9):
         target = OpenFractionTarget(fraction=fraction)
-        margins = calibration.thresholds(target)
-        rungs = torch.searchsorted(prices.margins, margins)
+        margins = calibration.thresholds(target) / calibration.tensors["probe_scale"]
+        rungs = (prices.margins - margins[..., None]).nan_to_num(nan=0.0).abs().argmin(-1)
         assert fraction - 0.1 < prices.opened(rungs) <= fraction
         assert calibration.findings.offsets(target)[1] is not None
 

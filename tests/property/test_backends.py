@@ -42,7 +42,11 @@ def test_a_backend_equals_the_reference(backend: Backend, decode: bool | None, d
     inputs = data.draw(attention_inputs(shape=shapes(decode=decode)))
     opened = data.draw(decisions(inputs))
     note_what_it_shows(inputs, opened)
-    expected, actual = (b.attend(inputs, forced(opened, inputs), 0.0) for b in (REFERENCE, backend))
+    mass = forced(opened, inputs)
+    if inputs.whole_groups:
+        # Closed, but not for certain.
+        mass = mass.clamp(min=torch.finfo(mass.dtype).min)
+    expected, actual = (b.attend(inputs, mass, 0.0) for b in (REFERENCE, backend))
     assert torch.equal(actual.open, expected.open)
     left_out = ~expected.output.isfinite()
     got, want = (attended.output.masked_fill(left_out, 0) for attended in (actual, expected))

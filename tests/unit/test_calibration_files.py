@@ -87,7 +87,7 @@ def test_safetensors_itself_can_read_the_file(tmp_path: Path) -> None:
         assert Manifest.model_validate_json(file.metadata()["manifest"]) == made_up_manifest()
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_golden_files_of_every_schema_are_read(schema: int) -> None:
     calibration = Calibration.from_pretrained(GOLDEN / f"calibration-{schema}")
     fields = {**SMALL, "estimates": ("guarded", "saturating")}
@@ -97,13 +97,20 @@ def test_golden_files_of_every_schema_are_read(schema: int) -> None:
     assert ("key_factor" in calibration.tensors) == (schema > 1)
     assert calibration.tensors["margins"].tolist() == [i / 2 for i in range(-4, 8)]
     assert ("probe" in calibration.tensors) == (schema > 2)
-    missed = {1: 25.278900146484375, 2: 28.79925537109375, 3: 29.154930114746094}[schema]
+    missed = {1: 25.278900146484375, 2: 28.79925537109375, 3: 29.154930114746094}[min(schema, 3)]
     assert calibration.tensors["missed_mass"].double().sum() == pytest.approx(missed)
     assert calibration.policy == made_up_calibration(**fields).policy
     if prices:
         assert calibration.tensors["price"].double().sum() == pytest.approx(1.6687974212582048)
         assert calibration.tensors["value"].double().sum() == pytest.approx(3.3375948425164097)
         assert calibration.findings.expected_kl(KLTarget(nats=0.02)) == pytest.approx(0.0033059369963660376)
+        margins, _ = calibration.findings.offsets(KLTarget(nats=0.02))
+        # Margins of the grid, as schema 3 has them, or multiplied by the scales of schema 4.
+        scales = calibration.tensors["probe_scale"]
+        assert scales.eq(1).all() == (schema == 3)
+        rungs = calibration.findings.priced().rungs(KLTarget(nats=0.02))
+        grid = torch.cat([torch.tensor([-torch.inf]), calibration.tensors["margins"], torch.tensor([torch.inf])])
+        assert torch.equal(margins, grid[rungs] * scales + calibration.tensors["probe_offset"])
 
 
 def test_size_for_a_model_of_8b_parameters() -> None:
@@ -235,12 +242,13 @@ DAMAGED = {
         lambda: with_header(encoded(), lambda h: h["spread"].update(data_offsets=[0, 64])),
         "do not fit its shape|offsets",
     ),
+    "a scale of nothing": (change_tensor("probe_scale", put(0.0)), "probe_scale is not positive"),
     "huge shape": (lambda: with_header(encoded(), lambda h: h["bias"].update(shape=[2**31] * 8)), "do not fit"),
 }
 
 
 for name, (dtype, _) in encoding.expected_tensors(made_up_manifest(prices=4), 12, 6).items():
-    if name in {"probe", "probe_offset", "price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction"}:
+    if name.startswith(("probe", "price", "value", "tried", "kl")):
         DAMAGED |= {
             f"{name} is missing": (change_tensor(name, lambda t: None), f"tensors missing: .*'{name}'"),
             f"{name} has NaN": (change_tensor(name, put(float("nan"))), f"{name} has NaN or Inf"),
@@ -260,8 +268,8 @@ def test_damaged_files_are_refused_with_what_is_wrong(case: str) -> None:
 
 
 def test_unknown_schema_says_what_to_do() -> None:
-    with pytest.raises(CalibrationFormatError, match="schema version 4") as caught:
-        encoding.decode(with_manifest(encoded(), lambda m: m.update(schema_version=4)))
+    with pytest.raises(CalibrationFormatError, match="schema version 5") as caught:
+        encoding.decode(with_manifest(encoded(), lambda m: m.update(schema_version=5)))
     assert caught.value.fix == "upgrade patchattn"
 
 

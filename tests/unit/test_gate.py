@@ -13,6 +13,7 @@ from patchattn.call.masses import attention_scores, masked_log_mass
 from patchattn.call.regions import Regions
 from patchattn.gates.base import Known
 from patchattn.gates.decision import decide, forced
+from patchattn.gates.moment import with_offsets
 
 
 def make_inputs(length=400, softcap=None, sinks=False, pads=(0, 50), dtype=torch.float64, sink_size=4, window_size=32):
@@ -101,6 +102,23 @@ def test_queries_below_break_even_open_without_asking():
 def test_a_margin_that_is_not_finite_opens_unless_closed_for_certain(local: float, bulk: float, opens: bool):
     masses = (torch.tensor(mass).view(1, 1, 1) for mass in (local, bulk))
     assert decide(*masses, torch.tensor([[True]]), 0.0).item() is opens
+
+
+def test_groups_open_as_a_whole_in_decode_but_for_heads_that_are_closed_for_certain():
+    # One query, two KV heads of three query heads: open, closed, closed for certain; closed, closed, closed.
+    bulk = torch.tensor([5.0, -5.0, -torch.inf, -5.0, -5.0, torch.finfo(torch.float32).min]).view(1, 6, 1)
+    asked, local = torch.tensor([[True]]), torch.zeros(1, 6, 1)
+    assert decide(local, bulk, asked, 0.0).flatten().tolist() == [True, False, False, False, False, False]
+    assert decide(local, bulk, asked, 0.0, 2).flatten().tolist() == [True, True, False, False, False, False]
+    assert not decide(local, bulk, ~asked, 0.0, 2).any()
+    # NaN opens its group, and a head that is never worth it opens with its group.
+    bulk[0, 3, 0] = torch.nan
+    assert decide(local, bulk, asked, 0.0, 2).flatten().tolist()[3:] == [True, True, True]
+    never = with_offsets(torch.tensor([[[3.0], [torch.inf]]]), torch.tensor([[-torch.inf], [-torch.inf]]))
+    assert never.isfinite().all()
+    assert not decide(torch.zeros(1, 2, 1), never, asked, 0.0).any()
+    inputs = replace(make_inputs(), whole_groups=True)
+    assert inputs.opens_groups is None
 
 
 def test_replaying_decisions_gives_the_same_output():

@@ -247,6 +247,8 @@ def test_a_calibration_takes_prices_where_it_has_them() -> None:
     assert other.offsets(budget)[1] is None
     assert torch.equal(other.thresholds(budget), other.by_mass(budget))
     margins, probe = priced.findings.offsets(kl)
+    rungs, scale = priced.findings.priced().rungs(kl), priced.tensors["probe_scale"]
+    assert torch.equal(priced.thresholds(kl), priced.findings.priced().margins[rungs] * scale)
     assert torch.equal(margins, priced.thresholds(kl) + priced.tensors["probe_offset"])
     assert torch.equal(probe, priced.tensors["probe"].float())
     assert priced.findings.expected_kl(kl) <= 0.02

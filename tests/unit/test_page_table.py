@@ -63,6 +63,7 @@ class Call:
         window: int = 32,
         softcap: float | None = None,
         sink_logits: bool = False,
+        whole_groups: bool = False,
         dtype: torch.dtype = torch.float64,
         elsewhere: float = torch.nan,
         seed: int = 0,
@@ -87,6 +88,7 @@ class Call:
         heads = kv_heads * group
         logits = normal(heads) if sink_logits else None
         options = {"scale": 1.5 / math.sqrt(dim), "softcap": softcap, "sink_logits": logits}
+        options |= {"whole_groups": whole_groups}
         asked = [length > sink + window for length in lengths] if asked is None else asked
         query = normal(1, heads, len(lengths) + 2, dim)
         return cls(query, PagedStore(*store), places, asked, page_size, stride, sink, window, options)
@@ -243,6 +245,24 @@ def test_rows_equal_the_reference_on_each_request_alone(drawn: tuple[Call, Tenso
     assert torch.equal(attended.open, opened & torch.tensor(call.asked)[:, None, None])
     assert_equal(attended.output, call.expected(opened))
     check_reads(call, opened, attended, kernel)
+
+
+def test_heads_beside_an_open_one_open_too_where_groups_are_whole() -> None:
+    call = Call.drawn([300, 200, 36, 90], whole_groups=True)
+    opened = torch.rand(4, call.query.shape[1], 1, generator=torch.Generator().manual_seed(1)) < 0.3
+    gate = decided(opened)
+    gate.weigh = lambda inputs, known: (torch.where(opened, 1e30, -1e30).double(), None)
+    attended, kernel = attend(call, gate)
+    kv_heads = call.store.key.shape[1]
+    whole = (
+        opened.unflatten(1, (kv_heads, -1)).any(2, keepdim=True).expand(4, kv_heads, call.query.shape[1] // kv_heads, 1)
+    )
+    whole = whole.flatten(1, 2)
+    assert torch.equal(attended.open, whole & torch.tensor(call.asked)[:, None, None])
+    assert (attended.open & ~opened).any()
+    assert (~attended.open).any()
+    assert_equal(attended.output, call.expected(whole))
+    check_reads(call, whole, attended, kernel)
 
 
 def moments_of(call: Call, number: int) -> PromptMoments:

@@ -264,3 +264,16 @@ def test_a_gate_that_looks_at_keys_that_are_not_read_opens() -> None:
     assert rows.regions.last_n_bulk == [64, 24]
     assert rows.regions.break_even == 3
     assert inputs.key.shape == (2, 2, 100, 16)
+
+
+def test_whole_groups_open_as_in_the_reference() -> None:
+    call = Call.drawn([90, 140], kv_heads=2, group=3)
+    call.options["whole_groups"] = True
+    # Two groups of each sequence: one open head beside one that is closed for certain, and all closed.
+    mass = torch.tensor([1e9, -1e9, -torch.inf, -1e9, -1e9, -1e9, -1e9, -1e9, -1e9, -torch.inf, 1e9, -1e9])
+    mass = mass.double().view(2, 6, 1)
+    attended = attend_paged(call.paged(), call.rows(), call.store, mass, 0.0)
+    assert attended.open.flatten().int().tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    wanted = [reference.attend(call.alone(row), mass[row : row + 1], 0.0) for row in range(2)]
+    assert torch.equal(torch.cat([one.open for one in wanted]), attended.open)
+    torch.testing.assert_close(torch.cat([one.output for one in wanted]), attended.output)

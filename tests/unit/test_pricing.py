@@ -82,8 +82,8 @@ def test_prices_change_nothing_of_what_was_measured_before() -> None:
     with_prices, without = priced(), priced(prices=False)
     assert without.manifest == with_prices.manifest.model_copy(update={"prices": None})
     assert without.policy == with_prices.policy
-    new = {"probe", "probe_offset", "price", "value", "priced_open_fraction", "tried", "kl", "kl_open_fraction"}
-    assert set(with_prices.tensors) == set(without.tensors) | new
+    new = {"probe", "probe_offset", "probe_scale", "price", "value", "priced_open_fraction", "tried", "kl"}
+    assert set(with_prices.tensors) == set(without.tensors) | new | {"kl_open_fraction"}
     for name, tensor in without.tensors.items():
         assert torch.equal(tensor, with_prices.tensors[name])
     source = with_prices.manifest.prices
@@ -291,6 +291,7 @@ def test_open_fractions_in_the_file_are_of_the_policies_that_were_measured() -> 
     assert tried.tolist() == torch.tensor(TRIED).tolist()
     for policy, fraction, (predicted, _) in zip(policies_tried(calibration), tried, prices.measured(), strict=True):
         chosen = prices.at(float(fraction))
-        assert torch.equal(calibration.thresholds(policy.gate.threshold), prices.margins[chosen])
+        wanted = prices.margins[chosen] * calibration.tensors["probe_scale"]
+        assert torch.equal(calibration.thresholds(policy.gate.threshold), wanted)
         assert predicted == prices.predicted(chosen)
         assert prices.opened(chosen) <= fraction

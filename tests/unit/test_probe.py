@@ -50,7 +50,7 @@ def fitted(documents, estimate="lognormal"):
     return probe
 
 
-def test_a_planted_log_price_is_found_and_offsets_put_the_margin_in_the_middle() -> None:
+def test_a_planted_log_price_is_found_and_margins_are_put_on_the_grid() -> None:
     documents = [made_up(planted, seed) for seed in range(8)]
     probe = fitted(documents)
     tensors = probe.tensors(probe._totals.sums)
@@ -62,7 +62,9 @@ def test_a_planted_log_price_is_found_and_offsets_put_the_margin_in_the_middle()
         said = tensors["probe"][0].float() @ priced.hidden[0].T + tensors["probe_offset"][0][:, None]
         margins.append((priced.local[0] - mass - said)[:, KNOWN])
     margin = torch.stack(margins)
-    torch.testing.assert_close(margin.mean((0, 2)), torch.full((HEADS,), 3.0), rtol=0, atol=1e-3)
+    on_grid = margin / tensors["probe_scale"][0][:, None]
+    for of_heads in (on_grid.mean((0, 2)), on_grid.std((0, 2))):
+        torch.testing.assert_close(of_heads, torch.full((HEADS,), 3.0), rtol=0, atol=1e-2)
     # The margin orders the pairs of a head by their price.
     cost = torch.stack([priced.cost[0, :, KNOWN] for priced in documents]).float()
     for head in range(HEADS):
@@ -93,7 +95,7 @@ def test_prices_are_means_over_tokens_of_what_each_rung_closes() -> None:
     probe.price_with(tensors, 0, priced)
     mass = bulk_log_mass_from_prompt(priced.inputs, estimate="lognormal")[0][0]
     said = tensors["probe"][0].float() @ priced.hidden[0].T + tensors["probe_offset"][0][:, None]
-    margin, n_asked = priced.local[0] - mass - said, 400 - 36
+    margin, n_asked = (priced.local[0] - mass - said) / tensors["probe_scale"][0][:, None], 400 - 36
     for rung, threshold in ((0, -math.inf), (20, MARGINS[19]), (40, MARGINS[39]), (len(MARGINS) + 1, math.inf)):
         closed = margin >= threshold
         closed[:, 36:] |= rung == 0
@@ -115,7 +117,13 @@ def test_a_head_whose_price_does_not_depend_on_the_margin_is_probed_all_the_same
     tensors = probe.tensors(probe._totals.sums)
     found = tensors["probe"][0].double() * module._LEAST_SLOPE
     torch.testing.assert_close(found, PLANTED, rtol=0.05, atol=0.05)
-    assert tensors["probe_offset"].isfinite().all()
+    # Margins then spread twenty times as far as prices, and still the grid parts nearly all of them.
+    assert (tensors["probe_scale"] > 10).all()
+    probe.price_with(tensors, 0, documents[0])
+    opened = probe._totals.sums["priced_open_fraction"][0]
+    # Before the first chunk of keys is full, all are open.
+    assert (opened[:, 1] < 127 / (LENGTH - 36) + 0.01).all()
+    assert (opened[:, -2] > 0.99).all()
 
 
 def test_features_that_never_change_and_prices_that_never_are_do_no_harm() -> None:
@@ -154,6 +162,7 @@ def test_a_layer_whose_pairs_are_all_unknown_is_left_to_the_margin() -> None:
     tensors = probe.tensors(probe._totals.sums)
     assert not tensors["probe"].any()
     assert tensors["probe_offset"].isfinite().all()
+    assert (tensors["probe_scale"] == module._LEAST_SCALE).all()
     probe.price_with(tensors, 0, made_up(planted, length=100))
     # Where nothing is known all but the last resort is open.
     assert probe._totals.sums["priced_open_fraction"][0, :, 0].eq(0).all()

@@ -68,6 +68,7 @@ def attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> Att
             regions.sink_size,
             regions.window_size,
             regions.break_even,
+            whole_groups=inputs.whole_groups,
         )
     )
 
@@ -102,9 +103,12 @@ def _blockwise(
     sink_size: int,
     window_size: int,
     break_even: int,
+    *,
+    whole_groups: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     regions = Regions(sink_size, window_size, query.shape[2], valid, first, query_slot, break_even)
-    attended = _attend(AttentionInputs(query, key, value, regions, scale, softcap, sink_logits), bulk_log_mass, margin)
+    inputs = AttentionInputs(query, key, value, regions, scale, softcap, sink_logits, whole_groups)
+    attended = _attend(inputs, bulk_log_mass, margin)
     # An operator may not return views of one another or of other strides than its fake implementation says.
     scored = torch.as_tensor(attended.scored_keys, device=query.device)
     return attended.output.contiguous(), attended.open.contiguous(), scored
@@ -116,6 +120,7 @@ def _shapes(
     key: Tensor,
     value: Tensor,
     *rest: object,
+    whole_groups: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = query.shape[:3]
     return (
@@ -153,7 +158,8 @@ def _attend(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float) -> At
     for start in range(begin, length, SLAB):
         rows = slice(start, min(start + SLAB, length))
         local, triples = _local(inputs, rows, output)
-        opened = decide(local.log_mass, bulk_log_mass[:, :, rows], inputs.regions.asked[:, rows], margin)
+        of_rows = bulk_log_mass[:, :, rows], inputs.regions.asked[:, rows]
+        opened = decide(local.log_mass, *of_rows, margin, inputs.opens_groups)
         scored += triples
         reads_bulk = opened | inputs.regions.unasked[:, None, rows]
         if reads_bulk.any():
@@ -204,7 +210,7 @@ def _with_unit_strides(inputs: AttentionInputs) -> AttentionInputs:
     if all(x.stride(-1) == 1 for x in tensors):
         return inputs
     query, key, value = (with_unit_stride(x) for x in tensors)
-    return AttentionInputs(query, key, value, inputs.regions, inputs.scale, inputs.softcap, inputs.sink_logits)
+    return replace(inputs, query=query, key=key, value=value)
 
 
 PAGED = PagedBackend(attend_paged, attend_paged_densely)

@@ -6,6 +6,7 @@ and what is known to be visible is merged without guards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 
@@ -40,7 +41,7 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     local = _attend_local(inputs)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
-    opened = opened_pairs(local.log_mass, bulk_log_mass, margin)
+    opened = opened_pairs(inputs, local.log_mass, bulk_log_mass, margin)
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
     if any(opened):
         decisions = torch.tensor(opened, device=inputs.query.device).view(batch, heads, 1)
@@ -50,10 +51,15 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     return Attended(local.output.to(inputs.query.dtype).view(batch, heads, 1, -1), decisions, scored)
 
 
-def opened_pairs(local_log_mass: Tensor, bulk_log_mass: Tensor, margin: float) -> list[bool]:
-    """Decide on the host which pairs open, in the order of the masses."""
-    masses = zip(local_log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), strict=True)
-    return [is_open(near, far, margin) for near, far in masses]
+def opened_pairs(inputs: AttentionInputs, local_log_mass: Tensor, bulk_log_mass: Tensor, margin: float) -> list[bool]:
+    """Decide on the host which pairs of a call open, in the order of the masses."""
+    near, far = local_log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist()
+    opened, group = list(map(is_open, near, far, [margin] * len(near))), inputs.group_size
+    for begin in range(0, len(opened), group) if inputs.opens_groups else ():
+        of_group = slice(begin, begin + group)
+        if any(opened[of_group]):
+            opened[of_group] = [mass != -math.inf for mass in far[of_group]]
+    return opened
 
 
 def _attend_local(inputs: AttentionInputs) -> Softmax:

@@ -108,7 +108,8 @@ def weigh_and_attend_with(
         return None
     _refuse_dtype(inputs.query.dtype)
     settings, regions, call = Settings.of(inputs, two_passes=True), inputs.regions, two_pass_call(inputs, None)
-    offsets = None if known.measured is None else known.measured.offsets(known.hidden, inputs.compute_dtype)
+    measured = known.measured
+    heads = None if measured is None else (measured.margins, measured.probe)
     parts = []
     with torch.no_grad(), explained(call):
         moments = moments_before(inputs, known.moments, reach_query=known.reach_query).parts
@@ -116,7 +117,7 @@ def weigh_and_attend_with(
             shared = shared_of(settings, compiler, slab, regions, rows)
             run = compiled_weighed(settings, compiler, gate.estimate, kind_of(slab, two_passes=True))
             places = regions.once(("places", rows.start), places_of, regions, rows.start)
-            more = shared, _at_margin(regions, gate.margin), places, moments, _of_rows(offsets, rows)
+            more = shared, _at_margin(regions, gate.margin), places, moments, heads, _of_rows(known.hidden, rows)
             *found, moments = run(with_dynamic_lengths(slab), *more)
             parts.append(found)
     return _attended(inputs, *joined(parts)), PromptMoments(*moments)
@@ -138,13 +139,13 @@ def _attended(inputs: AttentionInputs, output: Tensor, opened: Tensor, scored: T
     return Attended(output, opened, scored)
 
 
-def _of_rows(offsets: Tensor | None, rows: slice) -> Tensor | None:
-    """Return the offsets of a slab's queries, with their number marked as dynamic; None for none."""
-    if offsets is None or offsets.dim() == 2:
-        return offsets
-    cut = offsets[:, :, rows]
-    if cut.shape[2] > 1:
-        torch._dynamo.maybe_mark_dynamic(cut, 2)
+def _of_rows(hidden: Tensor | None, rows: slice) -> Tensor | None:
+    """Return the hidden state of a slab's queries, with their number marked as dynamic; None for none."""
+    if hidden is None:
+        return None
+    cut = hidden.detach()[:, rows].contiguous()
+    if cut.shape[1] > 1:
+        torch._dynamo.maybe_mark_dynamic(cut, 1)
     return cut
 
 

@@ -28,12 +28,14 @@ class Settings:
     scale: float
     softcap: float | None
     two_passes: bool
+    opens_groups: bool
 
     @classmethod
     def of(cls, inputs: AttentionInputs, *, two_passes: bool) -> Settings:
         """Take the settings of a call."""
         regions = inputs.regions
-        return cls(regions.sink_size, regions.window_size, float(inputs.scale), inputs.softcap, two_passes)
+        sizes, opens_groups = (regions.sink_size, regions.window_size), inputs.opens_groups is not None
+        return cls(*sizes, float(inputs.scale), inputs.softcap, two_passes, opens_groups)
 
 
 Call = dict[str, Tensor]  # without sink_logits where there are none, and without gates that are not weighed yet
@@ -100,7 +102,7 @@ def one_pass_call(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     )
     if inputs.sink_logits is not None:
         local = torch.logaddexp(local, inputs.sink_logits.detach().to(local.dtype)[:, None])
-    opened = decide(local, bulk_log_mass, regions.asked, margin)
+    opened = decide(local, bulk_log_mass, regions.asked, margin, inputs.opens_groups)
     n_null = 1 if inputs.sink_logits is not None else 0
     more_queries = _bucket(query.shape[2], 1) - query.shape[2]
     more_keys = _bucket(key.shape[2] + n_null, _SMALLEST_KEY_BUCKET) - key.shape[2]

@@ -24,7 +24,8 @@ from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
-from patchattn.gates.decision import decide
+from patchattn.gates.decision import decide, with_groups
+from patchattn.gates.measured import MeasuredHeads
 from patchattn.gates.moment import with_offsets
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, bulk_log_mass_from_prompt
@@ -58,7 +59,8 @@ def weighed_call(  # pragma: compiled
     margin: Tensor,
     places: tuple[Tensor, Tensor, Tensor],
     moments: tuple[Tensor, ...],
-    offsets: Tensor | None,
+    heads: tuple[Tensor | None, Tensor | None] | None,
+    hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Weigh the queries of a slab by the prompt moments before them, and attend.
 
@@ -70,7 +72,8 @@ def weighed_call(  # pragma: compiled
         margin: [] nats.
         places: What `Regions` has of `valid`, `first` and `query_slot`.
         moments: The parts of `PromptMoments`.
-        offsets: Of the slab's queries, see `MeasuredHeads.offsets`; None for none.
+        heads: Margins and probe of `MeasuredHeads`; None for none.
+        hidden: Of the slab's queries, see `MeasuredHeads.offsets`; None where it is not known.
 
     Returns:
         Output, open pairs, scored keys, and the parts of the moments after the last query.
@@ -80,6 +83,7 @@ def weighed_call(  # pragma: compiled
     inputs = AttentionInputs(call["query"], call["key"], call["value"], regions, settings.scale, settings.softcap)
     bound = 1 if queries == 1 else SLAB // CHUNK + 1
     mass, after = bulk_log_mass_from_prompt(inputs, PromptMoments(*moments), estimate=estimate, max_chunks=bound)
+    offsets = None if heads is None else MeasuredHeads(heads[0], probe=heads[1]).offsets(hidden, mass.dtype)
     mass = mass if offsets is None else with_offsets(mass, offsets)
     return *attend_call(settings, call | {"gate": mass}, shared, margin), after.parts
 
@@ -169,6 +173,8 @@ def _two_passes(  # pragma: compiled
     output, log_mass = with_sink_logits(output, log_mass, sink_logits)
     # A tensor, so that another margin is not another graph.
     opened = decide(log_mass, bulk_log_mass, shared.asked, margin)
+    if settings.opens_groups:  # whose heads are all rows there are
+        opened = with_groups(opened, bulk_log_mass, axis=2)
     reads_bulk = opened | shared.unasked[:, None]
 
     order, place = open_first(reads_bulk) if has_full_list(query.shape[2]) else (None, None)
@@ -282,7 +288,7 @@ def shared_of(settings: Settings, compiler: Compiler, call: Call, regions: Regio
             if axis is not None and (queries > 1 or x is views[0]):
                 torch._dynamo.maybe_mark_dynamic(x, axis)
         kind = len(regions.first), min(queries, 2), regions.valid.device
-        local = replace(settings, scale=1.0, softcap=None)
+        local = replace(settings, scale=1.0, softcap=None, opens_groups=False)
         shared = compiled_shared(local, compiler, heads, kv_heads, kind)(*views)
         return shared.mark_dynamic(queries=queries > 1)
 

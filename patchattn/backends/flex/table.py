@@ -23,7 +23,7 @@ from patchattn.backends.flex.passes import merged, one_pass, with_sink_logits
 from patchattn.call.inputs import Attended
 from patchattn.call.page_table import PageTable, TableInputs
 from patchattn.gates.base import HeadGate, Known
-from patchattn.gates.decision import decide
+from patchattn.gates.decision import decide, with_groups
 from patchattn.gates.moment import MomentGate, with_offsets
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, evaluate_one
@@ -40,7 +40,7 @@ def attend_rows(  # pragma: compiled
     """Attend to local keys, decide, attend to bulk keys, merge; all rows at once.
 
     Args:
-        settings: Sink, window, scale and softcap.
+        settings: Sink, window, scale, softcap and whole groups.
         layout: That of the store.
         tensors: `query` [rows, kv_heads, group, dim]; `key` and `value` [1, kv_heads, places, dim]; and `sink_logits`
             [heads], where there are any.
@@ -59,7 +59,10 @@ def attend_rows(  # pragma: compiled
     output, log_mass = one_pass(settings, query, key, value, owned.block_mask(settings, layout, group))
     log_mass = torch.where(owned.lengths[:rows, None, None] > 0, log_mass, -torch.inf)
     output, log_mass = with_sink_logits(output, log_mass, sinks)
-    opened = decide(log_mass, mass.unflatten(1, (kv_heads, group)), owned.asked[:, None], margin)
+    mass = mass.unflatten(1, (kv_heads, group))
+    opened = decide(log_mass, mass, owned.asked[:, None], margin)
+    if settings.opens_groups:
+        opened = with_groups(opened, mass, axis=2)
     has_bulk = (opened | ~owned.asked[:, None, None]) & (owned.n_bulk > 0)[:, None, None]
     counts = torch.where(has_bulk.any(2, keepdim=True), owned.bulk_counts, 0)
     bulk = one_pass(settings, query, key, value, owned.block_mask(settings, layout, group, counts))
@@ -149,7 +152,8 @@ def attend_table_with(inputs: TableInputs, gate: HeadGate, known: Known, *, comp
     """
     table, store = inputs.table, inputs.store
     count, device = len(table.rows), inputs.query.device
-    settings = Settings(table.sink_size, table.window_size, float(inputs.scale), inputs.softcap, two_passes=True)
+    sizes = table.sink_size, table.window_size
+    settings = Settings(*sizes, float(inputs.scale), inputs.softcap, two_passes=True, opens_groups=inputs.whole_groups)
     layout = Layout(table.page_size, table.stride, len(store.key))
     tensors = {"query": inputs.query.detach(), "key": store.key, "value": store.value}
     if inputs.sink_logits is not None:
@@ -193,7 +197,7 @@ def _mass_of(inputs: TableInputs, gate: HeadGate, known: Known) -> Tensor:
 
 
 def _owned(settings: Settings, layout: Layout, table: PageTable, kv_heads: int, compiler: Compiler) -> Owned:
-    settings = replace(settings, scale=1.0, softcap=None)
+    settings = replace(settings, scale=1.0, softcap=None, opens_groups=False)
 
     def compute() -> Owned:
         longest = max(one.length for one in table.rows)

@@ -104,7 +104,7 @@ def test_steps_rise_and_fit_best(study: Any) -> None:
 def drawn_pairs(seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     worth = torch.randn(3, 600, generator=draw)
-    scale = torch.tensor([1e-4, 1e-6, 1e-8])[:, None]
+    scale = torch.tensor([1e-5, 1e-7, 1e-9])[:, None]
     noise = torch.randn(3, 600, generator=draw)
     price = scale * worth.exp()
     return {
@@ -143,7 +143,7 @@ def test_what_ranks_better_leaves_less(study: Any) -> None:
 def test_shares_of_keys_and_prices_are_counted(study: Any) -> None:
     ranking = study("ranking")
     found = drawn_pairs(0)
-    found["price"] /= 100
+    found["price"] = found["price"].clamp(max=1e-5)
     ranker = ranking.Ranker(ranking.candidates(64)["exact price"], [found])
     at = float(found["price"].flatten().sort().values[900])
     is_open, is_ajar, reads = ranker.decide(found, at)
@@ -168,3 +168,45 @@ def test_half_of_the_heads_decide_like_all(study: Any) -> None:
             ranker.decide(found, 1e-6), ranker.of_heads(slice(1, 3)).decide(some, 1e-6), strict=True
         ):
             torch.testing.assert_close(whole[1:], part)
+
+
+class Decided:
+    """A ranker that decides the same of all pairs."""
+
+    def __init__(self, is_open: bool, is_ajar: bool) -> None:
+        self._states = is_open, is_ajar
+
+    def of_heads(self, heads: slice) -> Decided:
+        assert heads == slice(0, 4)
+        return self
+
+    def decide(self, found: dict[str, Tensor], _: float) -> tuple[Tensor, Tensor, Tensor]:
+        shape = found["probe"].shape
+        is_open, is_ajar = (torch.full(shape, state) for state in self._states)
+        return is_open, is_ajar, is_open.double()
+
+
+@pytest.mark.parametrize(("is_open", "is_ajar"), [(True, False), (False, False), (False, True)])
+def test_layers_attend_as_is_decided(study: Any, inputs: AttentionInputs, is_open: bool, is_ajar: bool) -> None:
+    patched, identity = study("patched"), torch.eye(DIM, dtype=torch.float64).expand(2, -1, -1)
+    basis = {0: study("estimates").Basis.of(identity, identity)}
+
+    def margin(*_: object) -> Tensor:
+        return torch.zeros(1, 4, KEYS)
+
+    ranker = Decided(is_open, is_ajar)
+    gated = patched.Gated(ranker, 0.0, (), ("scores",), basis, margin, {0: torch.zeros(1, KEYS, 1)})
+    output = gated(0, inputs, lambda: None).output
+    dense, (closed, _) = patched.dense(inputs), patched.closed_attention(inputs)
+    rows = study("seeing").rows_of(inputs, 1)
+    others = torch.ones(KEYS, dtype=torch.bool)
+    others[rows] = False
+    torch.testing.assert_close(output[:, :, others], dense[:, :, others])
+    if not is_ajar:
+        torch.testing.assert_close(output[:, :, rows], (dense if is_open else closed)[:, :, rows])
+    else:
+        # The best blocks bring most rows nearer to dense attention.
+        nearer = (output - dense).norm(dim=-1) < (closed - dense).norm(dim=-1)
+        assert nearer[:, :, rows].double().mean() > 0.8
+    assert gated.counts[0] == is_open
+    assert gated.counts[1] == is_ajar

@@ -47,9 +47,10 @@ class Rankers:
     """Candidates of a model, fitted to its priced documents when they are asked for."""
 
     def __init__(self, context: Context, name: str) -> None:
-        self._priced = [found_on(context, name, PRICED, at) for at in range(COUNTS[PRICED])]
+        self._priced = [found_on(context, name, PRICED, at) for at in range(COUNTS[name][PRICED])]
         self._candidates = candidates(DIMENSIONS[name])
         self._known: dict[str, Ranker] = {}
+        self._outcomes: dict[str, list[Outcome]] = {}
 
     def __getitem__(self, name: str) -> Ranker:
         """Return one of them."""
@@ -61,7 +62,9 @@ class Rankers:
 
     def on_priced(self, name: str) -> list[Outcome]:
         """Judge one of them on the documents that it was fitted to."""
-        return [self[name].judge(one) for one in self._priced]
+        if name not in self._outcomes:
+            self._outcomes[name] = [self[name].judge(one) for one in self._priced]
+        return self._outcomes[name]
 
 
 _rankers: dict[str, Rankers] = {}
@@ -91,7 +94,7 @@ def _jobs(context: Context) -> list[Job]:
         (name, candidate, at)
         for name in models
         for candidate in candidates(DIMENSIONS[name])
-        for at in range(COUNTS[JUDGED])
+        for at in range(COUNTS[name][JUDGED])
     ]
 
 

@@ -29,14 +29,13 @@ CONFIRMED = {
     "probe": (),
     "probe, ajar by bounds": (),
     "exact change": ("exact",),
-    "probe, and change by 2 clusters": ("clusters 2",),
 }
 """Candidates that are put into the model, and how each looks at the far keys."""
 
-DOCUMENTS = 2
-"""Of those that are judged, the first so many: one of needles, one of code."""
+DOCUMENTS = 3
+"""Of those that are judged, the first so many: one of each task."""
 
-READ = (0.17, 0.3)
+READ = (0.17,)
 """Shares of the bulk keys, on the documents that were priced."""
 
 EVERY = 4

@@ -37,7 +37,8 @@ class Candidate:
     """One way to rank pairs.
 
     Args:
-        features: Whose weighted sum ranks, with weights fitted to the logarithm of the price, head by head; or one by itself.
+        features: Whose weighted sum ranks, with weights fitted to the logarithm of the price of each head; or one by
+            itself.
         cost: What it reads of a query's bulk, as a share of all keys and values in it.
         asked: Where it is asked, after the probe: everywhere, where the probe is unsure, or beyond freezing.
         ajar: How blocks are chosen for the third state; None has two states.

@@ -37,16 +37,17 @@ from documents import UNLIKE, made_of_real, unlike
 
 REAL, SHIPPED = "SmolLM2-135M", "shipped"
 FIRST, PRICED, JUDGED = "first", "priced", "judged"
-COUNTS = {PRICED: 3, JUDGED: 3}
-"""Documents that what scores say is priced on, and that are judged, of each model."""
+COUNTS = {REAL: {FIRST: 12, PRICED: 3, JUDGED: 3}, SHIPPED: {FIRST: 12, PRICED: 6, JUDGED: 9}}
+"""Documents of each model: what scores say is priced on the second ones, and the last are judged.
+
+The probe of the shipped model is fitted to half of the first ones; that of the real model, its calibration's, to some of
+them at twice the length. `BASED` of them give the directions of the sketches.
+"""
 
 LENGTH = 2048
 """Tokens of a document."""
 
-FITTED, BASED = 12, 3
-"""The priced documents come after so many. The probe of the shipped model is fitted to the first half of these, that of
-the real one was fitted to some of them at twice the length, for its calibration. The first few give the directions of
-the sketches."""
+BASED = 3
 
 SEEN, OTHERS = (None, "note", "list"), ("fact", "chain", "fact")
 """What the shipped model is asked in turn: where scores are fitted and priced, and where they are judged."""
@@ -80,8 +81,9 @@ class One(NamedTuple):
 @cache
 def documents(name: str, part: str, tokenizer: Any) -> list[One]:
     """Make documents; those of `FIRST` are for the probe."""
-    begin = FITTED * (part == PRICED)
-    end = begin + COUNTS.get(part, FITTED)
+    counts = COUNTS[name]
+    begin = counts[FIRST] * (part == PRICED)
+    end = begin + counts[part]
     if name == SHIPPED:
         made = [_of_shipped(at, tokenizer, judged=part == JUDGED) for at in range(end)]
     elif part == JUDGED:
@@ -155,7 +157,7 @@ def probe_of(context: Context, name: str) -> tuple[Probe, dict[str, Tensor]]:
 
     def fit() -> dict[str, Tensor]:
         pricing = Pricing(model, layers, (SINK, WINDOW), probe.fit_to)
-        for at, one in enumerate(documents(name, FIRST, tokenizer)[: FITTED // 2]):
+        for at, one in enumerate(documents(name, FIRST, tokenizer)[: COUNTS[name][FIRST] // 2]):
             pricing.price(one.ids, at)
         return probe.tensors(totals.sums)
 
@@ -200,7 +202,7 @@ def _folder(context: Context) -> Path:
 
 
 def _jobs(context: Context) -> list[Job]:
-    return [(name, part, at) for name in (SHIPPED, REAL) for part, count in COUNTS.items() for at in range(count)]
+    return [(name, part, at) for name in COUNTS for part in (PRICED, JUDGED) for at in range(COUNTS[name][part])]
 
 
 READ = Measurement("towards_the_oracle.read", Read, ("model", "part", "document"), _jobs, read)

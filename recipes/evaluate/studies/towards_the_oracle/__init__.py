@@ -87,8 +87,8 @@ def summaries(rows: Sequence[Judged], name: str) -> list[SimpleNamespace]:
                 cost=of_candidate[0].cost or None,
                 documents=len(of_candidate),
                 closed=np.mean([row.closed for row in of_candidate]),
-                by_open=[_number(value) for value in by_open],
-                by_read=[_number(value) for value in by_read],
+                by_open=by_open.tolist(),
+                by_read=by_read.tolist(),
                 ratio=None if candidate == PROBE else against(of_candidate, beside),
                 worst=None if candidate == PROBE or ratio[worst] is None else f"{worst} {ratio[worst].value:.2f}",
             )
@@ -104,10 +104,6 @@ def against(rows: Sequence[Judged], beside: Sequence[Judged], kind: str | None =
         if kind in (None, row.kind)
     ]
     return None if np.isnan(pairs).any() else ratio_of_sums(*zip(*pairs, strict=True))
-
-
-def _number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.4f}"
 
 
 def in_the_model(rows: Sequence[Patched]) -> list[dict[str, Any]]:
@@ -140,17 +136,22 @@ def timed(rows: Sequence[Timed]) -> list[dict[str, Any]]:
 
 
 def draw(by_model: dict[str, list[SimpleNamespace]]) -> Figure:
-    """Draw what is left against the share of keys read; of exact changes and prices, which read all, of pairs open."""
+    """Draw what is left against the share of keys read; as if exact changes and prices read nothing of closed pairs."""
     figure = Figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
     for axes, (name, of_model) in zip(figure.subplots(1, 2), by_model.items(), strict=True):
         for one in of_model:
             if one.name in SHOWN:
                 colour, style = SHOWN[one.name]
-                left = one.by_open if one.name.startswith("exact") else one.by_read
-                points = [(100 * share, float(value)) for share, value in zip(SHARES, left, strict=True) if value]
-                axes.plot(*zip(*points, strict=True), style, color=colour, markersize=5, label=one.name)
+                is_exact = one.name.startswith("exact")
+                left, label = (one.by_open, f"{one.name}, for nothing") if is_exact else (one.by_read, one.name)
+                shares = [100 * share for share in SHARES]
+                axes.plot(shares, left, style, color=colour, markersize=5, label=label)
         axes.set_yscale("log")
-        axes.set(title=NAMES[name], xlabel="far keys read, %", ylabel="price of what is not read, nats per token")
+        axes.set(
+            title=NAMES[name],
+            xlabel="far keys read, estimates included, %",
+            ylabel="price of what is not read, nats per token",
+        )
         tidy(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure

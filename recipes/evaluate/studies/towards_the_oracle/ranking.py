@@ -138,34 +138,40 @@ class Ranker:
             return found["price"].double()
         return self._expected.at(self.score(found))
 
-    def decide(self, found: Found, at: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    def prices(self, found: Found) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what is expected of each pair, [heads, rows]: closed, closed by what is asked before, and ajar."""
+        before = None if self._first is None else self._first.expected(found)
+        return self.expected(found), before, self._ajar.at(self.score(found)) if self._candidate.ajar else None
+
+    def decide(
+        self, found: Found, at: Tensor | float, prices: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Open pairs at one price.
 
         Args:
             found: What the candidate ranks by, and `n`.
             at: The price, nats per token.
+            prices: What `prices` returns; None computes them.
 
         Returns:
             Which pairs are open, and which ajar, [heads, rows] bool; and the share of its bulk that each reads, what
             estimates read included.
         """
-        candidate, expected = self._candidate, self.expected(found)
+        candidate, (expected, before, ajar) = self._candidate, prices or self.prices(found)
         asked = torch.ones_like(expected, dtype=torch.bool)
-        if self._first is not None:
-            before = self._first.expected(found)
+        if before is not None:
             asked = found["spread"] > 1
             if candidate.asked == "unsure":
                 asked = (before > at / KAPPA) & (before < at * KAPPA)
             expected = torch.where(asked, expected, before)
         is_open, is_ajar = expected > at, torch.zeros_like(asked)
         reads = is_open + candidate.cost * asked.double()
-        if candidate.ajar:
+        if ajar is not None:
             n = found["n"].double()
             full = CHUNK * (found["n"] // CHUNK)
             share = ((n - full + full.clamp(max=TOP * AJAR)) / n + candidate.choosing).clamp(max=1)
             # The cheapest of the three, what is read and what is left together.
-            left = self._ajar.at(self.score(found))
-            is_ajar = left + at * share < expected.clamp(max=float(at))
+            is_ajar = ajar + at * share < expected.clamp(max=float(at))
             is_open = is_open & ~is_ajar
             reads = torch.where(is_ajar, share, is_open.double())
         return is_open, is_ajar, reads
@@ -174,8 +180,9 @@ class Ranker:
         """Open pairs of a document at every price."""
         n, price, outcomes = found["n"].double(), found["price"].double(), []
         partly = found[f"price, ajar by {self._candidate.ajar}"].double() if self._candidate.ajar else price
+        prices = self.prices(found)
         for at in PRICES:
-            is_open, is_ajar, reads = self.decide(found, at)
+            is_open, is_ajar, reads = self.decide(found, at, prices)
             left = torch.where(is_ajar, partly, price).masked_fill(is_open, 0)
             outcomes.append((is_open.double().mean(), (reads * n).sum() / (n.sum() * len(price)), left.sum()))
         return Outcome(*(np.array(part) for part in zip(*outcomes, strict=True)))

@@ -37,11 +37,11 @@ from documents import UNLIKE, made_of_real, unlike
 
 REAL, SHIPPED = "SmolLM2-135M", "shipped"
 FIRST, PRICED, JUDGED = "first", "priced", "judged"
-COUNTS = {REAL: {FIRST: 12, PRICED: 3, JUDGED: 3}, SHIPPED: {FIRST: 12, PRICED: 6, JUDGED: 9}}
+COUNTS = {REAL: {FIRST: 12, PRICED: 3, JUDGED: 6}, SHIPPED: {FIRST: 12, PRICED: 6, JUDGED: 9}}
 """Documents of each model: what scores say is priced on the second ones, and the last are judged.
 
-The probe of the shipped model is fitted to half of the first ones; that of the real model, its calibration's, to some of
-them at twice the length. `BASED` of them give the directions of the sketches.
+The probe of the shipped model is fitted to half of the first ones; that of the real model, its calibration's, to some
+of them at twice the length. `BASED` of them give the directions of the sketches.
 """
 
 LENGTH = 2048

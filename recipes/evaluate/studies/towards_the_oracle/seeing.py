@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def kept(path: Path, make: Any) -> dict[str, Tensor]:
     """Read tensors back, or make and keep them."""
     if not path.exists():
         with made(path.parent):
-            whole = path.with_suffix(".part")
+            whole = path.with_suffix(f".{os.getpid()}")
             save_file({name: value.contiguous() for name, value in make().items()}, whole)
             whole.replace(path)
     return load_file(path)

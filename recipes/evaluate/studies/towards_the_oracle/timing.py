@@ -75,7 +75,7 @@ def looks(rows: int, keys: int) -> dict[str, Callable[[], object]]:
     shorts = {rank: (drawn(KV_HEADS, keys, rank), drawn(KV_HEADS, DIM, rank)) for rank in (4, 8, 16)}
     found: dict[str, Callable[[], object]] = {
         "read all": lambda: _read(query, key, value),
-        "read all, fused": lambda: scaled_dot_product_attention(query, key, value, scale=1.0),
+        "read all, fused": lambda: scaled_dot_product_attention(query[None], key[None], value[None], scale=1.0),
         "moments": lambda: ((query @ covariance) * query).sum(-1),
         "probe": lambda: hidden @ probe,
         "choose 4 blocks of 64": choose,

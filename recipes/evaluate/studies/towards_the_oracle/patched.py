@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from context import POLICY, Context, Job, Measurement
 from studies.towards_the_oracle.estimates import Basis
-from studies.towards_the_oracle.judging import rankers
-from studies.towards_the_oracle.ranking import Ranker, price_for
+from studies.towards_the_oracle.judging import DIMENSIONS, rankers
+from studies.towards_the_oracle.ranking import Ranker, candidates, price_for
 from studies.towards_the_oracle.reading import JUDGED, REAL, One, bases, documents, model_of, probe_of
 from studies.towards_the_oracle.seeing import rows_of, seen_of
 from torch import Tensor
@@ -121,13 +121,15 @@ def measure(context: Context, name: str, candidate: str, target: float, index: i
     with torch.no_grad():
         plain = without_head(model)(input_ids=one.ids[None], use_cache=False)
         hidden: dict[int, Tensor] = {}
-        at, margin = price_for(known.on_priced(candidate), target), partial(probe.margin, fitted)
+        # What is exact is there to judge others by, as if it were known for nothing.
+        by, free = ("open", candidates(DIMENSIONS[name])[candidate].cost) if "exact" in candidate else ("read", 0.0)
+        at, margin = price_for(known.on_priced(candidate), by, target), partial(probe.margin, fitted)
         gated = Gated(known[candidate], at, CONFIRMED[candidate], ajar, bases(context, name), margin, hidden)
         with patch(model, POLICY, record=None) as handle, observing(handle, gated), given_to(model, hidden):
             other = without_head(model)(input_ids=one.ids[None], use_cache=False)
         opened, is_ajar, reads, keys = gated.counts.tolist()
         layers = model.config.num_hidden_layers
-        shares = opened / layers, is_ajar / layers, reads / keys
+        shares = opened / layers, is_ajar / layers, reads / keys - free
         return Patched(name, candidate, target, index, one.kind, *shares, *compared(model, one, plain, other))
 
 

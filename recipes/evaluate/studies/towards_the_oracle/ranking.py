@@ -203,10 +203,10 @@ def together(priced: Sequence[Found], name: str) -> Tensor:
     return torch.cat([one[name].float() for one in priced], 1)
 
 
-def price_for(outcomes: Sequence[Outcome], read: float) -> float:
-    """Return the price at which so large a share of the bulk keys is read on average."""
-    shares = np.mean([one.read for one in outcomes], 0)
-    return float(np.exp(np.interp(read, shares[::-1], PRICES.log().flip(0).numpy())))
+def price_for(outcomes: Sequence[Outcome], by: str, share: float) -> float:
+    """Return the price at which so large a share of the pairs is `open`, or of the bulk keys `read`, on average."""
+    shares = np.mean([getattr(one, by) for one in outcomes], 0)
+    return float(np.exp(np.interp(share, shares[::-1], PRICES.log().flip(0).numpy())))
 
 
 def left_at(outcome: Outcome, by: str, shares: Sequence[float]) -> tuple[float, ...]:

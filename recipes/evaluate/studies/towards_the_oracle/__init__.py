@@ -63,6 +63,7 @@ def page(context: Context) -> Page:
         LENGTH=LENGTH,
         COUNTS=COUNTS,
         EVERY_TOKEN=EVERY,
+        READ=READ,
     )
     tables = {"": rows, ".patched": patched, ".times": times}
     listed = {f"towards_the_oracle{name}": [vars(row) for row in of_table] for name, of_table in tables.items()}
@@ -109,16 +110,16 @@ def against(rows: Sequence[Judged], beside: Sequence[Judged], kind: str | None =
 def in_the_model(rows: Sequence[Patched]) -> list[dict[str, Any]]:
     """Average what candidates do in the patched model over documents."""
     found = []
-    for target in READ:
+    for model, shown in NAMES.items():
         for candidate in CONFIRMED:
-            of_candidate = [row for row in rows if (row.candidate, row.target) == (candidate, target)]
+            of_candidate = [row for row in rows if (row.model, row.candidate) == (model, candidate)]
             if of_candidate:
                 names = ("open", "ajar", "read", "kl", "agrees", "kl_answers")
                 means = {name: float(np.mean([getattr(row, name) for row in of_candidate])) for name in names}
                 sums = {
                     name: sum(getattr(row, name) for row in of_candidate) for name in ("right", "right_dense", "asked")
                 }
-                found.append({"name": candidate, "documents": len(of_candidate), **means, **sums})
+                found.append({"model": shown, "name": candidate, "documents": len(of_candidate), **means, **sums})
     return found
 
 

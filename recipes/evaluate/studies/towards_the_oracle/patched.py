@@ -12,7 +12,7 @@ from context import POLICY, Context, Job, Measurement
 from studies.towards_the_oracle.estimates import Basis
 from studies.towards_the_oracle.judging import DIMENSIONS, rankers
 from studies.towards_the_oracle.ranking import Ranker, candidates, price_for
-from studies.towards_the_oracle.reading import JUDGED, REAL, One, bases, documents, model_of, probe_of
+from studies.towards_the_oracle.reading import JUDGED, REAL, SHIPPED, One, bases, documents, model_of, probe_of
 from studies.towards_the_oracle.seeing import rows_of, seen_of
 from torch import Tensor
 
@@ -32,8 +32,8 @@ CONFIRMED = {
 }
 """Candidates that are put into the model, and how each looks at the far keys."""
 
-DOCUMENTS = 3
-"""Of those that are judged, the first so many: one of each task."""
+DOCUMENTS = {REAL: 6, SHIPPED: 9}
+"""Of those that are judged, the first so many."""
 
 READ = (0.17,)
 """Shares of the bulk keys, on the documents that were priced."""
@@ -158,7 +158,13 @@ def compared(model: Any, one: One, plain: Any, other: Any) -> tuple[float, float
 
 
 def _jobs(_: Context) -> list[Job]:
-    return [(REAL, name, target, at) for name in CONFIRMED for target in READ for at in range(DOCUMENTS)]
+    return [
+        (name, candidate, target, at)
+        for name, count in DOCUMENTS.items()
+        for at in range(count)
+        for target in READ
+        for candidate in CONFIRMED
+    ]
 
 
 PATCHED = Measurement(

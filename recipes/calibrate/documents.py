@@ -12,13 +12,14 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "evaluate")]
 
-from studies.quality.documents import FOLLOWING, OF_REAL, Writer, trained, writers
+from studies.quality.documents import FOLLOWING, OF_REAL, Asked, Writer, trained, writers
 
 from patchattn import demo
 from patchattn.evaluation.documents import TokenizedText, make_document, tokenize_text
@@ -58,15 +59,21 @@ def of_shipped(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "c
 
 def of_real(tokenizer: Any, count: int, lengths: list[int], *, seed: str = "calibrate") -> Iterator[tuple[int, ...]]:
     """Make English prose, a long file of Python and a chat in turn, with facts that are asked for at the end."""
+    for one in made_of_real(tokenizer, count, lengths, seed):
+        yield one.context + tuple(token for ids, _ in one.questions for token in (*ids, *one.closing))
+
+
+def made_of_real(tokenizer: Any, count: int, lengths: list[int], seed: str) -> Iterator[Asked]:
+    """Make what `of_real` puts together: `ASKED` questions each."""
     by_text = writers(tokenizer, OF_REAL)
     order = itertools.product(OF_REAL.values(), lengths)
     for at, ((text, make), length) in zip(range(count), itertools.cycle(order), strict=False):
         size = length
         for _ in range(2):  # The first time to see how long the questions are.
             one = make(by_text[text], size, random.Random(f"{seed}/{at}"))
-            asked = [token for ids, _ in one.questions[:ASKED] for token in (*ids, *one.closing)]
-            size = length - len(asked)
-        yield one.context + tuple(asked)
+            questions = one.questions[:ASKED]
+            size = length - sum(len(ids) + len(one.closing) for ids, _ in questions)
+        yield replace(one, questions=questions)
 
 
 def unlike(tokenizer: Any, count: int, lengths: list[int]) -> Iterator[tuple[int, ...]]:

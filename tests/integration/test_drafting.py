@@ -332,7 +332,7 @@ def test_a_short_text_is_not_drafted():
     assert "18 (short)" in str(report)
 
 
-@pytest.mark.parametrize("window", [3, 64])
+@pytest.mark.parametrize("window", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, monkeypatch):
     """Past several chunks of moments, with crops on both sides of their ends, and rounds that are not drafted between.
 
@@ -391,6 +391,7 @@ def test_gates_of_a_draft_are_those_of_gated_steps_on_the_dense_cache(window, mo
 
 
 @HAS_STATIC
+@pytest.mark.slow
 def test_compiled_drafts_and_what_verifies_them_are_compiled_once():
     compiling = CompileConfig(backend="eager", mode=None)
     compiling._compile_all_devices = True  # transformers leaves CPU out

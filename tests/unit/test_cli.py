@@ -85,6 +85,7 @@ def test_demo_json_with_closed_gates_forgets_the_facts(tmp_path: Path, picture: 
     assert found["patched"]["realised_density"]["prefill"] < 1.0
 
 
+@pytest.mark.slow
 def test_demo_below_break_even_is_dense_and_has_no_fractions(tmp_path: Path, picture: Path) -> None:
     policy = policy_file(tmp_path, Policy(window_size=32, min_bulk=100_000))
     found = json.loads(run("demo", *SMALL, "--out", picture, "--policy", policy, "--json").stdout)

@@ -33,10 +33,18 @@ def rows_of(kind: type[Any], table: str, **others: Any) -> list[Any]:
     return [kind(**{name: read(line[name]) for name, read in types.items()}, **others) for line in lines]
 
 
-@pytest.mark.parametrize("name", ["estimates", "kvpress"])
+TOWARDS = {"JUDGED_ROWS": "", "PATCHED": ".patched", "TIMED": ".times"}
+
+
+@pytest.mark.parametrize("name", ["estimates", "kvpress", "towards_the_oracle"])
 def test_a_page_is_made_of_the_rows_that_are_kept(study: Any, tmp_path: Path, name: str) -> None:
     module, context = study(name), importlib.import_module("context").Context(tmp_path, {})
-    module.ROWS.store(context).add(*rows_of(module.Row, name))
+    if name == "towards_the_oracle":
+        for measured, table in TOWARDS.items():
+            measurement = getattr(module, measured)
+            measurement.store(context).add(*rows_of(measurement.row, f"{name}{table}"))
+    else:
+        module.ROWS.store(context).add(*rows_of(module.Row, name))
     if name == "estimates":
         module.FITS.store(context).add(*rows_of(module.Fit, "estimates.dense", thresholds=()))
     page = module.page(context)

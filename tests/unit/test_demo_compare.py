@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional
+from transformers import DynamicCache
 
 from patchattn import demo
 from patchattn.demo import timing
@@ -128,6 +129,15 @@ def test_a_model_that_cannot_draft_is_compared_without():
     assert found.drafts is None
     assert "recurrent layers" in found.no_drafts
     assert found.to_dict()["drafts"] is None
+
+
+def test_a_cache_that_says_it_is_empty_is_gone_on_with_token_by_token(monkeypatch):
+    def read_twice(*_):
+        raise AssertionError("generate would read the whole text again")
+
+    monkeypatch.setattr(timing, "generate_plainly", read_twice)
+    monkeypatch.setattr(DynamicCache, "get_seq_length", lambda self, layer_idx=0: 0)
+    assert timing._time(made_up(), range(5, 40)).tokens_per_second > 0
 
 
 def test_a_model_that_answers_nothing_is_said_not_to_be_measured():

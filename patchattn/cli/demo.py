@@ -243,7 +243,8 @@ def _notes_of_drafts(found: Comparison) -> list[str]:
     ]
     if drafts.same < drafts.texts:
         notes.append(
-            f"Of the {drafts.texts - drafts.same} other texts, {drafts.level} part from dense where its two best "
-            "tokens lie no further apart than rounding moves them when it reads several tokens at once (level)."
+            f"Texts that are not equal: {drafts.texts - drafts.same}, of which level: {drafts.level}. Level is a text "
+            "that parts from dense where its two best tokens lie no further apart than rounding moves them when it "
+            "reads several tokens at once."
         )
     return notes

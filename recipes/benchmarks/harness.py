@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -231,7 +232,7 @@ def save(
 def command_line() -> str:
     """Return the command that runs this benchmark again, without folders of this machine."""
     program, *given = sys.argv
-    command = re.sub(r" --out \S+", "", " ".join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
+    command = re.sub(r" --out \S+", "", shlex.join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
     return re.sub(r" /\S+/", " ", command)
 
 

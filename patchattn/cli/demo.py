@@ -160,14 +160,14 @@ def _table(found: Comparison) -> Table:
     phases = tuple(patched.open_fraction)
     both = " / ".join(phases)
     table = Table("measured", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("dense", "patched", "drafts")[: None if drafts else -1]:
+    columns = {"dense": dense, "patched": patched} | ({"drafts": drafts} if drafts else {})
+    for name in columns:
         table.add_column(name, justify="right")
 
-    def row(name: str, of_dense: str, of_patched: str, of_drafts: str) -> None:
-        table.add_row(name, of_dense, of_patched, *([of_drafts] if drafts else []))
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells[: len(columns)])
 
-    right = [f"{one.right}/{found.questions}" if one else "" for one in (dense, patched, drafts)]
-    row("answers right", *right)
+    row("answers right", *(f"{one.right}/{found.questions}" for one in columns.values()))
     change = patched.text_loss / dense.text_loss - 1
     row("text loss (nats per token)", f"{dense.text_loss:.3f}", f"{patched.text_loss:.3f} ({change:+.1%})", _AS_DENSE)
     names = " / ".join(found.agreement)
@@ -180,16 +180,14 @@ def _table(found: Comparison) -> Table:
         row("texts equal to dense", "", "", f"{drafts.same}/{drafts.texts}{level}")
         kept = f"{drafts.kept / drafts.drafted:.0%} of {drafts.drafted}" if drafts.drafted else "none drafted"
         row("drafted tokens kept", "", "", kept)
-    row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"), "")
-    row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"), "")
+    row(f"open fraction, {both}", "100%", _joined(patched.open_fraction, "{:.1%}"))
+    row(f"realised density, {both}", "100%", _joined(patched.realised_density, "{:.1%}"))
     limits = {phase: 1 / density for phase, density in patched.realised_density.items()}
-    row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"), "")
-    seconds = [one.first_token_seconds if one else 1.0 for one in (dense, patched, drafts)]
-    faster = [f"{one:.2f} ({seconds[0] / one:.2f}x)" for one in seconds[1:]]
-    row("time to first token (seconds)", f"{seconds[0]:.2f}", *faster)
-    speeds = [one.tokens_per_second if one else 1.0 for one in (dense, patched, drafts)]
-    faster = [f"{one:.1f} ({one / speeds[0]:.2f}x)" for one in speeds[1:]]
-    row("tokens per second", f"{speeds[0]:.1f}", *faster)
+    row("limit of the speed-up (1 / density)", "1x", _joined(limits, "{:.1f}x"))
+    seconds, *others = (one.first_token_seconds for one in columns.values())
+    row("time to first token (seconds)", f"{seconds:.2f}", *(f"{one:.2f} ({seconds / one:.2f}x)" for one in others))
+    speed, *others = (one.tokens_per_second for one in columns.values())
+    row("tokens per second", f"{speed:.1f}", *(f"{one:.1f} ({one / speed:.2f}x)" for one in others))
     return table
 
 

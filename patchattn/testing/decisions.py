@@ -30,9 +30,8 @@ def wrong_decisions(
     """Find the pairs whose decision differs from float64 by more than rounding explains.
 
     A decision may differ where the float64 margin lies within twice the plain computation's error of the threshold,
-    and, for the guarded estimate, within 0.1% of the freezing point. Where groups open as a
-    whole, so they do here. Moments are taken from all keys at once: what a cache has kept from earlier calls plays no
-    part.
+    and, for the guarded estimate, within 0.1% of the freezing point. Where groups open as a whole, so they do here.
+    Moments are taken from all keys at once: what a cache has kept from earlier calls plays no part.
 
     Args:
         policy: The policy, `min_bulk` resolved.

@@ -148,6 +148,15 @@ class _NothingPinned:
         return torch.empty(*sizes, **options)
 
 
+def with_calibration(model: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """What a model is patched with that was measured with prices, or with moments of other text."""
+    from test_priced import aimed_at, measured
+
+    calibration = measured(model, **fields)
+    gate = aimed_at(calibration).gate if fields["prices"] else MomentGate(threshold=0.1, moments="calibration")
+    return {"policy": policy(gate), "calibration": calibration}
+
+
 def offloading_to_cpu() -> Any:
     """Let the engine offload requests on a machine without a GPU."""
     return mock.patch.object(offloading_manager, "torch", _NothingPinned())

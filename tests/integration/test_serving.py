@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import LENGTHS, MIXED, PROMPTS, alone, counts, policy, prompt, serve, tokens
+from serving import LENGTHS, MIXED, PROMPTS, alone, counts, policy, prompt, serve, tokens, with_calibration
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
@@ -134,13 +134,8 @@ def test_nothing_is_recorded_where_nothing_is_asked_for():
 
 @pytest.mark.parametrize("fields", [{"prices": True, "key_moments": False}, {"prices": False, "key_moments": True}])
 def test_calibrations(fields):
-    from test_priced import aimed_at, measured
-
     model = tiny_model("llama")
-    calibration = measured(model, **fields)
-    gate = aimed_at(calibration).gate if fields["prices"] else MomentGate(threshold=0.1, moments="calibration")
-    given = {"policy": policy(gate), "calibration": calibration}
-    report = assert_served_like_alone(model, patched=given)
+    report = assert_served_like_alone(model, patched=with_calibration(model, fields))
     assert 0.02 < report.open_fraction("decode") < 0.98
 
 

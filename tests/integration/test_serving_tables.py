@@ -12,7 +12,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import MIXED, PROMPTS, alone, by_tables, counts, offloading_to_cpu, policy, prompt, serve, tokens
+from serving import (
+    MIXED,
+    PROMPTS,
+    alone,
+    by_tables,
+    counts,
+    offloading_to_cpu,
+    policy,
+    prompt,
+    serve,
+    tokens,
+    with_calibration,
+)
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
@@ -107,13 +119,8 @@ def test_policies(fields):
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"prices": True, "key_moments": False}, {"prices": False, "key_moments": True}])
 def test_calibrations(fields):
-    from test_priced import aimed_at, measured
-
     model = tiny_model("llama")
-    calibration = measured(model, **fields)
-    gate = aimed_at(calibration).gate if fields["prices"] else MomentGate(threshold=0.1, moments="calibration")
-    given = {"policy": policy(gate), "calibration": calibration}
-    report, _ = assert_served_like_alone(model, PROMPTS, 8, given=given)
+    report, _ = assert_served_like_alone(model, PROMPTS, 8, given=with_calibration(model, fields))
     assert 0.02 < report.open_fraction("decode") < 0.98
 
 

@@ -19,12 +19,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from patchattn.backends.flex.call import SLAB, Call, Settings
 from patchattn.backends.flex.masks import RowMasks, block_size, bulk_end, open_first, pinned
-from patchattn.backends.flex.passes import merged, modified, one_pass, with_sink_logits
+from patchattn.backends.flex.passes import decided, merged, modified, one_pass, with_sink_logits
 from patchattn.backends.flex.shared import Shared, has_full_list
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.errors import BackendError
-from patchattn.gates.decision import decide, with_groups
 from patchattn.gates.measured import MeasuredHeads
 from patchattn.gates.moment import with_offsets
 from patchattn.moments.gaussian import CHUNK, Estimate
@@ -171,10 +170,7 @@ def _two_passes(  # pragma: compiled
     # What the kernels return for a row without keys differs between devices.
     log_mass = torch.where(shared.has_local[:, None], log_mass, -torch.inf)
     output, log_mass = with_sink_logits(output, log_mass, sink_logits)
-    # A tensor, so that another margin is not another graph.
-    opened = decide(log_mass, bulk_log_mass, shared.asked, margin)
-    if settings.opens_groups:  # whose heads are all rows there are
-        opened = with_groups(opened, bulk_log_mass, axis=2)
+    opened = decided(settings, log_mass, bulk_log_mass, shared.asked, margin)
     reads_bulk = opened | shared.unasked[:, None]
 
     order, place = open_first(reads_bulk) if has_full_list(query.shape[2]) else (None, None)
@@ -244,8 +240,7 @@ def compiled_shared(
     def share(*tensors: Tensor) -> Shared:
         return Shared.of(settings, *tensors, heads=heads, kv_heads=kv_heads)
 
-    # It has no kernel that has to be compiled, so that the compilers for tests leave it as it is.
-    return compile_alone(share, compiler, dynamic=None) if compiler == "inductor" else share
+    return compile_beside(share, compiler)
 
 
 def compile_alone(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool | None) -> Callable[..., Any]:
@@ -255,6 +250,11 @@ def compile_alone(run: Callable[..., Any], compiler: Compiler, *, dynamic: bool 
     # What these functions return is kept from call to call, and a CUDA graph of their own would overwrite it.
     options: Any = {"triton.cudagraphs": False} if compiler == "inductor" else None
     return torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic, options=options)
+
+
+def compile_beside(run: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
+    """Compile what has no kernel that has to be compiled, so that the compilers for tests leave it as it is."""
+    return compile_alone(run, compiler, dynamic=None) if compiler == "inductor" else run
 
 
 _NUMBERS = itertools.count()

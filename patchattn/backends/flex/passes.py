@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from patchattn.backends.flex.call import Settings
+from patchattn.gates.decision import decide, with_groups
 
 
 def one_pass(  # pragma: compiled
@@ -44,6 +45,17 @@ def with_sink_logits(output: Tensor, log_mass: Tensor, sink_logits: Tensor | Non
     if sink_logits is None:
         return output, log_mass
     return output * torch.sigmoid(log_mass - sink_logits)[..., None], torch.logaddexp(log_mass, sink_logits)
+
+
+def decided(  # pragma: compiled
+    settings: Settings, log_mass: Tensor, bulk_log_mass: Tensor, asked: Tensor, margin: Tensor
+) -> Tensor:
+    """Decide, see `decide`; masses are [batch, kv_heads, rows], and where groups are whole the rows are a group.
+
+    The margin is a tensor, so that another one is not another graph.
+    """
+    opened = decide(log_mass, bulk_log_mass, asked, margin)
+    return with_groups(opened, bulk_log_mass, axis=2) if settings.opens_groups else opened
 
 
 def merged(local: tuple[Tensor, Tensor], bulk: tuple[Tensor, Tensor], has_bulk: Tensor) -> Tensor:  # pragma: compiled

@@ -14,16 +14,16 @@ from patchattn.backends.flex.call import Settings
 from patchattn.backends.flex.compiled import (
     Compiler,
     compile_alone,
+    compile_beside,
     explained,
     kept,
     refuse_uncompiled,
 )
 from patchattn.backends.flex.owned import Layout, Owned
-from patchattn.backends.flex.passes import merged, one_pass, with_sink_logits
+from patchattn.backends.flex.passes import decided, merged, one_pass, with_sink_logits
 from patchattn.call.inputs import Attended
 from patchattn.call.page_table import PageTable, TableInputs
 from patchattn.gates.base import HeadGate, Known
-from patchattn.gates.decision import decide, with_groups
 from patchattn.gates.moment import MomentGate, with_offsets
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, evaluate_one
@@ -59,10 +59,7 @@ def attend_rows(  # pragma: compiled
     output, log_mass = one_pass(settings, query, key, value, owned.block_mask(settings, layout, group))
     log_mass = torch.where(owned.lengths[:rows, None, None] > 0, log_mass, -torch.inf)
     output, log_mass = with_sink_logits(output, log_mass, sinks)
-    mass = mass.unflatten(1, (kv_heads, group))
-    opened = decide(log_mass, mass, owned.asked[:, None], margin)
-    if settings.opens_groups:
-        opened = with_groups(opened, mass, axis=2)
+    opened = decided(settings, log_mass, mass.unflatten(1, (kv_heads, group)), owned.asked[:, None], margin)
     has_bulk = (opened | ~owned.asked[:, None, None]) & (owned.n_bulk > 0)[:, None, None]
     counts = torch.where(has_bulk.any(2, keepdim=True), owned.bulk_counts, 0)
     bulk = one_pass(settings, query, key, value, owned.block_mask(settings, layout, group, counts))
@@ -131,8 +128,7 @@ def compiled_owned(
     def own(numbers: Tensor, places: Tensor, steps: Tensor) -> Owned:
         return Owned.of(settings, layout, numbers, places, steps, kv_heads)
 
-    # It has no kernel that has to be compiled, so that the compilers for tests leave it as it is.
-    return compile_alone(own, compiler, dynamic=None) if compiler == "inductor" else own
+    return compile_beside(own, compiler)
 
 
 def attend_table_with(inputs: TableInputs, gate: HeadGate, known: Known, *, compiler: Compiler) -> Attended:

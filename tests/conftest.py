@@ -15,13 +15,7 @@ import warnings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-
-with warnings.catch_warnings():
-    # Where hqq is installed this imports it, and hqq 0.2.8 compiles a function, at which torch 2.13 warns about itself.
-    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
-    importlib.import_module("transformers.cache_utils")
 
 _common = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", _common, derandomize=True, max_examples=50)
@@ -35,9 +29,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", metavar="K/N", help="run each N-th of the chosen tests, from the K-th on")
 
 
+def pytest_collectstart() -> None:
+    """Import what all tests need. The process that only shares out the tests collects none and so starts at once."""
+    with warnings.catch_warnings():
+        # Where hqq is installed this imports it, and hqq 0.2.8 compiles a function, at which torch 2.13 warns about
+        # itself.
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        importlib.import_module("transformers.cache_utils")
+
+
+@pytest.fixture
+def quick_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out most of what takes longest in a demo: its text, which is tokenised, and rounds of timing."""
+    from patchattn import demo
+    from patchattn.demo import timing
+
+    for name in ("sample_text", "prose"):
+        text = getattr(demo, name)()[:80_000]
+        monkeypatch.setattr(demo, name, lambda text=text: text)
+    monkeypatch.setattr(timing, "_ENOUGH_SECONDS", 0)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` without a CUDA device and `cuda` or `real` where not asked for; keep one part of all."""
+    import torch
+
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"

@@ -65,7 +65,7 @@ def without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     hub.close()
 
 
-@pytest.mark.usefixtures("without_network")
+@pytest.mark.usefixtures("without_network", "quick_demo")
 @pytest.mark.parametrize("path", [path for path in PAGES if python_of(path)], ids=name_of)
 def test_python_blocks_run(path: Path) -> None:
     names: dict[str, object] = {}
@@ -104,6 +104,7 @@ def test_scripts_run_in_two_processes(tmp_path: Path) -> None:
         assert 0 < sum(shares) < 300
 
 
+@pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
     module = importlib.import_module(name)

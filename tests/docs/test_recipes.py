@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hub_server import TOKEN, FakeHub
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = {path.name[:2]: path for path in sorted(FOLDER.glob("[0-9][0-9]_*.py"))}
 IN_THIS_FILE = {"01", "02", "03", "04", "05", "07", "08", "10"}

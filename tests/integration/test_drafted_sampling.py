@@ -36,15 +36,19 @@ def probabilities(model, text, new, top_k, temperature):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_sampled_texts_have_the_distribution_of_dense_ones(tokens):
-    """Chi-square of the texts of four tokens, of which the first comes from the prompt and the others are drafted."""
-    model, n, new, options = tiny_model("llama"), 1500, 4, {"top_k": 2, "temperature": 1.0}
+    """Chi-square of the texts of three tokens, of which the first comes from the prompt and the others are drafted.
+
+    With this prompt drafts are far from dense attention: a wrong probability shows in a few hundred texts.
+    """
+    model, n, new, options = tiny_model("llama"), 400, 3, {"top_k": 3, "temperature": 0.6}
+    prompt = torch.randint(2, 128, (1, 40), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        chances = probabilities(model, TEXT, new, **options)
+        chances = probabilities(model, prompt, new, **options)
     counts = dict.fromkeys(chances, 0)
     torch.manual_seed(tokens)
-    with patchattn.draft(model, CLOSED.model_copy(update={"layers": (2,)}), tokens=tokens) as handle:
+    with patchattn.draft(model, CLOSED.model_copy(update={"layers": (1, 2)}), tokens=tokens) as handle:
         for _ in range(n):
-            text = model.generate(TEXT, max_new_tokens=new, do_sample=True, **options)
+            text = model.generate(prompt, max_new_tokens=new, do_sample=True, **options)
             counts[tuple(text[0, 40:].tolist())] += 1
     drafts = handle.report().drafts
     assert 0.1 < drafts.acceptance < 0.9

@@ -122,7 +122,7 @@ def test_the_harness_sees_dense_results_through_open_gates_and_others_through_de
     assert not handle.report().dense_calls_by_reason()
 
 
-@pytest.mark.usefixtures("lm_eval")
+@pytest.mark.usefixtures("lm_eval", "quick_demo")
 def test_the_recipe_checks_its_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["06_lm_eval.py", "--length", "400", "--samples", "2"])
     runpy.run_path(str(ROOT / "recipes" / "06_lm_eval.py"), run_name="__main__")

@@ -40,6 +40,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
 
+@pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "serving" else name for name in TINY]
 )

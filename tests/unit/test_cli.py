@@ -22,6 +22,7 @@ from patchattn.errors import BackendError
 from patchattn.gates import ClosedGate, OpenGate
 from patchattn.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 SMALL = ("--length", "512", "--questions", "2")
 
 

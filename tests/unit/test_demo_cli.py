@@ -15,6 +15,7 @@ from patchattn import demo
 from patchattn.cli.app import app
 from patchattn.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 CHAT = "<u>{{ messages[0]['content'] }}</u><a>"
 SMALL = ("--length", "512", "--questions", "2", "--window", "32")
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", ("tokenizer.json", "tokenizer_config.json")

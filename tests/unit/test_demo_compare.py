@@ -23,14 +23,10 @@ from patchattn.hf.patching import is_patched, patch
 from patchattn.policy import Policy
 from patchattn.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 CHAT = "<u>{{ messages[0]['content'] }}</u><a>"
 PROSE = "\n".join(f"Line {number} of a long story in which nothing happens to anybody." for number in range(200))
 SMALL = {"length": 512, "questions": 3}
-
-
-@pytest.fixture(autouse=True)
-def two_rounds_of_timing(monkeypatch):
-    monkeypatch.setattr(timing, "_ENOUGH_SECONDS", 0)
 
 
 def tokenizer_with(template):

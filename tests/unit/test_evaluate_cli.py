@@ -15,6 +15,7 @@ from patchattn.cli.app import app
 from patchattn.gates import MomentGate
 from patchattn.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 ROOT = Path(__file__).parents[2]
 SMALL = ("demo", "--lengths", "300", "--tasks", "fact,text", "--samples", "2")
 

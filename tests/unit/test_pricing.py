@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,12 @@ KL = POLICY.model_copy(update={"gate": MomentGate(threshold=KLTarget(nats=0.05))
 
 def priced(model=None, **fields) -> Calibration:
     return measure(model, **({"prices": True, "key_moments": False} | fields))
+
+
+@functools.cache
+def plain(policy: Policy = POLICY) -> Calibration:
+    """What a run gives that nothing happens to; measured once for all tests, which only look at it."""
+    return priced(policy=policy)
 
 
 def assert_same(one: Calibration, other: Calibration) -> None:
@@ -61,7 +68,7 @@ def test_a_broken_run_goes_on_at_every_stage(last: int, tmp_path: Path) -> None:
     resumed = priced(model, policy=KL, checkpoint=kept, progress=die)
     assert finished == list(range(1, 15))
     assert not kept.exists()
-    assert_same(resumed, priced(policy=KL))
+    assert_same(resumed, plain(KL))
 
 
 def test_a_checkpoint_with_prices_is_not_one_without(tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_a_checkpoint_with_prices_is_not_one_without(tmp_path: Path) -> None:
 
 
 def test_prices_change_nothing_of_what_was_measured_before() -> None:
-    with_prices, without = priced(), priced(prices=False)
+    with_prices, without = plain(), priced(prices=False)
     assert without.manifest == with_prices.manifest.model_copy(update={"prices": None})
     assert without.policy == with_prices.policy
     new = {"probe", "probe_offset", "probe_scale", "price", "value", "priced_open_fraction", "tried", "kl"}
@@ -119,7 +126,7 @@ def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) ->
         assert process.returncode == 0, errors
     zero, one = (Calibration.from_pretrained(tmp_path / f"out-{rank}") for rank in range(2))
     assert_same(zero, one)
-    alone = priced()
+    alone = plain()
     assert zero.manifest == alone.manifest
     for name, tensor in alone.tensors.items():
         # Sums in another order: a rounding of float64 may cross a rounding of half precision.
@@ -184,7 +191,7 @@ def test_wherever_it_fails_the_model_is_as_it_was(place: str, monkeypatch: pytes
         priced(model)
     assert_untouched(model, twin)
     monkeypatch.undo()
-    assert_same(priced(model), priced(twin))
+    assert_same(priced(model), plain())
 
 
 def test_errors_of_the_library_and_of_memory_are_not_taken_for_missing_gradients(monkeypatch) -> None:
@@ -224,7 +231,7 @@ def test_what_cannot_be_priced_is_refused_before_the_work(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("layers", [(1,), *(pytest.param(layers, marks=pytest.mark.slow) for layers in ((0,), (0, 2)))])
 def test_layers_that_are_left_out_are_not_priced_and_pass_gradients_on(layers) -> None:
     policy = POLICY.model_copy(update={"layers": layers})
-    some, every = priced(policy=policy), priced()
+    some, every = priced(policy=policy), plain()
     # What is closed at other rungs hangs on logarithms of prices near zero, and so on rounding.
     of_all, of_some = (calibration.tensors["price"][..., 0] for calibration in (every, some))
     torch.testing.assert_close(of_some, of_all[list(layers)], rtol=1e-3, atol=1e-6)
@@ -253,7 +260,7 @@ def test_within_inference_mode_it_is_the_same() -> None:
     with torch.inference_mode():
         inside = priced(model)
     with torch.no_grad():
-        assert_same(priced(), inside)
+        assert_same(plain(), inside)
 
 
 @pytest.mark.slow
@@ -290,7 +297,7 @@ def test_the_measured_kl_is_that_of_whole_logits(family: str, monkeypatch: pytes
 
 
 def test_open_fractions_in_the_file_are_of_the_policies_that_were_measured() -> None:
-    calibration = priced()
+    calibration = plain()
     prices, tried = calibration.findings.priced(), calibration.tensors["tried"]
     assert tried.tolist() == torch.tensor(TRIED).tolist()
     for policy, fraction, (predicted, _) in zip(policies_tried(calibration), tried, prices.measured(), strict=True):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from made_up import made_up_calibration
 
+pytestmark = pytest.mark.usefixtures("quick_demo")
 LONG = "a" * 300
 
 

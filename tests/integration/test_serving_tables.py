@@ -84,9 +84,12 @@ def test_rows_over_pages_are_those_of_generate():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
-def test_families(family):
-    report, _ = assert_served_like_alone(tiny_model(family), PROMPTS, 8, whole=True, compiler="aot_eager")
+@pytest.mark.parametrize(
+    ("family", "compiler"), [("llama", "eager"), ("gemma2", "aot_eager"), ("gpt_oss", "aot_eager"), ("qwen3", "eager")]
+)
+def test_families(family, compiler):
+    """Functionalised where scores are capped and where there are sink logits; the others trace a part of the same."""
+    report, _ = assert_served_like_alone(tiny_model(family), PROMPTS, 8, whole=True, compiler=compiler)
     for phase in ("prefill", "decode"):
         assert 0.05 < report.open_fraction(phase) < 0.95
 

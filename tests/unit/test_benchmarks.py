@@ -27,7 +27,7 @@ TINY = {
     "whole_model": "model --lengths 40 80 --steps 2 --window 16 --dtypes bf16",
     "drafting": "drafting --lengths 150 --new 6 --window 64 --dtype fp32",
     "drafted_text": "drafted_text --count 2 --longest 600 --new 6",
-    "serving": "serving --loads 2x300 --new 4 --window 64 --batch-tokens 128 256",
+    "serving": "serving --loads 2x80 --new 2 --window 16 --batch-tokens 64 128",
     "compile": "compile --lengths 40 --steps 2 --compiler eager",
 }
 

@@ -151,6 +151,7 @@ def test_a_window_as_long_as_the_document_leaves_no_text_to_compare():
 
 
 def test_dense_and_patched_are_timed_in_turn_and_the_best_round_counts(monkeypatch):
+    monkeypatch.undo()  # rounds as in a real demo
     model, seen = made_up(), []
     seconds = itertools.chain([3.0, 2.0, 1.0, 4.0], itertools.repeat(9.0))
 
@@ -172,6 +173,7 @@ def test_dense_and_patched_are_timed_in_turn_and_the_best_round_counts(monkeypat
 
 
 def test_long_rounds_are_two(monkeypatch):
+    monkeypatch.undo()
     clock = itertools.count(0, 11)
     monkeypatch.setattr(timing, "_now", lambda model: next(clock))
     monkeypatch.setattr(timing, "_time", lambda model, given: timing.Times(1.0, 1.0))

@@ -6,7 +6,6 @@ import math
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -423,38 +422,3 @@ def test_curves_of_an_oracle_policy_are_those_of_prompt_moments() -> None:
         calibrate(tiny_model("llama"), Letters(), texts(), oracle, lengths=(300,), documents=2),
     )
     assert torch.equal(first.tensors["missed_mass"], second.tensors["missed_mass"])
-
-
-RANKS = """
-import sys, torch
-sys.path[:0] = [{here!r}]
-from test_measuring import OTHER_TEXT, POLICY, measure
-rank, port = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{{port}}", rank=rank, world_size=2)
-for policy in (POLICY, OTHER_TEXT):
-    name = f"{{sys.argv[3]}}-{{policy.gate.moments}}-{{rank}}"
-    measure(policy=policy).save_pretrained(name, card=False)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_documents_and_agree_with_one(tmp_path: Path) -> None:
-    code = textwrap.dedent(RANKS).format(here=str(Path(__file__).parent))
-    arguments = [str(tmp_path / "meeting"), str(tmp_path / "out")]
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    for policy in (POLICY, OTHER_TEXT):
-        names = (tmp_path / f"out-{policy.gate.moments}-{rank}" for rank in range(2))
-        zero, one = (patchattn.Calibration.from_pretrained(name) for name in names)
-        alone = measure(policy=policy)
-        assert zero.manifest == one.manifest == alone.manifest
-        for name, tensor in alone.tensors.items():
-            assert torch.equal(zero.tensors[name], one.tensors[name])
-            # Sums in another order: a rounding of float64 may cross a rounding of half precision.
-            torch.testing.assert_close(zero.tensors[name].float(), tensor.float(), rtol=1e-3, atol=1e-6)

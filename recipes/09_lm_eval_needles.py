@@ -28,8 +28,8 @@ from patchattn.hf.loading import load_pretrained
 OWN_HAYSTACK = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 
 
-def use_text(text: str | None) -> Path:
-    """Put a text in the place of the harness's essays; returns the folder of its tasks."""
+def use_text(text: str | None, samples: int) -> Path:
+    """Put a text in the place of essays, and make no more samples than are asked; returns the folder of the tasks."""
     import nltk
 
     nltk.download = lambda *_, **__: False  # else it asks the network as soon as the tasks are imported
@@ -39,6 +39,8 @@ def use_text(text: str | None) -> Path:
         haystack, words = prepare_niah.get_haystack, text.split()
         prepare_niah.get_haystack = lambda type_haystack: words if type_haystack == "essay" else haystack(type_haystack)
         prepare_niah.sent_tokenize = lambda part: re.split(r"(?<=[.!?]) ", part)
+    make = prepare_niah.generate_samples  # always 500, of which the first are asked
+    prepare_niah.generate_samples = lambda *given, **more: make(*given, **more | {"num_samples": samples})
     return Path(prepare_niah.__file__).parent
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.text is None and (essays := set(arguments.tasks.split(",")) - {*OWN_HAYSTACK}):
         sys.exit(f"{', '.join(sorted(essays))}: needs --text, or a network and the harness's own command")
-    folder = use_text(None if arguments.text is None else arguments.text.read_text(encoding="utf-8"))
+    folder = use_text(None if arguments.text is None else arguments.text.read_text("utf-8"), arguments.samples)
     model, tokenizer = load_pretrained(arguments.model)
     check_longest(model, arguments.length)
     regions: dict[str, int] = {"window_size": arguments.window, "min_bulk": 0}

@@ -18,7 +18,7 @@ import pytest
 
 import patchattn
 from patchattn import demo
-from patchattn.calibration import pictures
+from patchattn.calibration import Calibration, pictures
 from patchattn.errors import PatchAttnError
 from patchattn.gates import Gate, MomentGate
 from patchattn.policy import Policy
@@ -68,9 +68,18 @@ def without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.usefixtures("without_network", "quick_demo")
 @pytest.mark.parametrize("path", [path for path in PAGES if python_of(path)], ids=name_of)
 def test_python_blocks_run(path: Path) -> None:
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in python_of(path):
         exec(compile(block, name_of(path), "exec"), names)
+        if "push_to_hub" in block:
+            pulled = Calibration.from_pretrained("me/demo-patchattn", revision="main")
+            assert names["calibration"].manifest == pulled.manifest
+            assert 0 < names["handle"].report().open_fraction("prefill") < 1
+
+
+def test_the_way_from_measuring_to_patching_is_documented() -> None:
+    pages = {name_of(path) for path in PAGES if any("push_to_hub" in block for block in python_of(path))}
+    assert {"README.md", "docs/how-to/calibrate-and-share.md"} <= pages
 
 
 def test_cards_of_calibrations_are_python() -> None:

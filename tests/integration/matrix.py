@@ -23,7 +23,7 @@ MATRIX = (*FAMILIES, *VISION_FAMILIES)
 
 # Long enough for prompt moments: 4 of sink, 16 of window and one chunk of 128, from the padded row too.
 LENGTHS = (200, 176)
-NEW_TOKENS = 5
+NEW_TOKENS = 4
 MIXED = MomentGate(threshold=0.1)
 ESTIMATED = 4 + 16 + 128
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -268,17 +267,6 @@ def test_patch_takes_a_repository(hub: FakeHub) -> None:
     patchattn.calibrate(model, Letters(), texts(), POLICY, lengths=(300,)).push_to_hub(REPO)
     with pytest.warns(UserWarning, match="was taken at commit"), patchattn.patch(model, calibration=REPO) as handle:
         assert handle.policy.gate == POLICY.gate
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/how-to/calibrate-and-share.md"])
-def test_the_documented_way_from_measuring_to_patching_runs(hub: FakeHub, page: str) -> None:
-    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "push_to_hub" in block]
-    assert len(blocks) == 1
-    names: dict[str, object] = {}
-    exec(compile(blocks[0], page, "exec"), names)
-    assert names["calibration"].manifest == Calibration.from_pretrained("me/demo-patchattn", revision="main").manifest
-    assert 0 < names["handle"].report().open_fraction("prefill") < 1
 
 
 def run(*arguments: object):

@@ -108,7 +108,7 @@ def run(gate: Any, schedule: tuple[list[list[int]], list[int], set[int], int, di
 
 @pytest.mark.parametrize("gate", [pytest.param(OpenGate(), marks=pytest.mark.slow), MIXED], ids=["open", "moment"])
 @given(schedules())
-@settings(max_examples=settings().max_examples // 8, phases=NOT_SHRUNK)
+@settings(max_examples=settings().max_examples // 12, phases=NOT_SHRUNK)
 def test_any_schedule_gives_the_tokens_of_one_request_at_a_time(gate, schedule) -> None:
     event("evicted" if run(gate, schedule) else "room for all")
 

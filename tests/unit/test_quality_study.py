@@ -46,10 +46,15 @@ def tokenizer() -> Any:
     return found
 
 
+@pytest.fixture(scope="module")
+def source(tokenizer: Any) -> Any:
+    return tokenize_text(demo.sample_text(), tokenizer)
+
+
 @pytest.mark.parametrize("task", ["needles", "code", "chat", "fact", "chain", "list"])
-def test_documents_hold_what_they_ask_for(study: Any, tokenizer: Any, task: str) -> None:
+def test_documents_hold_what_they_ask_for(study: Any, tokenizer: Any, source: Any, task: str) -> None:
     documents = study("documents")
-    writer = documents.Writer(tokenize_text(demo.sample_text(), tokenizer), tokenizer)
+    writer = documents.Writer(source, tokenizer)
     _, make = (documents.OF_REAL | documents.OF_SHIPPED)[task]
     one, same, other = (make(writer, LENGTH, random.Random(seed)) for seed in (0, 0, 1))
     assert one == same != other

@@ -23,6 +23,8 @@ for family in sys.argv[2:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32, tp_plan="auto").eval()
     # One write: lines of ranks must not mix.
     os.write(1, f"RESULT {{family}} {{os.environ['RANK']}} {{json.dumps({see}(model))}}\\n".encode())
+# On a CPU this stops no thread of gloo's, and one that still held a tensor when Python ends would abort the process.
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

@@ -425,7 +425,7 @@ def test_another_patch_of_a_compiled_model_compiles_no_more_for_its_timeline():
 @pytest.mark.slow
 def test_a_timeline_outlives_the_memory_of_its_graph():
     ids = tokens(400, batch=1)
-    model = tiny_model("llama", num_hidden_layers=3)
+    model = tiny_model("llama", num_hidden_layers=2)
     gate, timelines = MomentGate(threshold=0.99999), []
     for is_compiled in (False, True):
         with patchattn.patch(model, policy(gate), backend="reference", record="timeline") as handle:

@@ -33,7 +33,7 @@ from patchattn.hf.pages import LayerPages
 from patchattn.testing import tiny_model
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
     forget()

@@ -231,6 +231,7 @@ transformers.utils.logging.disable_progress_bar()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, tp_plan="auto").eval()
 # One write: lines of ranks must not mix.
 os.write(1, ("RESULT " + json.dumps(gated_runs(model)) + "\\n").encode())
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

@@ -112,6 +112,7 @@ rank, meeting, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method=f"file://{{meeting}}", rank=rank, world_size=2)
 for name, fields in MEASURED.items():
     measure(**fields).save_pretrained(f"{{out}}-{{name}}-{{rank}}", card=False)
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

@@ -87,7 +87,10 @@ def test_moments_are_kept_with_the_cache_of_the_gated_layers(case):
     assert keeps == {cache_layer(module, modules) for module in case.full.values()}
 
 
-@pytest.mark.parametrize("mode", GENERATION)
+# Sampling calls a model as greedy decoding does, and test_generation_cases.py samples too.
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow) if mode == "sampling" else mode for mode in GENERATION]
+)
 def test_generate(case, mode):
     check_generation(case, GENERATION[mode])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -62,6 +62,7 @@ def test_what_is_expected_is_at_most_the_target_and_one_step_less_open_would_not
         assert prices.expected(prices.at((step - 1) / 200)) > nats
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(NATS, st.floats(1.0, 10.0), SEEDS, st.sampled_from([0, 3, 16]))
 def test_more_nats_never_ask_for_more_open_pairs(nats, factor, seed, documents) -> None:
     prices = random_prices(seed, documents=documents)

@@ -17,7 +17,7 @@ from patchattn import demo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from hub_server import TOKEN, FakeHub
+from hub_server import FakeHub
 
 pytestmark = pytest.mark.usefixtures("quick_demo")
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -42,8 +42,8 @@ def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-def in_a_process(*command: str, cwd: Path, **env: str) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent), "COLUMNS": "120"} | env
+def in_a_process(*command: str, cwd: Path) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent), "COLUMNS": "120"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
         cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False,
@@ -86,12 +86,11 @@ def test_a_calibration_is_measured_and_saved(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_calibration_is_shared_on_the_hub(tmp_path: Path) -> None:
+def test_a_calibration_is_shared_on_the_hub(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub()
-    options = ("--documents", "4", "--length", "320", "--alpha", "0.2", "--repo", "me/demo")
-    offline = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    hub.serve_client(monkeypatch, tmp_path / "hub")
     try:
-        printed = in_a_process(str(RECIPES["03"]), *options, cwd=tmp_path, **offline)
+        printed = run("03", "--documents", "4", "--length", "320", "--alpha", "0.2", "--repo", "me/demo")
     finally:
         hub.close()
     commit = hub.repos["me/demo"].find("main")

@@ -131,7 +131,9 @@ def test_two_hundred_requests(gate) -> None:
         )
 
 
-@pytest.mark.parametrize("space", [0.0, 0.1], ids=["made anew", "kept on the CPU"])
+@pytest.mark.parametrize(
+    "space", [0.0, pytest.param(0.1, marks=pytest.mark.slow)], ids=["made anew", "kept on the CPU"]
+)
 @pytest.mark.parametrize("scheduler", ["fifo", pytest.param("prefill_first", marks=pytest.mark.slow)])
 def test_a_request_that_was_evicted_goes_on(space, scheduler) -> None:
     model, prompts = tiny_model("llama", dtype=torch.float64), PROMPTS[:2] * 3

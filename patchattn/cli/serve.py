@@ -22,8 +22,6 @@ from patchattn.hf.serving import ModelServer, check_packages
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 
-_BACKEND = "blockwise"  # the one that reads pages
-
 
 def serve(
     model: Annotated[
@@ -64,7 +62,7 @@ def serve(
     chosen = None if policy is None else Policy.model_validate_json(read_text(policy))
     with _listening(host, port) as listening:
         loaded, tokenizer = load(None if model == SHIPPED else model, device)
-        handle = patch(loaded, chosen, calibration=calibration, backend=_BACKEND)
+        handle = patch(loaded, chosen, calibration=calibration)
         server = ModelServer(loaded, tokenizer, model, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens)
         _tell(handle, tokenizer, model, listening, server.cache_tokens)
         # Whatever else ends a service ends it as Ctrl-C does.

@@ -32,18 +32,18 @@ PAGE_SIZE = 64
 NOTES = """\
 {count} requests of 1 to {half:,} tokens of prose, as many of each order of magnitude, and among them every sixtieth \
 of {longest:,}; 1 to {new} new tokens each, greedy, {batch} of them to an engine that reads at most {batch_tokens} \
-tokens in a step, in pages of {page}. Every second engine is made again with the default gate. Each request comes up \
-to a second after the one before. Two thirds begin with what others begin with, up to all but their last token, and \
-share its pages where these are there by then: `shared` is the part of the prompts that was not read again, as far as \
-the number of asked pairs tells. One in ten is cancelled up to three requests later, wherever it is by then, and not \
-compared. Of five engines the third writes two texts for each request and the fifth three. `same` are texts equal in \
-every token to what `generate` writes for the prompt alone: of the stock model where every gate is open, and of the \
-patched one where gates decide, with a window of {window}. Of the others, `level` are those where `generate` itself \
-is not stable: at the first token that differs the gap between its two best logits is no larger than the most by \
-which such a gap moves in this text when the same tokens are read 5 at a time in place of one by one. `lost` are all \
-others. `pairs` are those of head and query that were asked, for the first text of each request; those of a shared \
-beginning are left out on both sides. `equal gates` are requests with as many open ones as with `generate`, and \
-`other opens` is by how many the others differ, in all.\
+tokens in a step, in pages of {page}. Of four engines the second is made again with the default gate. Each request \
+comes up to a second after the one before. Two thirds begin with what others begin with, up to all but their last \
+token, and share its pages where these are there by then: `shared` is the part of the prompts that was not read \
+again, as far as the number of asked pairs tells. One in ten is cancelled up to three requests later, wherever it is \
+by then, and not compared. Of five engines the third writes two texts for each request and the fifth three. `same` \
+are texts equal in every token to what `generate` writes for the prompt alone: of the stock model where every gate is \
+open, and of the patched one where gates decide, with a window of {window}. Of the others, `level` are those where \
+`generate` itself is not stable: at the first token that differs the gap between its two best logits is no larger \
+than the most by which such a gap moves in this text when the same tokens are read 5 at a time in place of one by \
+one. `lost` are all others. `pairs` are those of head and query that were asked, for the first text of each request; \
+those of a shared beginning are left out on both sides. `equal gates` are requests with as many open ones as with \
+`generate`, and `other opens` is by how many the others differ, in all.\
 """
 
 
@@ -117,7 +117,8 @@ def main() -> None:
     model.generation_config.eos_token_id = None
     batches = drawn(tokenizer, options)
     done = {(kept.gates, kept.batch) for kept in kept_by(store)}
-    wanted = [(OPEN, at) for at in range(len(batches))] + [(DEFAULT, at) for at in range(0, len(batches), 2)]
+    again = range(1, len(batches), 4)
+    wanted = [(gates, at) for at in range(len(batches)) for gates in (OPEN, DEFAULT) if gates == OPEN or at in again]
     todo = [one for one in wanted if one not in done]
     with torch.no_grad():
         for gates, at in progress(todo, lambda one: f"{one[0]}, engine {one[1] + 1} of {len(batches)}"):

@@ -88,13 +88,14 @@ def _tell(handle: PatchHandle, tokenizer: Any, name: str, listening: socket.sock
     asks = {"messages": [{"role": "user", "content": "Hello"}]} if tokenizer.chat_template else {"prompt": "Hello"}
     path = "chat/completions" if tokenizer.chat_template else "completions"
     kind = f"{input_device(handle.model).type}, {str(input_dtype(handle.model)).removeprefix('torch.')}"
+    body = dumps({"model": name, **asks, "max_tokens": 100})
     lines = [
         f"Model: {name}, {kind}, backend {handle.backend}.",
         in_words(handle.policy),
         f"Cache: {cache_tokens:,} tokens, for all requests together.",
         f"Address: {address}; Ctrl-C ends it.",
         "",
-        f"curl {address}/{path} -H 'Content-Type: application/json' -d '{dumps({'model': name, **asks})}'",
+        f"curl {address}/{path} -H 'Content-Type: application/json' -d '{body}'",
         "",
     ]
     if not tokenizer.chat_template:

@@ -249,7 +249,7 @@ def rows_of(found: list[Compared], longest: int) -> Iterator[Row]:
                 "prompt tokens": f"{min(kept.tokens for kept in some):,} to {max(kept.tokens for kept in some):,}",
                 "requests": len(some),
                 "cancelled": len(some) - len(left),
-                "shared": sum(kept.shared for kept in left) / sum(kept.tokens for kept in left),
+                "shared": sum(kept.shared for kept in left) / max(1, sum(kept.tokens for kept in left)),
                 "texts": texts,
                 "new tokens": sum(kept.new * kept.copies for kept in left),
                 "same": same,

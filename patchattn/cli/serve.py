@@ -22,8 +22,6 @@ from patchattn.hf.serving import ModelServer, check_packages
 from patchattn.hf.weights import input_device, input_dtype
 from patchattn.policy import Policy
 
-_BACKEND = "blockwise"  # the one that reads pages
-
 
 def serve(
     model: Annotated[
@@ -64,7 +62,7 @@ def serve(
     chosen = None if policy is None else Policy.model_validate_json(read_text(policy))
     with _listening(host, port) as listening:
         loaded, tokenizer = load(None if model == SHIPPED else model, device)
-        handle = patch(loaded, chosen, calibration=calibration, backend=_BACKEND)
+        handle = patch(loaded, chosen, calibration=calibration)
         server = ModelServer(loaded, tokenizer, model, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens)
         _tell(handle, tokenizer, model, listening, server.cache_tokens)
         # Whatever else ends a service ends it as Ctrl-C does.
@@ -90,13 +88,14 @@ def _tell(handle: PatchHandle, tokenizer: Any, name: str, listening: socket.sock
     asks = {"messages": [{"role": "user", "content": "Hello"}]} if tokenizer.chat_template else {"prompt": "Hello"}
     path = "chat/completions" if tokenizer.chat_template else "completions"
     kind = f"{input_device(handle.model).type}, {str(input_dtype(handle.model)).removeprefix('torch.')}"
+    body = dumps({"model": name, **asks, "max_tokens": 100})
     lines = [
         f"Model: {name}, {kind}, backend {handle.backend}.",
         in_words(handle.policy),
         f"Cache: {cache_tokens:,} tokens, for all requests together.",
         f"Address: {address}; Ctrl-C ends it.",
         "",
-        f"curl {address}/{path} -H 'Content-Type: application/json' -d '{dumps({'model': name, **asks})}'",
+        f"curl {address}/{path} -H 'Content-Type: application/json' -d '{body}'",
         "",
     ]
     if not tokenizer.chat_template:

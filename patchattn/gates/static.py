@@ -49,6 +49,17 @@ class StaticGate(HeadGate):
         opened = [head in listed for head in range(inputs.query.shape[1])]
         return forced(torch.tensor(opened, device=inputs.query.device)[:, None], inputs), known.moments
 
+    def of_layers(self, heads: int) -> Tensor:
+        """Say what `weigh` does of every layer at once, [layers, heads] nats; the last one is any without open heads.
+
+        Args:
+            heads: Query heads of each.
+        """
+        mass = torch.full((2 + max((layer for layer, _ in self.open_heads), default=-1), heads), -torch.inf)
+        for layer, head in self.open_heads:
+            mass[layer, head] = torch.inf
+        return mass
+
     def unknown_heads(self, heads: Mapping[int, int]) -> list[tuple[int, int]]:
         """List the heads that the gate names and a model does not have; see `HeadGate.unknown_heads`."""
         return [(layer, head) for layer, head in self.open_heads if head >= heads.get(layer, 0)]

@@ -3,7 +3,8 @@
 All ways in - `generate_batch`, the context manager, the manager itself, `transformers serve` - go through
 `model.init_continuous_batching`, which a patched model answers with a manager of its own. That one differs in three
 things: it does not switch the attention implementation, so that no mask is made; it lets attention modules know which
-rows and pages are whose; and it refuses a request that its cache can never hold, which would end all others.
+rows and pages are whose; and it refuses a request that the model can't read or its cache never hold, which would end
+all others.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def _patched_class(base: type) -> Any:
             processor = super()._create_batch_processor()
             processor.cache.patchattn_pages = pages = StepPages(processor, self.patchattn_memories)
             pages.settle_after(processor)
-            _guard(processor)
+            _guard(processor, self.model.get_input_embeddings().num_embeddings)
             _forget_cancelled(processor.scheduler, self.output_router)
             return processor
 
@@ -227,8 +228,13 @@ def _patched_class(base: type) -> Any:
     return PatchedManager
 
 
-def _guard(processor: Any) -> None:
-    """Make the engine fail a request that its cache can't hold; it would end all requests when it comes to that."""
+def _guard(processor: Any, vocabulary: int) -> None:
+    """Make the engine fail a request that it can't read or hold; it would end all requests when it comes to that.
+
+    Args:
+        processor: The engine's processor of batches.
+        vocabulary: How many tokens the model knows.
+    """
     from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
     scheduler = processor.scheduler
@@ -239,6 +245,14 @@ def _guard(processor: Any) -> None:
 
     def add_waiting_request(state: Any) -> None:
         prompt, new = len(state.initial_tokens), state._new_tokens_limit
+        if not prompt:
+            raise ValueError("The prompt is empty. Give it at least one token.")
+        least, largest = min(state.initial_tokens), max(state.initial_tokens)
+        if least < 0 or largest >= vocabulary:
+            raise ValueError(
+                f"The prompt's tokens go from {least:,} to {largest:,}; the model knows 0 to {vocabulary - 1:,}. Make "
+                "them with the model's own tokenizer."
+            )
         most = 1 if state.max_new_tokens is None else new
         # The last token is never read.
         if prompt + most - 1 > room:

@@ -35,6 +35,7 @@ SERVING = {
     "tokens/s: of stock": "{:.2f}x",
     "whole: of open": "{:.2f}x",
     "tokens/s: of open": "{:.2f}x",
+    "whole: of in turn": "{:.2f}x",
     "open": "{}",
     "density": "{}",
     "MiB": "{:,.0f}",
@@ -77,8 +78,9 @@ def main() -> None:
         whole_models=section(found, "whole_model"),
         compiling=_compiling(_rows(found, "compile")),
         serving=_beside_stock(found, "serving", SERVING),
+        served_texts=_texts(found, "served_text"),
         drafting=_beside_stock(found, "drafting", DRAFTING),
-        drafted_texts=_drafted_texts(found),
+        drafted_texts=_texts(found, "drafted_text"),
         commands="\n".join(f"- `{file['command']}`" for file in found),
     )
     options.pages.with_suffix(".md").write_text(page, encoding="utf-8")
@@ -139,21 +141,25 @@ def _replayed(found: Found) -> str:
 
 
 def _beside_stock(found: Found, benchmark: str, columns: dict[str, str]) -> str:
-    """Show the picture and some columns of every file of a benchmark."""
+    """Show the picture of every file of a benchmark, and what there is of some columns."""
     parts = []
     for file in found:
         if file["benchmark"] == benchmark:
-            page = f"benchmarks/{file['stem']}"
-            lines = [[_written(row.get(name), form) for name, form in columns.items()] for row in file["rows"]]
-            parts += [f"![{file['title']}]({page}.png)", f"[All columns]({page}.md).", table(list(columns), lines)]
+            page, rows = f"benchmarks/{file['stem']}", file["rows"]
+            shown = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
+            lines = [[_written(row.get(name), form) for name, form in shown.items()] for row in rows]
+            parts += [f"![{file['title']}]({page}.png)"] * any(
+                row.get("whole: of stock", 1) is not None for row in rows
+            )
+            parts += [f"[All columns]({page}.md).", table(list(shown), lines)]
     return "\n\n".join(parts) or "*Not measured.*"
 
 
-def _drafted_texts(found: Found) -> str:
-    """Show how many texts of drafts are those of dense attention."""
+def _texts(found: Found, benchmark: str) -> str:
+    """Show how many texts are those of dense attention, or of `generate`."""
     parts = []
     for file in found:
-        if file["benchmark"].startswith("drafted_text"):
+        if file["benchmark"].startswith(benchmark):
             columns = list(file["rows"][0])
             lines = [[_short(row[name]) for name in columns] for row in file["rows"]]
             parts += [f"{file['title']}, [how](benchmarks/{file['stem']}.md):", table(columns, lines)]

@@ -23,7 +23,7 @@ import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, Policy
 from patchattn.hf.loading import load_pretrained
 
-STOCK, OPEN = "stock", "every gate open"
+STOCK, IN_TURN, OPEN = "stock", "in turn", "every gate open"
 POLICIES = {
     OPEN: Policy(gate=OpenGate(), min_bulk=0),
     "default": Policy(),
@@ -31,6 +31,8 @@ POLICIES = {
     "threshold 0.6, `min_bulk=0`": Policy(gate=MomentGate(threshold=0.6), min_bulk=0),
     "all closed, `min_bulk=0`": Policy(gate=ClosedGate(), min_bulk=0),
 }
+COLUMNS = {name.replace("`", ""): name for name in (STOCK, IN_TURN, *POLICIES)}
+"""All that can be timed, by what it is called on the command line."""
 PAGE_SIZE = 256
 WHAT = ("whole", "first token", "tokens/s")
 NOTES = """\
@@ -41,8 +43,8 @@ requests after each has its first. Speed-ups are against the stock engine with t
 the gate has no part: medians of ratios within a repeat, all in turn. `MiB` is the largest resident set of the first \
 repeat above that of the loaded model; the pages take {pages} MiB of it. Stock runs `sdpa` with a mask of all requests \
 against all keys, and copies the keys of all requests in every layer and step. `in turn` is stock `generate`, one \
-request after the other, with the faster of its caches in the whole: `first token` counts the wait for those before, \
-and `tokens/s` are those of the last request. Open fraction and density are of prompts / of new tokens.\
+request after the other, with the cache that is faster for the first of them: `first token` counts the wait for those \
+before, and `tokens/s` are those of the last request. Open fraction and density are of prompts / of new tokens.\
 """
 
 
@@ -56,14 +58,17 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens of each request")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[512, 2048], help="sizes tried for stock")
     parser.add_argument("--window", type=int, help="window of all policies, in place of the default one")
+    parser.add_argument("--policies", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="what is timed")
     options = prepare(parser.parse_args())
+    if STOCK not in options.policies and len(options.batch_tokens) > 1:
+        parser.error("--batch-tokens takes one size where stock is not timed, which chooses among them")
     rows: list[Row] = []
     with torch.no_grad():
         for load in progress(options.loads, lambda load: load.replace("x", " requests of ") + " tokens"):
             rows += timed_rows(options, *map(int, load.split("x")))
     pages = max(row.pop("pages") for row in rows)
     notes = NOTES.format(tokens=" or ".join(f"{size:,}" for size in options.batch_tokens), pages=f"{pages:,.0f}")
-    save(options, "serving", "Continuous batching", rows, notes, figure(rows))
+    save(options, "serving", "Continuous batching", rows, notes, figure(rows) if STOCK in options.policies else None)
 
 
 class Served:
@@ -157,19 +162,22 @@ def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[
     stock = [Served(model, prompts, options.new, size) for size in options.batch_tokens]
     best = min(stock, key=Served.serve) if len(stock) > 1 else stock[0]
     size = best.config.max_batch_tokens
-    by_itself = min((InTurn(model, prompts, options.new, cache) for cache in ("dynamic", "static")), key=Served.serve)
-    in_turns = f"stock `generate` in turn, {by_itself.cache} cache"
-    # Anew, so that each has the memory of its first repeat.
-    served: dict[str, Served] = {
-        STOCK: Served(model, prompts, options.new, size),
-        in_turns: InTurn(model, prompts, options.new, by_itself.cache),
-    }
-    handles = {}
-    for label, policy in POLICIES.items():
-        chosen = policy.model_copy(update={"window_size": options.window}) if options.window else policy
-        patched = twin(model)
-        handles[label] = patchattn.patch(patched, chosen, backend="blockwise")
-        served[label] = Served(patched, prompts, options.new, size)
+    served: dict[str, Served] = {}
+    handles, in_turns = {}, ""
+    for label in (COLUMNS[name] for name in COLUMNS if name in options.policies):
+        if label == STOCK:
+            # Anew, so that it has the memory of its first repeat.
+            served[label] = Served(model, prompts, options.new, size)
+        elif label == IN_TURN:
+            tried = [InTurn(model, prompts[:1], options.new, cache) for cache in ("dynamic", "static")]
+            cache = min(tried, key=Served.serve).cache
+            in_turns = f"stock `generate` in turn, {cache} cache"
+            served[in_turns] = InTurn(model, prompts, options.new, cache)
+        else:
+            policy, patched = POLICIES[label], twin(model)
+            chosen = policy.model_copy(update={"window_size": options.window}) if options.window else policy
+            handles[label] = patchattn.patch(patched, chosen, backend="blockwise")
+            served[label] = Served(patched, prompts, options.new, size)
     timed = in_turn(served, lambda name: served[name].serve(), repeats=options.repeats, least=1)
     by_what = {
         what: Timed({name: [1e3 * each[what] for each in one.seconds] for name, one in served.items()}, timed.is_quiet)
@@ -182,8 +190,9 @@ def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[
         for what, of_what in by_what.items():
             seconds = of_what.ms(name) / 1e3
             row[what if what == "tokens/s" else f"{what} s"] = 1 / seconds if what == "tokens/s" else seconds
-            row[f"{what}: of stock"] = of_what.speedup(STOCK, name)["speed-up"]
-            row[f"{what}: of open"] = of_what.speedup(OPEN, name)["speed-up"]
+            row[f"{what}: of stock"] = times(of_what, STOCK, name)
+            row[f"{what}: of open"] = times(of_what, OPEN, name)
+        row["whole: of in turn"] = times(by_what["whole"], in_turns, name)
         report = handles[name].report() if name in handles else None
         row["open"], row["density"] = both(report, "open_fraction"), both(report, "realised_density")
         config = model.config
@@ -191,6 +200,11 @@ def timed_rows(options: argparse.Namespace, requests: int, length: int) -> list[
         pages = 2 * kv * config.num_hidden_layers * DTYPES[options.dtype].itemsize * PAGE_SIZE * one.config.num_blocks
         rows.append(row | {"MiB": one.mib, "quiet": timed.is_quiet, "pages": pages / 2**20})
     return rows
+
+
+def times(timed: Timed, base: str, name: str) -> float | None:
+    """Say how many times as fast as another one is; None where that was not timed."""
+    return timed.speedup(base, name)["speed-up"] if base in timed.samples else None
 
 
 def load(options: argparse.Namespace, requests: int, length: int) -> tuple[Any, list[list[int]]]:

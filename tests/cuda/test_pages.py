@@ -9,7 +9,7 @@ import torch
 from llama import made_on_fake_device
 from recorder import compiling, problems
 
-from patchattn import ClosedGate, MomentGate
+from patchattn import ClosedGate, MomentGate, StaticGate
 from patchattn.backends.flex.compiled import forget
 from patchattn.backends.flex.table import attend_table
 from patchattn.call.page_table import PageTable, TableInputs, TableRow
@@ -77,6 +77,7 @@ SHARED = 12  # launches and pins for all layers together, at most
 CASES = {"rows": Case(*ROWS)}
 MORE = {
     "gates that are given": Case(7, 0, gate=ClosedGate()),
+    "listed heads": Case(7, 0, gate=StaticGate(open_heads=((0, 3), (7, 31)))),
     "float16": Case(*ROWS, dtype=torch.float16),
     # With a head dimension of 64 the sums of the estimate are two launches.
     "group of 3": Case(9, 0, heads=9, kv_heads=3, dim=64),

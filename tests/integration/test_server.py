@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import logging
 import socket
 import threading
@@ -188,6 +190,20 @@ def test_a_prompt_longer_than_the_cache_fails_alone(patched: Served, stream: boo
     assert wait_for(patched.is_idle)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_wait_harms_nobody(patched: Served, stream: bool) -> None:
+    alone = patched.answer(text_of(100), 60)
+    asked = {"model": NAME, "prompt": text_of(700), "max_tokens": 200, "stream": stream}
+    connection = http.client.HTTPConnection(patched.address.removeprefix("http://"))
+    with ThreadPoolExecutor(1) as other:
+        stays = other.submit(patched.answer, text_of(100), 60)
+        connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+        assert wait_for(lambda: len(patched.active) == 2)
+        connection.close()
+        assert stays.result() == alone
+    assert wait_for(patched.is_idle)
+
+
 @pytest.mark.slow
 def test_many_clients_leave_nothing_behind(patched: Served, caplog: pytest.LogCaptureFixture) -> None:
     # Records of errors keep the frames in which they were raised.
@@ -218,6 +234,9 @@ def test_mistakes_get_the_servers_own_errors(patched: Served) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         patched.client.completions.create(model=NAME, prompt="a", extra_body={"no_such_field": 1})
     assert "no_such_field" in str(caught.value.body)
+    with pytest.raises(openai.APIError) as caught:
+        list(patched.chat("", stream=True))
+    assert "prompt is empty" in str(caught.value.body)
     status, said = patched.fetch("/v1/chat/completions", b'{"model": ')
     assert status == 422
     assert "detail" in said

@@ -15,7 +15,20 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import LENGTHS, MIXED, PROMPTS, alone, counts, policy, prompt, serve, tokens, with_calibration
+from serving import (
+    LENGTHS,
+    MIXED,
+    PROMPTS,
+    alone,
+    config,
+    counts,
+    greedy,
+    policy,
+    prompt,
+    serve,
+    tokens,
+    with_calibration,
+)
 
 import patchattn
 from patchattn import ClosedGate, MomentGate, OpenGate, OracleGate, StaticGate
@@ -159,6 +172,26 @@ def test_a_step_gathers_keys_only_where_moments_go_on(gate):
         serve(model, [prompt(200)], 100)
     layers, pieces = 3, [("read", 128), ("read", 72)]
     assert sorted(gathered) == sorted(layers * (pieces + ([("read_keys", 1)] if gate == "moment" else [])))
+
+
+def test_what_the_engine_measures_of_a_request_is_there_too():
+    model = tiny_model("llama")
+    with patchattn.patch(model, policy(), backend="blockwise"):
+        served = model.generate_batch(
+            PROMPTS[:2],
+            generation_config=greedy(),
+            continuous_batching_config=config(return_logprobs=True),
+            record_timestamps=True,
+        )
+        for output, each in zip(served.values(), PROMPTS, strict=False):
+            ids = torch.tensor([[*each, *output.generated_tokens[:-1]]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(each) - 1 :]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(output.generated_tokens)[:, None])[:, 0]
+            assert output.logprobs == pytest.approx(wanted.tolist(), abs=1e-5)
+            assert output.created_time < output.timestamps[0]
+            assert sorted(output.timestamps) == output.timestamps
+            assert len(output.timestamps) == 8
 
 
 def test_requests_with_one_query_go_together():

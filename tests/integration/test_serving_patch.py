@@ -249,6 +249,18 @@ def test_a_request_larger_than_the_cache_fails_alone(model):
         assert tokens(outputs[1:]) == [alone(model, each) for each in (*PROMPTS[1:], prompt(249))]
 
 
+def test_prompts_that_cannot_be_read_fail_alone(model):
+    with patched(model):
+        outputs = serve(model, [[], [5, 1000], [-1, 5], *PROMPTS])
+        said = "The prompt's tokens go from {}; the model knows 0 to 127. Make them with the model's own tokenizer."
+        assert [output.error for output in outputs[:3]] == [
+            "The prompt is empty. Give it at least one token.",
+            said.format("5 to 1,000"),
+            said.format("-1 to 5"),
+        ]
+        assert tokens(outputs[3:]) == [alone(model, each) for each in PROMPTS]
+
+
 @pytest.mark.slow
 def test_without_a_limit_a_request_ends_where_the_cache_does(model):
     with patched(model):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -28,13 +29,16 @@ TINY = {
     "drafting": "drafting --lengths 150 --new 6 --window 64 --dtype fp32",
     "drafted_text": "drafted_text --count 2 --longest 600 --new 6",
     "serving": "serving --loads 2x80 --new 2 --window 16 --batch-tokens 64 128",
+    "serving_in_turn": "serving --loads 2x90 --new 4 --batch-tokens 128 --policies 'in turn' default --name "
+    "serving_in_turn",
+    "served_text": "served_text --count 6 --batch 3 --longest 400 --new 4 --window 64 --batch-tokens 128",
     "compile": "compile --lengths 40 --steps 2 --compiler eager",
 }
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a benchmark as its command would."""
-    name, *given = command.split()
+    name, *given = shlex.split(command)
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
@@ -42,25 +46,32 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "serving" else name for name in TINY]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("serv") else name for name in TINY]
 )
 def test_a_benchmark_writes_numbers_table_and_picture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "serving":
+    if name.startswith("serv"):
         engine = "transformers.generation.continuous_batching.cache_allocators"
         pytest.importorskip(engine, reason="the engine of transformers before 5.24 runs no patched model")
     run(f"{TINY[name]} --device cpu --repeats 2 --out {tmp_path}", monkeypatch)
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["rows"]
-    script, *given = TINY[name].split()
-    assert found["command"] == " ".join(
-        ["python", f"recipes/benchmarks/{script}.py", *given, "--device cpu --repeats 2"]
-    )
+    script, given = TINY[name].split(maxsplit=1)
+    assert found["command"] == f"python recipes/benchmarks/{script}.py {given} --device cpu --repeats 2"
     assert {"torch", "device", "threads"} <= set(found["environment"])
     assert str(Path.home()) not in json.dumps(found["environment"])
     assert (tmp_path / f"{name}.md").read_text().count("\n|") == len(found["rows"]) + 2
-    assert (tmp_path / f"{name}.png").exists() == (name not in ("compile", "drafted_text"))
+    without = ("compile", "drafted_text", "served_text", "serving_in_turn")
+    assert (tmp_path / f"{name}.png").exists() == (name not in without)
+    if name == "serving_in_turn":
+        assert [row["policy"].partition(",")[0] for row in found["rows"]] == ["stock `generate` in turn", "default"]
+        assert found["rows"][0]["whole: of in turn"] == 1
+        assert {row["whole: of stock"] for row in found["rows"]} == {None}
+    if name == "served_text":
+        for row in found["rows"]:
+            assert row["lost"] == row["other opens"] == 0
+            assert row["same"] + row["level"] == row["texts"] > 0
     if name == "drafted_text":
         assert [(row["same"], row["lost"]) for row in found["rows"]] == [(2, 0), (2, 0)]
     if name == "drafting":

@@ -16,7 +16,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchattn import ClosedGate, MomentGate
+from patchattn import ClosedGate, MomentGate, StaticGate
 from patchattn.backends import reference
 from patchattn.backends.flex import passes, table
 from patchattn.backends.flex.compiled import forget
@@ -337,6 +337,20 @@ def test_rows_none_of_which_is_asked_need_no_gate() -> None:
     assert not attended.open.any()
     assert attended.scored_keys == 0
     assert_equal(attended.output, call.expected(attended.open))
+
+
+def test_listed_heads_are_told_once_for_all_layers() -> None:
+    call = Call.drawn([300, 200, 36, 90])
+    inputs, gate = call.inputs(), StaticGate(open_heads=((0, 1), (2, 0), (2, 3)))
+    wanted = [[1], [], [0, 3], []]
+    with by_hand(), mock.patch.object(table, "on_device", side_effect=table.on_device) as told:
+        for layer, heads in enumerate(wanted):
+            attended = attend_table_with(inputs, gate, Known(layer), compiler="eager")
+            opened = torch.zeros_like(attended.open)
+            opened[:, heads] = torch.tensor(call.asked)[:, None, None]
+            assert torch.equal(attended.open, opened)
+            assert_equal(attended.output, call.expected(opened))
+    assert told.call_count == 1
 
 
 def test_a_table_is_told_once() -> None:

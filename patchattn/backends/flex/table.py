@@ -22,9 +22,10 @@ from patchattn.backends.flex.compiled import (
 from patchattn.backends.flex.owned import Layout, Owned
 from patchattn.backends.flex.passes import decided, merged, one_pass, with_sink_logits
 from patchattn.call.inputs import Attended
-from patchattn.call.page_table import PageTable, TableInputs
+from patchattn.call.page_table import PageTable, TableInputs, on_device
 from patchattn.gates.base import HeadGate, Known
 from patchattn.gates.moment import MomentGate, with_offsets
+from patchattn.gates.static import StaticGate
 from patchattn.moments.gaussian import CHUNK, Estimate
 from patchattn.moments.prompt import PromptMoments, evaluate_one
 
@@ -187,6 +188,10 @@ def _mass_of(inputs: TableInputs, gate: HeadGate, known: Known) -> Tensor:
     count, rows = len(table.rows), table.numbers.shape[1]
     if not any(one.is_asked for one in table.rows):
         return table.once(("mass", heads), lambda: torch.zeros(rows, heads, device=inputs.query.device))
+    if isinstance(gate, StaticGate) and type(gate).weigh is StaticGate.weigh:
+        # Told to the device for all layers at once: in `weigh` each layer would wait for its own.
+        told = table.once((gate, heads), lambda: on_device(gate.of_layers(heads), inputs.query.device))
+        return told[min(known.layer, len(told) - 1)].repeat(rows, 1)
     positions, hidden = (None if x is None else x[:count] for x in (known.positions, known.hidden))
     mass, _ = gate.weigh(inputs.without_keys(), replace(known, positions=positions, hidden=hidden))
     return F.pad(mass[..., 0], (0, 0, 0, rows - count))

@@ -6,6 +6,7 @@ not by what they are called.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -62,12 +63,18 @@ def cache_among(arguments: Iterable[Any]) -> Any:
 
     None if there is none.
     """
-    from transformers.cache_utils import Cache
-
+    kind = _cache_class()
     for given in arguments:
-        if isinstance(given, Cache):
+        if isinstance(given, kind):
             return given
     return None
+
+
+@functools.cache
+def _cache_class() -> type:
+    from transformers.cache_utils import Cache
+
+    return Cache
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -6,7 +6,6 @@ not by what they are called.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -63,18 +62,12 @@ def cache_among(arguments: Iterable[Any]) -> Any:
 
     None if there is none.
     """
-    kind = _cache_class()
-    for given in arguments:
-        if isinstance(given, kind):
-            return given
-    return None
-
-
-@functools.cache
-def _cache_class() -> type:
     from transformers.cache_utils import Cache
 
-    return Cache
+    for given in arguments:
+        if isinstance(given, Cache):
+            return given
+    return None
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

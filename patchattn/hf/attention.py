@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patchattn.call.inputs import AttentionInputs
@@ -83,27 +82,11 @@ def attention(
         rest = (scale, softcap, s_aux, state.policy.whole_groups)
         return attend_pages(state, query, key, value, pages, rest, positions, hidden), None
     assert isinstance(attention_mask, CausalMask)
-    reason = _why_own(state, key, attention_mask)
-    if reason is not None:
-        state.counters.add("dense_calls", reason)
-        given = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
-        kwargs |= given | {"scaling": scaling, "dropout": dropout}
-        return state.attend_originally(module, query, key, value, attention_mask.own(), **kwargs)
     policy, break_even = state.policy, state.policy.break_even(phase_of(query.shape[2]))
     regions = attention_mask.regions(policy.sink_size, policy.window_size, query, key, break_even)
     inputs = AttentionInputs(query, key, value, regions, scale, softcap, s_aux, policy.whole_groups)
     output, _ = attend_call(state, inputs, cache, positions, hidden)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _why_own(state: Any, key: Tensor, given: CausalMask) -> str | None:
-    """Say why a step of decode with a static cache is left to the model's own attention; None where it is not.
-
-    Its mask is there once for all layers, and to a single query it is as fast as the backend's.
-    """
-    if not given.is_static_step or torch.compiler.is_compiling():
-        return None
-    return state.why_dense(key.shape[2], "decode")
 
 
 def _refuse_unknown(kwargs: dict[str, Any], dropout: float, effects: frozenset[str]) -> None:

@@ -51,11 +51,7 @@ class CausalMask(BlockMask):
         self.stock, self.arguments, self.sizes, self.query_slot = stock, arguments, sizes, query_slot
         self.valid, self.first, self.cut = valid, first, cut
         self.known: dict[tuple[int, int, int], Regions] = {}
-        self.made: tuple[Tensor | None] | None = None
         self.in_graph = torch.compiler.is_compiling()
-        # One query for each sequence, in the slot that a static cache on the host counts.
-        is_step = sizes[2] == 1 and isinstance(query_slot, Tensor)
-        self.is_static_step = is_step and host_may_read(torch.device(arguments["device"]))
 
     @property
     def shape(self) -> Shape:
@@ -168,13 +164,6 @@ class CausalMask(BlockMask):
 
     def own(self) -> Tensor | None:
         """Return what the model's own implementation would have got: None where that knows a causal call as such."""
-        if torch.compiler.is_compiling():
-            return self._make_own()
-        if self.made is None:
-            self.made = (self._make_own(),)
-        return self.made[0]
-
-    def _make_own(self) -> Tensor | None:
         return self.stock(**self.arguments) if self.cut is None else self._whole()
 
     def _whole(self) -> Tensor | None:

@@ -108,6 +108,12 @@ def make_places(cache: Any, layer: int, key: Tensor) -> None:
         _hold(entry, PromptMoments.empty(key).parts)
 
 
+def key_bytes(cache: Any, layer: int) -> int:
+    """Return the bytes of one key and its value in a layer of a cache that is filled."""
+    entry = _entry(cache, layer)
+    return sum(x.nbytes // max(x.shape[2], 1) for x in (entry.keys, entry.values))
+
+
 def prepare() -> None:
     """Make the tracking classes of the cache entries that transformers has, which a compiled graph can't do."""
     from transformers import cache_utils

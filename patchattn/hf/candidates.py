@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from patchattn.errors import UnsupportedCallError
 from patchattn.hf.answering import Answering
 from patchattn.hf.architecture import cache_among
+from patchattn.hf.cache import key_bytes
 from patchattn.hf.draft_length import DraftLength
 from patchattn.report.drafts import DraftCounts
 
@@ -152,6 +153,7 @@ class Candidates:
         self._drafting, self._config = drafting, config
         self._processors, self._criteria, self._forward = processors, criteria, forward
         self._states = [state for state in drafting.model.modules() if getattr(state, "drafting", None) is drafting]
+        self._fixed: float | None = None
         self._drafted, self._why, self._began, self._took = 0, "", 0.0, 0.0
         self._is_prefill = True
 
@@ -201,12 +203,23 @@ class Candidates:
         room = self._config.max_length - input_ids.shape[1] - 1
         if room < 1:
             return 0, "last token"
-        keys = int(cache_among(model_kwargs.values()).get_seq_length()) + 1
+        cache = cache_among(model_kwargs.values())
+        keys = int(cache.get_seq_length()) + 1
         with self._drafting.on():
             if all(state.why_dense(keys, "decode") is not None for state in self._states):
                 return 0, "short"
-        length, why = self._drafting.length.choose()
+        length, why = self._drafting.length.choose(self._least(cache, keys))
         return min(length, room), why
+
+    def _least(self, cache: Any, keys: int) -> float:
+        """Say what a step reads whose heads are all closed, of what a dense one does: weights, keys and values."""
+        gated = [state for state in self._states if state.gated]
+        if self._fixed is None:
+            # In keys: as many take as many bytes as all weights do.
+            weights = sum(weight.nbytes for weight in self._drafting.model.parameters())
+            self._fixed = weights / sum(key_bytes(cache, state.cache_layer) for state in gated)
+        local = gated[0].policy.sink_size + gated[0].policy.window_size
+        return (self._fixed + min(local, keys)) / (self._fixed + keys)
 
     def _draft(self, input_ids: Tensor, model_kwargs: dict[str, Any], length: int) -> tuple[Tensor, list[Tensor]]:
         drafting, ids, logits, steps = self._drafting, input_ids, [], 0

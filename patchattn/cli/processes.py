@@ -66,5 +66,7 @@ def joined(device: str) -> Iterator[Process]:
     own = state.device or torch.device("cpu")
     # Without any GPU the state is on the CPU; what was asked for is then refused where the model is moved.
     yield Process(state.process_index, str(own) if own.type == kind else device)
-    # Not after a failure: the others may wait for this process, and `torchrun` ends them.
+    # Not after a failure: the others may wait for this process, and `torchrun` ends them. Threads of gloo go on after
+    # this, and one that holds a tensor when Python ends aborts the process: so none ends while another is at work.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -101,11 +101,14 @@ def test_each_process_gets_its_own_gpu(asked: str, own: str, given: str, monkeyp
     accelerate = pytest.importorskip("accelerate")
     start(monkeypatch, 3, 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    ends: list[str] = []
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda name=name: ends.append(name))
     state = SimpleNamespace(process_index=3, device=torch.device(own))
     monkeypatch.setattr(accelerate, "PartialState", lambda *, cpu: state)
     with processes.joined(asked) as process:
         assert process == processes.Process(3, given)
+    assert ends == ["barrier", "destroy_process_group"]
 
 
 def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, command_line, prepare, progress, save
+from harness import RESULTS, Row, arguments, command_line, kept_by, prepare, progress, save
 from model import context, twin
 from problems import DTYPES
 from torch import Tensor
@@ -106,11 +106,6 @@ def main() -> None:
     notes = NOTES.format(**{**vars(options), **told, "draft": options.tokens}, queries=options.tokens + 1)
     save(options, name, f"Texts of drafts, {options.dtype}", list(rows_of(found)), notes)
     store.path.unlink()
-
-
-def kept_by(store: Store[Compared]) -> list[Compared]:
-    """Read what this command has compared."""
-    return [kept for kept in store.rows() if kept.command == command_line()]
 
 
 def prompts(model: Any, tokenizer: Any, count: int, longest: int) -> list[tuple[int, tuple[int, ...]]]:

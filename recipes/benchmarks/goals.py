@@ -148,9 +148,8 @@ def _beside_stock(found: Found, benchmark: str, columns: dict[str, str]) -> str:
             page, rows = f"benchmarks/{file['stem']}", file["rows"]
             shown = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
             lines = [[_written(row.get(name), form) for name, form in shown.items()] for row in rows]
-            parts += [f"![{file['title']}]({page}.png)"] * any(
-                row.get("whole: of stock", 1) is not None for row in rows
-            )
+            if (PAGES / f"{file['stem']}.png").exists():
+                parts.append(f"![{file['title']}]({page}.png)")
             parts += [f"[All columns]({page}.md).", table(list(shown), lines)]
     return "\n\n".join(parts) or "*Not measured.*"
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import patchattn
+from patchattn.evaluation.rows import Store
 
 RESULTS = Path("recipes/benchmarks/results")
 PAGES = Path("docs/results/benchmarks")
@@ -234,6 +235,11 @@ def command_line() -> str:
     program, *given = sys.argv
     command = re.sub(r" --out \S+", "", shlex.join(["python", f"recipes/benchmarks/{Path(program).name}", *given]))
     return re.sub(r" /\S+/", " ", command)
+
+
+def kept_by(store: Store[Item]) -> list[Item]:
+    """Read what this command has kept of a run that was broken off; rows name it in `command`."""
+    return [kept for kept in store.rows() if kept.command == command_line()]
 
 
 def write_page(found: dict[str, Any], path: Path) -> None:

@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import CLOCKS, RESULTS, Row, Timed, arguments, command_line, in_turn, milliseconds, prepare, progress, save
+from harness import (
+    CLOCKS,
+    RESULTS,
+    Row,
+    Timed,
+    arguments,
+    command_line,
+    in_turn,
+    kept_by,
+    milliseconds,
+    prepare,
+    progress,
+    save,
+)
 from peak import resident_peak
 from problems import DTYPES, prose, shipped_model
 from transformers import AutoConfig, DynamicCache, StaticCache
@@ -113,11 +126,6 @@ def main() -> None:
     title = "A real model" if is_real else "Whole models"
     save(options, name, title, rows, NOTES.format(**vars(options)), whole_model_figure(rows))
     store.path.unlink()
-
-
-def kept_by(store: Store[Measured]) -> list[Measured]:
-    """Read what this command has measured."""
-    return [kept for kept in store.rows() if kept.command == command_line()]
 
 
 def cases(options: argparse.Namespace, store: Store[Measured]) -> list[tuple[str, str, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, arguments, command_line, prepare, progress, save
+from harness import RESULTS, Row, arguments, command_line, kept_by, prepare, progress, save
 from model import twin
 from problems import DTYPES, prose
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
@@ -129,11 +129,6 @@ def main() -> None:
     store.path.unlink()
 
 
-def kept_by(store: Store[Compared]) -> list[Compared]:
-    """Read what this command has compared."""
-    return [kept for kept in store.rows() if kept.command == command_line()]
-
-
 def drawn(tokenizer: Any, options: argparse.Namespace) -> list[list[Request]]:
     """Draw the requests of each engine, of lengths in any order."""
     draw, count, longest = random.Random(0), options.count, options.longest
@@ -177,11 +172,9 @@ def compared(stock: Any, gates: str, at: int, requests: list[Request], options: 
         counts = [count for phases in handle.report().layers.values() for count in phases.values()]
         row.alone = row.open if gates == OPEN else sum(int(sum(count.open_pairs)) for count in counts)
         for output in outputs:
-            row.same += output.generated_tokens == text
-            dense = stock if gates == OPEN else model
-            row.level += output.generated_tokens != text and is_level(
-                dense, one.tokens, None, text, output.generated_tokens
-            )
+            new = output.generated_tokens
+            row.same += new == text
+            row.level += new != text and is_level(stock if gates == OPEN else model, one.tokens, None, text, new)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few rows by two matrix products: as exact as the fused kernel, whatever the guess."""
+"""Attention of a few rows by two matrix products: as exact as the fused kernel, whatever was read before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from patchattn.backends import blockwise, reference
 from patchattn.backends.blockwise import products
 from patchattn.backends.blockwise.products import attend_by_products, may_use_products
+from patchattn.backends.blockwise.softmax import Softmax
 from patchattn.call.inputs import AttentionInputs
 from patchattn.call.regions import Regions
 from patchattn.gates.decision import all_open, forced
@@ -36,53 +37,66 @@ def drawn(
     return tuple(x.bfloat16() for x in (query * spread, key, value))  # pyright: ignore[reportReturnType]
 
 
-def in_float64(query: Tensor, key: Tensor, value: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def before(log_mass: Tensor) -> Softmax:
+    """Attention to other keys, of some log mass."""
+    return Softmax(torch.randn(*log_mass.shape, 64, generator=torch.Generator().manual_seed(1)), log_mass)
+
+
+def in_float64(query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, near: Softmax) -> tuple[Tensor, Tensor]:
     scores = query.double() @ key[:, begin:end].double().mT * SCALE
-    return scores.softmax(-1) @ value[:, begin:end].double(), scores.logsumexp(-1)
+    weights = torch.cat([scores, near.log_mass.double().unsqueeze(-1)], -1)
+    shares = weights.softmax(-1)
+    output = shares[..., :-1] @ value[:, begin:end].double() + shares[..., -1:] * near.output
+    return output, weights.logsumexp(-1)
 
 
-@pytest.mark.parametrize("off", [-60.0, -3.0, 0.0, 1.0, 3.0, 6.0], ids=lambda off: f"guess {off:+.0f}")
+@pytest.mark.parametrize("off", [-60.0, -3.0, 0.0, 1.0, 3.0, 6.0], ids=lambda off: f"before {off:+.0f}")
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_products_are_exact_whatever_the_guess(off: float, rows: int, mean: float) -> None:
+def test_products_are_exact_whatever_was_read_before(off: float, rows: int, mean: float) -> None:
     call = drawn(rows=rows, mean=mean, spread=3.0)
     begin, end = 5, 2900  # not on the grid
-    truth, log_mass = in_float64(*call, begin, end)
     largest = (call[0].double() @ call[1][:, begin:end].double().mT * SCALE).amax(-1).float()
+    near = before(largest + off)
+    truth, log_mass = in_float64(*call, begin, end, near)
     assert may_use_products(*call[:2], begin, end)
-    got = attend_by_products(*call, begin, end, SCALE, largest + off)
+    got = attend_by_products(*call, begin, end, SCALE, near)
     assert got is not None
-    plain = torch.nn.functional.scaled_dot_product_attention(
-        call[0][None], call[1][None, :, begin:end], call[2][None, :, begin:end], scale=SCALE
-    )[0]
+    query, key, value = (x[None] for x in call)
+    output, of_range, *_ = torch._scaled_dot_product_flash_attention_for_cpu(
+        query, key[:, :, begin:end], value[:, :, begin:end], scale=SCALE
+    )
+    plain = Softmax(output[0].float(), of_range[0]).merge(near).output.bfloat16()
     assert_within_budget(got.output.bfloat16(), plain, truth)
     assert (got.log_mass.double() - log_mass).abs().max() < 0.01 * max(off, 2)
 
 
 def test_many_stretches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     call = drawn()
-    call[1][:, 1500] *= 4  # the guess is raised in the middle
+    call[1][:, 1500] *= 4  # the level is raised in the middle
     monkeypatch.setattr(products, "_MOST_NUMBERS", 3 * 64 * 500)
-    got = attend_by_products(*call, 5, 2900, SCALE, torch.zeros(3, 3))
+    near = before(torch.zeros(3, 3))
+    got = attend_by_products(*call, 5, 2900, SCALE, near)
     assert got is not None
-    truth, log_mass = in_float64(*call, 5, 2900)
+    truth, log_mass = in_float64(*call, 5, 2900, near)
     assert (got.output - truth).abs().max() < 0.01 * truth.abs().max()
     assert (got.log_mass.double() - log_mass).abs().max() < 0.01
 
 
-def test_keys_far_below_the_guess_have_no_mass() -> None:
-    got = attend_by_products(*drawn(), 0, 2944, SCALE, torch.full((3, 3), 1000.0))
+def test_keys_far_below_those_before_change_nothing() -> None:
+    near = before(torch.full((3, 3), 1001.0))
+    got = attend_by_products(*drawn(), 0, 2944, SCALE, near)
     assert got is not None
-    assert (got.output == 0).all()
-    assert (got.log_mass < 1000 - 80).all()
+    assert_within_budget(got.output, near.output, near.output.double())
+    assert (got.log_mass == 1001).all()
 
 
 def test_scores_that_are_not_finite_are_left_to_others() -> None:
     query, key, value = drawn()
-    for guess in (math.nan, -math.inf):
-        assert attend_by_products(query, key, value, 0, 2944, SCALE, torch.full((3, 3), guess)) is None
+    for mass in (math.nan, -math.inf):
+        assert attend_by_products(query, key, value, 0, 2944, SCALE, before(torch.full((3, 3), mass))) is None
     key[1, 77] = math.inf
-    assert attend_by_products(query, key, value, 0, 2944, SCALE, torch.zeros(3, 3)) is None
+    assert attend_by_products(query, key, value, 0, 2944, SCALE, before(torch.zeros(3, 3))) is None
 
 
 def decode_call(batch: int = 2, group: int = 3, keys: int = 4100, window: int = 200, **changes: Any) -> AttentionInputs:
@@ -157,3 +171,19 @@ def test_a_draft_is_verified_within_the_error_budget(queries: int, monkeypatch: 
     truth, plain = (reference.attend(x, all_open(x), 0.0).output for x in (exact, call))
     assert_within_budget(blockwise.dense(call), plain, truth)
     assert used == ([(3, 3 * queries, 64)] if queries <= 5 else [])
+
+
+@pytest.mark.parametrize("slot", [-1, 3000], ids=["of the last query", "far away"])
+def test_a_key_that_is_not_finite_spoils_only_those_who_see_it(slot: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, n, 64, generator=draw).bfloat16() for heads, n in ((9, 3), *[(3, 6000)] * 2)
+    )
+    call = AttentionInputs(query, key, value, Regions.plain(16, 1024, 3, 1, 6000, torch.device("cpu")), SCALE)
+    clean = blockwise.dense(call)
+    key[:, 0, slot] = torch.nan
+    spoilt = blockwise.dense(call)
+    sees = torch.zeros(9, 3, dtype=torch.bool)
+    sees[:3, 2 if slot == -1 else 0 :] = True
+    assert spoilt[0, sees].isnan().all()
+    assert_within_budget(spoilt[0, ~sees], clean[0, ~sees], clean[0, ~sees].double())

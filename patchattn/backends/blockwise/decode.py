@@ -13,6 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from patchattn.backends.blockwise.dense import dense_rows, is_plain
 from patchattn.backends.blockwise.products import attend_by_products, is_flat, may_use_products
 from patchattn.backends.blockwise.softmax import Softmax, attend_to, is_fused, with_sink_logits
 from patchattn.call.inputs import Attended, AttentionInputs
@@ -38,10 +39,14 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     Decisions are taken on the host: it has to know anyway which keys to read.
     """
     batch, heads = inputs.query.shape[:2]
+    far = bulk_log_mass.flatten().tolist()
+    # Heads that open whatever their local mass need none.
+    if is_plain(inputs) and min(far) == math.inf and (attended := dense_rows(inputs, 1)) is not None:
+        return attended
     local = _attend_local(inputs)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(inputs.key.shape[1], inputs.group_size))
-    opened = opened_pairs(inputs, local.log_mass, bulk_log_mass, margin)
+    opened = opened_pairs(inputs, local.log_mass.flatten().tolist(), far, margin)
     scored = batch * heads * (inputs.regions.sink_size + inputs.regions.window_size)
     if any(opened):
         decisions = torch.tensor(opened, device=inputs.query.device).view(batch, heads, 1)
@@ -51,9 +56,8 @@ def attend_decode(inputs: AttentionInputs, bulk_log_mass: Tensor, margin: float)
     return Attended(local.output.to(inputs.query.dtype).view(batch, heads, 1, -1), decisions, scored)
 
 
-def opened_pairs(inputs: AttentionInputs, local_log_mass: Tensor, bulk_log_mass: Tensor, margin: float) -> list[bool]:
-    """Decide on the host which pairs of a call open, in the order of the masses."""
-    near, far = local_log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist()
+def opened_pairs(inputs: AttentionInputs, near: list[float], far: list[float], margin: float) -> list[bool]:
+    """Decide on the host which pairs of a call open, from their local and bulk log masses, in the order of these."""
     opened, group = list(map(is_open, near, far, [margin] * len(near))), inputs.group_size
     for begin in range(0, len(opened), group) if inputs.opens_groups else ():
         of_group = slice(begin, begin + group)
@@ -135,9 +139,11 @@ def take_in_open(
         wanted = [head for of_group in flags[start:stop] for head, flag in enumerate(of_group) if flag]
         units, heads = slice(start, stop), slice(min(wanted), max(wanted) + 1)
         near = Softmax(local.output[units, heads], local.log_mass[units, heads])
-        far = _attend_bulk(inputs, query[units, heads], *read(start, stop), begin, end, near.log_mass)
+        found = _with_bulk(inputs, query[units, heads], *read(start, stop), begin, end, near).output
         n_rows = near.log_mass.numel()
-        near.take_in(far, None if len(wanted) == n_rows else decisions[units, heads])
+        if len(wanted) < n_rows:
+            found = torch.where(decisions[units, heads].unsqueeze(-1), found, near.output)
+        near.output.copy_(found)
         scored += n_rows * (end - begin)
     return scored
 
@@ -159,10 +165,10 @@ def _runs(flags: list[list[bool]]) -> list[tuple[int, int]]:
     return list(zip(begins, ends, strict=True))
 
 
-def _attend_bulk(
-    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, guess: Tensor
+def _with_bulk(
+    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, near: Softmax
 ) -> Softmax:
-    """Attend some KV heads to slots: by two products, or by the kernel, cut so that every core has some.
+    """Attend some KV heads to slots too: by two products, or by the kernel, cut so that every core has some.
 
     Args:
         inputs: The call.
@@ -171,28 +177,28 @@ def _attend_bulk(
         value: [kv_heads, keys, value_dim].
         begin: First slot.
         end: Past the last slot.
-        guess: See `attend_by_products`.
+        near: Of their local keys: output [kv_heads, rows, value_dim] in the dtype of the log mass, [kv_heads, rows].
 
     Returns:
-        Output [kv_heads, rows, value_dim] and log mass [kv_heads, rows].
+        Output and log mass of all keys, shapes and dtypes of `near`.
     """
     if inputs.softcap is None and may_use_products(query, key, begin, end):
-        bulk = attend_by_products(query, key, value, begin, end, inputs.scale, guess)
-        if bulk is not None:
-            return bulk
+        found = attend_by_products(query, key, value, begin, end, inputs.scale, near)
+        if found is not None:
+            return found
     n_keys, splits = end - begin, 1
     if len(key) == 1 and is_fused(inputs):
         splits = max(min(torch.get_num_threads(), _MOST_SPLITS, n_keys // _FEWEST_KEYS_TO_SPLIT), 1)
     size, rest = divmod(n_keys, splits)
-    parts: list[Softmax] = []
     for count, length, start in ((splits, size, begin), (1, rest, end - rest)):
         if length:
             stretches = (
                 x.narrow(1, start, count * length).unflatten(1, (count, length)).transpose(0, 1) for x in (key, value)
             )
             part = attend_to(inputs, query.expand(count, -1, -1, -1), *stretches)
-            parts += map(Softmax, part.output.unbind(0), part.log_mass.unbind(0))
-    return reduce(Softmax.merge, parts)
+            output = part.output.to(near.output.dtype)
+            near = reduce(Softmax.merge, map(Softmax, output.unbind(0), part.log_mass.unbind(0)), near)
+    return near
 
 
 def grouped(inputs: AttentionInputs) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from patchattn.backends.blockwise.products import GRID, attend_by_products, is_flat, may_use_products
-from patchattn.backends.blockwise.softmax import Softmax, attend_to, has_nan, is_fused
+from patchattn.backends.blockwise.softmax import Softmax, attend_to, attend_where_finite, bias_of, has_nan, is_fused
 from patchattn.call.inputs import Attended, AttentionInputs
 
 # Numbers in float32 keys from which reading them once for all heads of a group outweighs two reshapes. The kernel for
@@ -42,51 +42,62 @@ def attend_densely(inputs: AttentionInputs) -> Tensor:
         key, value = key.narrow(2, 0, filled), value.narrow(2, 0, filled)
     batch, heads, length, dim = query.shape
     kv_heads, before = key.shape[1], filled - length
+    # Heads of a group as rows: their keys are read once.
+    groups = length <= _MOST_TO_GROUP
+    rows = query.reshape(batch, kv_heads, -1, dim) if groups else query
+    part = by_products(inputs, rows, key, value) if groups and before else None
+    if part is not None:
+        return part.output.to(query.dtype).reshape(batch, heads, length, -1)
     if length == 1 and (query.dtype != torch.float32 or key.numel() >= _FEWEST_TO_GROUP):
-        # Heads of a group as rows: their keys are read once.
-        rows = query.reshape(batch, kv_heads, -1, dim)
-        part = by_products(inputs, rows, key, value)
-        output = scaled_dot_product_attention(rows, key, value, scale=inputs.scale) if part is None else part.output
-        return output.reshape(batch, heads, 1, -1)
+        return scaled_dot_product_attention(rows, key, value, scale=inputs.scale).reshape(batch, heads, 1, -1)
     if length == 1 or not before:
         return scaled_dot_product_attention(
             query, key, value, is_causal=length > 1, scale=inputs.scale, enable_gqa=heads > kv_heads
         )
     own = attend_to(inputs, query, key[:, :, before:], value[:, :, before:], causal=True)
-    key, value = key[:, :, :before], value[:, :, :before]
-    if length > _MOST_TO_GROUP:
-        return attend_to(inputs, query, key, value).merge(own).output
-    rows = query.reshape(batch, kv_heads, -1, dim)
-    far = by_products(inputs, rows, key, value) or attend_to(inputs, rows, key, value)
+    far = attend_to(inputs, rows, key[:, :, :before], value[:, :, :before])
     return Softmax(far.output.reshape(own.output.shape), far.log_mass.reshape(own.log_mass.shape)).merge(own).output
 
 
-def by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Softmax | None:
-    """Attend rows to every key by two products; None where the kernel is better.
+def by_products(inputs: AttentionInputs, rows: Tensor, key: Tensor, value: Tensor) -> Softmax | None:
+    """Attend rows to every key before and of their query by two products; None where the kernel is better.
 
     Args:
-        inputs: The call, for scale, softcap and dtype.
-        query: [batch, kv_heads, rows, dim].
-        key: [batch, kv_heads, keys, dim].
+        inputs: The call, for scale, softcap, dtype and the number of its queries.
+        rows: [batch, kv_heads, group * query, dim].
+        key: [batch, kv_heads, keys, dim]; the last ones are those of the queries.
         value: [batch, kv_heads, keys, value_dim].
 
     Returns:
-        Output [batch, kv_heads, rows, value_dim] and log mass [batch, kv_heads, rows].
+        Output [batch, kv_heads, rows, value_dim] and log mass [batch, kv_heads, rows] in float32.
     """
-    end = (key.shape[2] - _TELLING) // GRID * GRID
+    begin, length, n_rows = _TELLING, inputs.query.shape[2], rows.shape[2]
+    end = begin + (key.shape[2] - 2 * _TELLING) // GRID * GRID
     if inputs.softcap is not None or not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
         return None
-    queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
-    is_long = queries.shape[1] == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS
-    if not is_long or not may_use_products(queries, keys, 0, end):
+    queries, keys, values = (x.flatten(0, 1) for x in (rows, key, value))
+    is_long = n_rows == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS
+    if not is_long or not may_use_products(queries, keys, begin, end):
         return None
-    last = attend_to(inputs, query, key[:, :, end:], value[:, :, end:])
-    first = (queries @ keys[:, :_TELLING].mT).amax(-1) * inputs.scale
-    guess = torch.maximum(last.log_mass.flatten(0, 1), first)
-    others = attend_by_products(queries, keys, values, 0, end, inputs.scale, guess)
-    if others is None:
+    # The largest scores are mostly of the first and the last keys.
+    near_key, near_value = (torch.cat([x[:, :, :begin], x[:, :, end:]], 2) for x in (key, value))
+    bias, n_near = None, begin + key.shape[2] - end
+    if length > 1:
+        bias = inputs.regions.once(("ends", n_rows, n_near, rows.dtype), _bias_of_ends, n_near, length, rows)
+    near = attend_where_finite(inputs, rows, near_key, near_value, bias)
+    if near is None:
         return None
-    return last.merge(Softmax(others.output.view(last.output.shape), others.log_mass.view(last.log_mass.shape)))
+    near = Softmax(near.output.flatten(0, 1), near.log_mass.flatten(0, 1))
+    found = attend_by_products(queries, keys, values, begin, end, inputs.scale, near)
+    if found is None:
+        return None
+    return Softmax(found.output.view(*rows.shape[:3], -1), found.log_mass.view(rows.shape[:3]))
+
+
+def _bias_of_ends(n_keys: int, n_queries: int, rows: Tensor) -> Tensor:
+    """Additive mask of keys whose last ones are those of the queries, [1, 1, group * query, keys]."""
+    seen = torch.ones(n_queries, n_keys, dtype=torch.bool).tril_(n_keys - n_queries)
+    return bias_of(seen.repeat(rows.shape[2] // n_queries, 1)[None, None], rows.dtype)
 
 
 def n_dense_rows(inputs: AttentionInputs, bulk_log_mass: Tensor) -> int:

@@ -34,7 +34,7 @@ def attend_paged(
     local = Softmax(local.output.to(inputs.compute_dtype), local.log_mass)
     if inputs.sink_logits is not None:
         local = with_sink_logits(local, inputs.sink_logits.view(rows.kv_heads, group))
-    opened = opened_pairs(inputs, local.log_mass, bulk_log_mass, margin)
+    opened = opened_pairs(inputs, local.log_mass.flatten().tolist(), bulk_log_mass.flatten().tolist(), margin)
     decisions = bulk_log_mass.new_tensor(opened).bool().view(local.log_mass.shape)
     scored = count * heads * n_local
     for row, n_bulk in enumerate(rows.regions.last_n_bulk):

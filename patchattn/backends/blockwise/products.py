@@ -1,8 +1,8 @@
 """A few rows against many keys in bfloat16 by two matrix products, which read keys faster than the fused kernel does.
 
 A product in bfloat16 sums in float32 and rounds the result: scores of 30 nats would come out wrong by a tenth of a nat.
-So a guess of the largest score goes into the sum. What is left of a score that counts is a few nats at most, and its
-rounding is that which the kernel gives to its weights.
+So the log mass of the keys that were read before goes into the sum. What is left of a score that counts beside these is
+a few nats at most, and its rounding is that which the kernel gives to its weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FEWEST_NUMBERS_OF_ONE_ROW = 1 << 15
 _MOST_ROWS = 16
 # More at once leave the processor's cache, and the copies that a product makes of them the allocator's heap.
 _MOST_NUMBERS = 1 << 21
-# A weight above that of the guess; beyond it the guess is raised.
+# A weight beside the mass of the keys before; beyond it weights are told from a higher level.
 _LARGEST_WEIGHT = math.exp(2)
 
 
@@ -51,9 +51,9 @@ def may_use_products(query: Tensor, key: Tensor, begin: int, end: int) -> bool:
 
 
 def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, scale: float, guess: Tensor
+    query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, scale: float, near: Softmax
 ) -> Softmax | None:
-    """Attend rows to a range of slots, where `may_use_products`.
+    """Attend rows to a range of slots and to keys that they have attended to, where `may_use_products`.
 
     Args:
         query: [kv_heads, rows, dim] in bfloat16.
@@ -62,32 +62,30 @@ def attend_by_products(
         begin: First slot to attend to.
         end: Past the last slot.
         scale: Factor on the dot products.
-        guess: [kv_heads, rows] nats; about the largest score, or larger where what the range adds to keys of
-            that log mass is all that matters.
+        near: Of the other keys: output [kv_heads, rows, value_dim], log mass [kv_heads, rows] in float32.
 
     Returns:
-        Output [kv_heads, rows, value_dim] and log mass [kv_heads, rows], float32; None where scores are not finite.
+        Output [kv_heads, rows, value_dim] and log mass [kv_heads, rows] of all, float32; None where scores are not
+        finite.
     """
     n_keys = end - begin
     length = _on_grid(n_keys)
     key, value = (x.narrow(1, begin, length) for x in (key, value))
-    level = guess.to(query.dtype).unsqueeze(1)
     step = max(_MOST_NUMBERS // (key.shape[0] * key.shape[2]) // GRID, 1) * GRID
-    found = None
     for start in range(0, length, step):
         some = slice(start, start + step)
+        level = near.log_mass.to(query.dtype).unsqueeze(1)
         weights = _weights(query, key[:, some], level, scale, n_keys - start)
         if not weights.amax().item() <= _LARGEST_WEIGHT:
             level = level + weights.mT.contiguous().amax(-1).clamp(min=1).log().unsqueeze(1)
             weights = _weights(query, key[:, some], level, scale, n_keys - start)
             if not weights.amax().item() <= _LARGEST_WEIGHT:
                 return None
-        # A sum of 0 says that nothing is left beside the guess, and so does the smallest number.
-        total = weights.sum(1, dtype=torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
-        output = torch.bmm(weights.mT, value[:, some]) / total.unsqueeze(-1)
-        part = Softmax(output, total.log_() + level.squeeze(1))
-        found = part if found is None else found.merge(part)
-    return found
+        before = (near.log_mass - level.squeeze(1)).exp_()
+        total = weights.sum(1, dtype=torch.float32).add_(before)
+        output = (near.output * before.unsqueeze(-1)).add_(torch.bmm(weights.mT, value[:, some]))
+        near = Softmax(output.div_(total.unsqueeze(-1)), total.log_().add_(level.squeeze(1)))
+    return near
 
 
 def is_flat(x: Tensor) -> bool:

@@ -32,16 +32,9 @@ class Softmax:
         output = _mix(self.output, other.output, self._share_of(other))
         return Softmax(output, torch.logaddexp(self.log_mass, other.log_mass))
 
-    def take_in(self, other: Softmax, kept: Tensor | None = None) -> None:
-        """Change the output, which has the dtype of the log mass, to that over the keys of both where `kept`.
-
-        `kept` is [..., rows] bool; None means all.
-        """
-        share, output = self._share_of(other), other.output.to(self.output.dtype)
-        if kept is None:
-            self.output.lerp_(output, share)
-        else:
-            self.output.copy_(torch.where(kept.unsqueeze(-1), torch.lerp(self.output, output, share), self.output))
+    def take_in(self, other: Softmax) -> None:
+        """Change the output, which has the dtype of the log mass, to that over the keys of both."""
+        self.output.lerp_(other.output.to(self.output.dtype), self._share_of(other))
 
     def take_in_rows(self, rows: slice, other: Softmax) -> None:
         """Change some rows, of [rows, ...], output and log mass, to those over the keys of both; a row may see none."""
@@ -92,7 +85,7 @@ def attend_to(
         Output [batch, heads, rows, value_dim] and log mass [batch, heads, rows] in nats.
     """
     if is_fused(inputs):
-        part = _fused(inputs, query, key, value, None if seen is None else _bias(seen, query.dtype), causal=causal)
+        part = _fused(inputs, query, key, value, None if seen is None else bias_of(seen, query.dtype), causal=causal)
         # The kernel takes a row in which no score is a number, or all are -inf, for one without keys: output and log
         # mass 0, which could close a gate. It adds the bias to the score, so a key that is not finite spoils rows that
         # mask it. Only then are the scores computed again, and masked by selection.
@@ -106,6 +99,19 @@ def attend_to(
                 return without_rows(part, blind)
     part = _by_products(inputs, query, key, value, seen)
     return without_rows(part, part.log_mass == -torch.inf)
+
+
+def attend_where_finite(
+    inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> Softmax | None:
+    """Attend rows to keys where `is_fused`, with an additive mask; None where a key, a value or a score is not finite.
+
+    Shapes as in `attend_to`; the mask has the dtype of the query and leaves each row a key.
+    """
+    part = _fused(inputs, query, key, value, bias, causal=False)
+    # Of a row in which no score is a number the kernel says output and log mass 0.
+    all_told = torch.count_nonzero(part.log_mass).item() == part.log_mass.numel()
+    return part if all_told and not has_nan(part.output) else None
 
 
 def with_sink_logits(part: Softmax, sink_logits: Tensor) -> Softmax:
@@ -169,6 +175,6 @@ def without_rows(part: Softmax, blind: Tensor) -> Softmax:
     return part
 
 
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask: 0 where a key is seen, -inf elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -25,12 +25,13 @@ import patchattn
 from patchattn import ClosedGate, OpenGate, Policy
 from patchattn.hf.architecture import with_cache
 
-CLOSED = Policy(gate=ClosedGate(), phases=frozenset({"decode"}), min_bulk=0)
+CLOSED = Policy(gate=ClosedGate(), phases=frozenset({"decode"}), min_bulk=0, window_size=1024)
 DRAFTS: dict[str, tuple[Policy, Any]] = {
     "drafts": (CLOSED, "auto"),
+    "drafts of 1": (CLOSED, 1),
     "drafts of 2": (CLOSED, 2),
     "drafts of 4": (CLOSED, 4),
-    "drafts, window 1,024": (CLOSED.model_copy(update={"window_size": 1024}), "auto"),
+    "drafts, window 2,048": (CLOSED.model_copy(update={"window_size": 2048}), "auto"),
     "drafts, gates asked": (Policy(phases=frozenset({"decode"}), min_bulk=0), "auto"),
 }
 NOTES = """\

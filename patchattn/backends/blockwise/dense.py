@@ -73,11 +73,11 @@ def by_products(inputs: AttentionInputs, rows: Tensor, key: Tensor, value: Tenso
     """
     begin, length, n_rows = _TELLING, inputs.query.shape[2], rows.shape[2]
     end = begin + (key.shape[2] - 2 * _TELLING) // GRID * GRID
-    if inputs.softcap is not None or not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
+    is_long = n_rows == 1 or key.numel() >= _FEWEST_FOR_PRODUCTS
+    if not is_long or inputs.softcap is not None or not (key.shape[0] == 1 or (is_flat(key) and is_flat(value))):
         return None
     queries, keys, values = (x.flatten(0, 1) for x in (rows, key, value))
-    is_long = n_rows == 1 or keys.numel() >= _FEWEST_FOR_PRODUCTS
-    if not is_long or not may_use_products(queries, keys, begin, end):
+    if not may_use_products(queries, keys, begin, end):
         return None
     # The largest scores are mostly of the first and the last keys.
     near_key, near_value = (torch.cat([x[:, :, :begin], x[:, :, end:]], 2) for x in (key, value))

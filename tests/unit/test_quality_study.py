@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import DynamicCache
 
-from patchattn import ClosedGate, OpenGate, Policy, demo
+from patchattn import ClosedGate, MomentGate, OpenGate, Policy, demo
 from patchattn.errors import ReportError
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.documents import tokenize_text
 from patchattn.evaluation.rows import csv_text
+from patchattn.testing.models import tiny_model
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -128,13 +130,16 @@ def test_gates_come_in_the_same_order_for_every_task(study: Any) -> None:
     of_a, of_b = (list(cases.cases(rankings, task, None)) for task in ("a", "b"))
     assert [case[:2] for case in of_a] == [case[:2] for case in of_b]
     assert len({case[:2] for case in of_a}) == len(of_a)
+    in_decode = {cases.WHOLE_GROUPS, cases.HEADS_ALONE}
     for prices, expected in (
         (False, {"risk, each head", "budget"}),
-        (True, {"price of the output", "static, by price"}),
+        (True, {"price of the output", "static, by price", *in_decode}),
     ):
         calibration = made_up_calibration(layers=2, query_heads=5, kv_heads=1, prices=prices)
         with_calibration = list(cases.cases(rankings, "a", calibration))
         assert {case.family for case in with_calibration} - {case.family for case in of_a} == expected
+        assert {case.family for case in with_calibration if case.in_decode} == expected & in_decode
+        assert {case.family for case in with_calibration if case.whole_groups} == expected & {cases.WHOLE_GROUPS}
         before = list(cases.cases(None, "a", calibration))
         assert [case[:2] for case in before] == [case[:2] for case in with_calibration]
         ranked = {case.family for case in before if case.gate is None}
@@ -245,6 +250,43 @@ def test_a_context_that_is_read_densely_is_beside_the_gate(study: Any) -> None:
     assert kl(OpenGate(), densely=True) < 1e-6
     assert kl(ClosedGate(), densely=True) > 1e-3
     assert kl(ClosedGate(), densely=False) > 1e-3
+
+
+def test_decode_predicts_what_prefill_does_and_opens_whole_groups(study: Any) -> None:
+    measuring = study("measuring")
+    model = tiny_model("llama").double().eval()
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    tokens = torch.randint(0, model.config.vocab_size, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    one = study("documents").Asked(tuple(tokens[:300]), ((tuple(tokens[300:310]), 6),), tuple(tokens[310:]), (), 1)
+    cache = DynamicCache()
+    measuring.predicted(model, one.context, cache)
+    pairs = zip(measuring.appended(model, one, cache), measuring.in_decode(model, one, cache), strict=True)
+    for (logits, tokens), (others, same) in pairs:
+        torch.testing.assert_close(logits, others)
+        assert tokens.tolist() == same.tolist()
+    assert cache.get_seq_length() == 300
+    dense = measuring.Dense([Predictions(torch.zeros(4, model.config.vocab_size))], Predictions(torch.zeros(89, 1)))
+    dense = dense._replace(text=Predictions(torch.zeros(89, model.config.vocab_size)))
+    found = {}
+    for decoding, whole in ((False, True), (True, True), (True, False)):
+        gate = MomentGate(threshold=0.1)
+        policy = Policy(sink_size=4, window_size=16, min_bulk=0, gate=gate, whole_groups=whole)
+        row = measuring.put_through(model, one, dense, policy, None, decoding=decoding)
+        found[decoding, whole] = row["appended"]
+    opened = {case: counts.open_fraction for case, counts in found.items()}
+    assert 0 < opened[True, False] < opened[True, True] < 1
+    # Queries that are read at once open by themselves.
+    assert opened[False, True] == pytest.approx(opened[True, False], abs=0.01)
+    whole, alone = found[True, True], found[True, False]
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    lengths = [*range(301, 310), *range(301, 390)]
+    causal = heads * layers * sum(lengths)
+    near = 20 / (sum(lengths) / len(lengths))
+    for counts in found.values():
+        assert abs(counts.causal_keys / causal - 1) < 0.03, "the last token of each is read, or not"
+    # Of whole groups as much is read as is open, and heads alone have their keys read for all of the group.
+    assert whole.realised_density == pytest.approx(near + (1 - near) * whole.open_fraction, abs=0.01)
+    assert alone.realised_density > near + (1 - near) * alone.open_fraction + 0.02
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 from context import Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
-from studies.quality.cases import DENSELY, NO_PRESS, PRESSES, SHARES
+from studies.quality.cases import DENSELY, HEADS_ALONE, NO_PRESS, PRESSES, SHARES, WHOLE_GROUPS
 from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
 from studies.quality.lines import jobs_of, lines
 from studies.quality.measuring import KEY, RANKED, SCORED
@@ -32,6 +32,8 @@ STYLES = {
     f"log-normal, {DENSELY}": (PURPLE, "x-"),
     "saturating": (SKY, "^-"),
     "price of the output": (GREEN, "*-"),
+    WHOLE_GROUPS: ("#00583F", "p-"),
+    HEADS_ALONE: ("#7FD1B9", "p-"),
     "oracle": (BLACK, "o--"),
     f"static, {DENSELY}": (RED, "x"),
     "static, by mass": (ORANGE, "s:"),
@@ -126,6 +128,20 @@ def page(context: Context) -> Page:
             fixed=("static, by price", "30% of heads"),
             heavy=("static, answering", "30% of heads"),
         ),
+        chosen=[
+            chosen | small
+            for chosen in beside(
+                8192,
+                1024,
+                many=("static, by price", "30% of heads"),
+                few=("static, by price", "15% of heads"),
+                plain=("log-normal", "0.8"),
+                fifth=("price of the output", "22%"),
+                tenth=("price of the output", "10%"),
+            )
+            for small in beside(4096, 256, small=("static, by price", "15% of heads"))
+        ],
+        grouped=beside(4096, 256, whole=(WHOLE_GROUPS, "22%"), alone=(HEADS_ALONE, "22%")),
         costed=beside(
             8192,
             1024,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,8 +16,12 @@ Head = tuple[int, int]
 GUARDED = (0.3, 0.45, 0.6, 0.75, 0.9)
 STATIC_SHARES = (0.3, 0.15)
 BUDGETS = (0.17, 0.3, 0.22, 0.13, 0.1)
+IN_DECODE = (0.22, 0.3, 0.17)
+"""Budgets by price under which what is appended is read in decode, too."""
+
 DRAWN = "static, drawn"
 DENSELY = "context read densely"
+WHOLE_GROUPS, HEADS_ALONE = "price of the output, whole groups", "price of the output, heads alone"
 
 NO_PRESS = "no press"
 SCORERS = ("StreamingLLM", "SnapKV", "ExpectedAttention")
@@ -57,12 +62,16 @@ class Case(NamedTuple):
         setting: What tells gates of one kind apart.
         gate: The gate; None where its heads have to be ranked first.
         reads_densely: Decides about what is appended only, as presses do.
+        in_decode: What is appended is read token by token, as what is generated is.
+        whole_groups: As in `Policy`.
     """
 
     family: str
     setting: str
     gate: Gate | None
     reads_densely: bool = False
+    in_decode: bool = False
+    whole_groups: bool = False
 
 
 def cases(rankings: Rankings | None, task: str, calibration: Calibration | None) -> Iterator[Case]:
@@ -111,6 +120,10 @@ def cases(rankings: Rankings | None, task: str, calibration: Calibration | None)
     for threshold in (0.4, 0.9):
         yield Case("log-normal", f"{threshold}", MomentGate(threshold=threshold))
     yield Case("oracle", "0.6", OracleGate(threshold=0.6))
+    if calibration is not None and calibration.manifest.prices is not None:
+        for fraction, (family, whole) in itertools.product(IN_DECODE, ((WHOLE_GROUPS, True), (HEADS_ALONE, False))):
+            gate = MomentGate(threshold=OpenFractionTarget(fraction=fraction))
+            yield Case(family, f"{fraction:.0%}", gate, in_decode=True, whole_groups=whole)
 
 
 def presses() -> list[tuple[str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,13 @@ from transformers import DynamicCache
 
 from patchattn import OracleGate, Policy, patch
 from patchattn.calibration import Calibration
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.loss import losses_of
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.loading import load_pretrained
+from patchattn.hf.observe import observing
 from patchattn.report import GateReport
 from patchattn.writing import made
 
@@ -76,6 +79,22 @@ def appended(
         logits = predicted(model, ids, cache, keep=len(ids) - at + 1, begin=begin)[:-1]
         cache.crop(-len(ids))
         yield logits, torch.tensor(ids[at:])
+
+
+def in_decode(model: Any, one: Asked, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `appended` does, but read token by token, as what is generated is read."""
+    for ids, at in (*one.questions, (one.following, one.unpredicted)):
+        logits = torch.cat([predicted(model, [token], cache) for token in ids[:-1]])
+        cache.crop(1 - len(ids))
+        yield logits[at - 1 :], torch.tensor(ids[at:])
+
+
+def of_groups(_: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+    """Observe a decode step: count keys as they are read, for all query heads of a KV group where one of them opens."""
+    attended, near = attend(), inputs.regions.sink_size + inputs.regions.window_size
+    _, kv_heads, keys, _ = inputs.key.shape
+    read = int(attended.open.unflatten(1, (kv_heads, -1)).any(2).sum())
+    return replace(attended, scored_keys=inputs.group_size * (kv_heads * near + read * (keys - near)))
 
 
 class Dense(NamedTuple):
@@ -143,14 +162,21 @@ def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
     return {"hits": hits, "losses": losses, "answers": nothing, "text": nothing, "context": none, "appended": none}
 
 
-def put_through(model: Any, one: Asked, dense: Dense, policy: Policy, measured: Calibration | None) -> dict[str, Any]:
-    """Read a context, then append questions and text; returns fields of a row."""
+def put_through(
+    model: Any, one: Asked, dense: Dense, policy: Policy, measured: Calibration | None, *, decoding: bool = False
+) -> dict[str, Any]:
+    """Read a context, then append questions and text; returns fields of a row.
+
+    Where `decoding` they are read token by token, and keys are counted by KV groups.
+    """
     cache = DynamicCache()
     with patch(model, policy, calibration=measured) as handle:
         predicted(model, one.context, cache)
         read = counts(handle.report())
         handle.reset_report()
-        return beside(dense, appended(model, one, cache)) | {"context": read, "appended": counts(handle.report())}
+        with observing(handle, of_groups) if decoding else nullcontext():
+            found = beside(dense, (in_decode if decoding else appended)(model, one, cache))
+        return found | {"context": read, "appended": counts(handle.report())}
 
 
 def put_through_after(model: Any, one: Asked, dense: Dense, policy: Policy) -> dict[str, Any]:
@@ -250,11 +276,11 @@ def measure(
     place = Place(name, length, window)
     ranked = RANKED.done(context).get(place)
     case = next(case for case in listed(place, ranked and ranked.rankings(), task) if case[:2] == (family, setting))
-    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
+    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate, whole_groups=case.whole_groups)
     if case.reads_densely:
         return Row(*row, **put_through_after(model, one, dense, policy))
     measured = None if name == "shipped" else calibration(window)
-    return Row(*row, **put_through(model, one, dense, policy, measured))
+    return Row(*row, **put_through(model, one, dense, policy, measured, decoding=case.in_decode))
 
 
 KEY = ("model", "length", "window", "task", "document", "family", "setting")

@@ -289,6 +289,34 @@ def test_decode_predicts_what_prefill_does_and_opens_whole_groups(study: Any) ->
     assert alone.realised_density > near + (1 - near) * alone.open_fraction + 0.02
 
 
+def test_budgets_by_price_are_judged_in_decode_with_whole_groups_and_without(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring, cases, lines = study("measuring"), study("cases"), study("lines")
+    some = _row(measuring, "code", "gate", [1], [0.5])
+    fields = {name: getattr(some, name) for name in ("hits", "losses", "answers", "text", "context", "appended")}
+    found = {}
+
+    def put_through(*given: Any, decoding: bool) -> dict[str, Any]:
+        found[family] = given[3].whole_groups, decoding, given[3].gate.threshold.fraction, given[4]
+        return fields
+
+    for name, stand_in in (("document", (None, None)), ("dense_predictions", None)):
+        monkeypatch.setattr(measuring, name, lambda *_, stand_in=stand_in: stand_in)
+    monkeypatch.setattr(measuring, "put_through", put_through)
+    options = {"real_model": tmp_path, "families": [], "again": False, "kvpress_python": None}
+    context = importlib.import_module("context").Context(tmp_path, options)
+    for family in (cases.WHOLE_GROUPS, cases.HEADS_ALONE, "price of the output"):
+        row = measuring.measure(context, "SmolLM2-135M", 4096, 256, "code", 1, family, "22%")
+        assert (row.family, row.document, row.hits) == (family, 1, [1])
+    known = lines.calibration(256)
+    assert found == {
+        cases.WHOLE_GROUPS: (True, True, 0.22, known),
+        cases.HEADS_ALONE: (False, True, 0.22, known),
+        "price of the output": (False, False, 0.22, known),
+    }
+
+
 @pytest.fixture
 def every_line(study: Any, tmp_path: Path) -> Any:
     """Return a context whose folder of rows has all gates, and no presses."""

@@ -141,7 +141,14 @@ def page(context: Context) -> Page:
             )
             for small in beside(4096, 256, small=("static, by price", "15% of heads"))
         ],
-        grouped=beside(4096, 256, whole=(WHOLE_GROUPS, "22%"), alone=(HEADS_ALONE, "22%")),
+        grouped=beside(
+            4096,
+            256,
+            whole=(WHOLE_GROUPS, "22%"),
+            alone=(HEADS_ALONE, "22%"),
+            rich=(WHOLE_GROUPS, "30%"),
+            bare=(HEADS_ALONE, "30%"),
+        ),
         costed=beside(
             8192,
             1024,

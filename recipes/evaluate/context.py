@@ -45,10 +45,17 @@ Job = tuple[Any, ...]
 
 
 class Context(NamedTuple):
-    """What a command was started with: a folder for rows, from which a run goes on, and options by name."""
+    """What a command was started with.
+
+    Args:
+        work: Folder for rows, from which a run goes on.
+        options: By name.
+        tables: Folders where tables of the page may be, the first one that has a table first.
+    """
 
     work: Path
     options: Mapping[str, Any]
+    tables: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,14 @@ class Page:
         picture: Saved as `NAME.png`; None for no picture.
         tables: By name without suffix, rows that are saved as CSV.
         formats: How the floats of the tables are written, see `csv_text`: `number`, and columns by name.
+        note: What the command says when the page is written; nothing if empty.
     """
 
     markdown: str
     picture: Figure | None = None
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def filled(study: Mapping[str, Any], **values: object) -> str:

@@ -71,10 +71,14 @@ def main() -> None:
         own = named.add_parser(name, parents=[shared], help=(study.__doc__ or "").splitlines()[0])
         getattr(study, "add_options", lambda _: None)(own)
     arguments = parser.parse_args()
-    study, context = studies[arguments.study], Context(arguments.work, vars(arguments))
+    tables = [arguments.out, TABLES] if arguments.out else [TABLES]
+    study, context = studies[arguments.study], Context(arguments.work, vars(arguments), tables)
     for measurement in study.MEASURED:
         measure_missing(measurement, context, arguments.processes)
-    write(study.page(context), arguments.study, arguments.out or PAGES, arguments.out or TABLES)
+    page = study.page(context)
+    write(page, arguments.study, arguments.out or PAGES, arguments.out or TABLES)
+    if page.note:
+        print(page.note)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,15 @@ def test_a_page_is_made_of_the_rows_that_are_kept(study: Any, tmp_path: Path, na
         assert csv_text(rows, **page.formats) == (FOLDER / "results" / f"{table}.csv").read_text(encoding="utf-8")
 
 
+def test_the_page_of_quality_is_made_of_its_table(study: Any, tmp_path: Path) -> None:
+    options = {"families": [], "again": False, "kvpress_python": None}
+    context = importlib.import_module("context").Context(tmp_path, options, [FOLDER / "results"])
+    page = study("quality").page(context)
+    assert page.markdown == (ROOT / "docs" / "results" / "quality.md").read_text(encoding="utf-8")
+    (rows,) = page.tables.values()
+    assert csv_text(rows, **page.formats) == (FOLDER / "results" / "quality.csv").read_text(encoding="utf-8")
+
+
 def test_thresholds_open_no_more_than_was_asked_for(study: Any) -> None:
     candidates = study("estimates.candidates")
     margins = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))

@@ -10,14 +10,18 @@ from typing import Any
 from context import Context
 from matplotlib.figure import Figure
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, Page, filled, tidy
-from studies.quality.cases import DENSELY
+from studies.quality.cases import DENSELY, HEADS_ALONE, NO_PRESS, PRESSES, SHARES, WHOLE_GROUPS
 from studies.quality.documents import FOLLOWING, QUESTIONS, TURNS
-from studies.quality.measuring import DOCUMENTS, PLACES, RANKED, SCORED, WHOLE, Place
-from studies.quality.presses import NO_PRESS, PRESSED, PRESSES, SHARES, TEXTS
+from studies.quality.lines import jobs_of, lines
+from studies.quality.measuring import KEY, RANKED, SCORED
+from studies.quality.places import DOCUMENTS, PLACES, WHOLE, Place
+from studies.quality.presses import PRESSED, TEXTS
 from studies.quality.presses import rows as rows_of_presses
-from studies.quality.summary import Summary, summaries
+from studies.quality.summary import summaries
+from studies.quality.table import FORMATS, NAME, Key, Line, kept, rows_of
 
 from patchattn.evaluation.page import number, table, with_interval
+from patchattn.evaluation.rows import csv_text
 
 MEASURED = (RANKED, SCORED, PRESSED)
 STYLES = {
@@ -28,6 +32,8 @@ STYLES = {
     f"log-normal, {DENSELY}": (PURPLE, "x-"),
     "saturating": (SKY, "^-"),
     "price of the output": (GREEN, "*-"),
+    WHOLE_GROUPS: ("#00583F", "p-"),
+    HEADS_ALONE: ("#7FD1B9", "p-"),
     "oracle": (BLACK, "o--"),
     f"static, {DENSELY}": (RED, "x"),
     "static, by mass": (ORANGE, "s:"),
@@ -46,32 +52,45 @@ STYLES = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Take the folder of the real model, the families of gates, and the environment of kvpress."""
+    """Take the folder of the real model, what is measured, and the environment of kvpress."""
     parser.add_argument("--real-model", type=Path, required=True, help="what `python recipes/real_model.py` prints")
     parser.add_argument(
         "--families", nargs="*", default=[], help="kinds of gates, as the page names them; default: all"
     )
+    parser.add_argument("--again", action="store_true", help="measure what was chosen even if the table has it")
     parser.add_argument("--kvpress-python", type=Path, help="Python of an environment with kvpress, for its presses")
+
+
+def measured(context: Context, wanted: Sequence[Key]) -> dict[Key, dict[str, Any]]:
+    """Return the lines of the table that are made of the rows in the folder of the context."""
+    there = {tuple(getattr(row, name) for name in KEY): row for row in SCORED.store(context).rows()}
+    rows = [there[job] for job in jobs_of(wanted) if job in there] + rows_of_presses(context)
+    return {one.key: one.columns() for one in summaries(rows)}
 
 
 def page(context: Context) -> Page:
     """Show a picture of quality against density, and a table for each model, length and window."""
-    # Whatever was chosen to be measured, all that is there is shown.
-    context = context._replace(options={**context.options, "families": []})
-    pressed = rows_of_presses(context)
-    # Not what an earlier version measured and this one would not, with a calibration of another window for instance.
-    done = SCORED.done(context)
-    listed = summaries([done[job] for job in SCORED.jobs(context) if job in done] + pressed)
-    places = [place for place in PLACES if any(one.place == place and one.family != "dense" for one in listed)]
-    known = {(one.place, one.family, one.setting): one for one in listed}
+    # Whatever was chosen to be measured, all that is there is shown; but not what an earlier version measured and this
+    # one would not, with a calibration of another window for instance.
+    wanted = lines(context, all_families=True)
+    new, before = measured(context, wanted), kept(context)
+    found = {key: new.get(key) or before[key] for key in wanted if key in new or key in before}
+    note = f"{len(found.keys() - new.keys())} of {len(found)} lines are those of the table before."
+    if left_out := before.keys() - found.keys():
+        note += f" {len(left_out)} of its lines are not measured any more, and are left out."
+    rows = list(found.values())
+    # The page is made of what the table says, so that it is the same when it is made of the table alone.
+    listed = [Line.of(columns) for columns in rows_of(csv_text(rows, **FORMATS).splitlines())]
+    places = [place for place in PLACES if any(one.place == place and not one.is_dense for one in listed)]
+    known = {one.key: one for one in listed}
 
-    def at(length: int, window: int, family: str, setting: str = "") -> Summary:
+    def at(length: int, window: int, family: str, setting: str = "") -> Line:
         return known[Place(PLACES[0].model, length, window), family, setting]
 
-    def beside(length: int, window: int, **gates: tuple[str, str]) -> list[dict[str, Summary]]:
-        """Gates of one place by the names that the text gives them; nothing where the first was not measured."""
-        is_measured = (Place(PLACES[0].model, length, window), *next(iter(gates.values()))) in known
-        return [{name: at(length, window, *gate) for name, gate in gates.items()}] if is_measured else []
+    def beside(length: int, window: int, **gates: tuple[str, str]) -> list[dict[str, Line]]:
+        """Gates of one place by the names that the text gives them; nothing where one of them was not measured."""
+        are_measured = all((Place(PLACES[0].model, length, window), *gate) in known for gate in gates.values())
+        return [{name: at(length, window, *gate) for name, gate in gates.items()}] if are_measured else []
 
     default = at(8192, 2048, "log-normal", "0.8")
     markdown = filled(
@@ -109,6 +128,27 @@ def page(context: Context) -> Page:
             fixed=("static, by price", "30% of heads"),
             heavy=("static, answering", "30% of heads"),
         ),
+        chosen=[
+            chosen | small
+            for chosen in beside(
+                8192,
+                1024,
+                many=("static, by price", "30% of heads"),
+                few=("static, by price", "15% of heads"),
+                plain=("log-normal", "0.8"),
+                fifth=("price of the output", "22%"),
+                tenth=("price of the output", "10%"),
+            )
+            for small in beside(4096, 256, small=("static, by price", "15% of heads"))
+        ],
+        grouped=beside(
+            4096,
+            256,
+            whole=(WHOLE_GROUPS, "22%"),
+            alone=(HEADS_ALONE, "22%"),
+            rich=(WHOLE_GROUPS, "30%"),
+            bare=(HEADS_ALONE, "30%"),
+        ),
         costed=beside(
             8192,
             1024,
@@ -118,39 +158,33 @@ def page(context: Context) -> Page:
             safe=("log-normal", "0.8"),
         ),
         pressed=[
-            {
-                "snap": at(8192, 1024, "SnapKV", "50% kept"),
-                "stream": at(8192, 1024, "StreamingLLM", "50% kept"),
-                "duo": at(4096, 256, "DuoAttention", "50% of heads"),
-            }
-            for _ in pressed[:1]
+            pressed | {"duo": at(4096, 256, "DuoAttention", "50% of heads")}
+            for pressed in beside(8192, 1024, snap=("SnapKV", "50% kept"), stream=("StreamingLLM", "50% kept"))
         ],
         shares=", ".join(f"{share:.0%}" for share in SHARES),
         texts=TEXTS,
         missing=_missing(context, listed),
         tables="\n\n".join(_table(place, [one for one in listed if one.place == place]) for place in places),
     )
-    rows = [
-        {name: "" if value != value else value for name, value in one.columns().items()}
-        for one in listed
-        if one.family != "dense"
-    ]
-    return Page(markdown, draw(listed), {"quality": rows}, formats={"number": ".4f"})
+    return Page(markdown, draw(listed), {NAME: rows}, formats=FORMATS, note=note)
 
 
-def _missing(context: Context, listed: Sequence[Summary]) -> str:
+def _missing(context: Context, listed: Sequence[Line]) -> str:
     """Say what the command has not measured yet."""
-    wanted = {(Place(*job[:3]), *job[5:]) for job in SCORED.jobs(context) if job[5] != "dense"}
-    there = {(one.place, one.family, one.setting) for one in listed}
-    begun = {place for place, family, _ in there if family not in ("dense", NO_PRESS, *PRESSES)}
-    gates = sorted({f"{family} {setting}".strip() for place, family, setting in wanted - there if place in begun})
-    left = [_name(place) for place in PLACES if place not in begun] + gates
-    lines = [f"- *Not measured yet:* {'; '.join(left)}. The command above goes on with them."] if left else []
-    pressed = {place for place, family, _ in there if family in PRESSES}
+    of_presses = (NO_PRESS, *PRESSES)
+    there = {one.key for one in listed}
+    wanted = [key for key in lines(context, all_families=True) if key[1] not in of_presses and key not in there]
+    begun = dict.fromkeys(one.place for one in listed if not one.is_dense and one.family not in of_presses)
+    left = [_name(place) for place in PLACES if place not in begun]
+    for place in begun:
+        gates = ", ".join(f"{family} {setting}".strip() for of, family, setting in wanted if of == place)
+        left += [f"{_name(place)}: {gates}"] if gates else []
+    said = [f"- *Not measured yet:* {'; '.join(left)}. The command above goes on with them."] if left else []
+    pressed = {one.place for one in listed if one.family in PRESSES}
     if pressed < {*WHOLE}:
         bare = "; ".join(_name(place) for place in WHOLE if place not in pressed)
-        lines.append(f"- *Presses not measured yet:* {bare}. They need the option `--kvpress-python`.")
-    return "\n".join(lines)
+        said.append(f"- *Presses not measured yet:* {bare}. They need the option `--kvpress-python`.")
+    return "\n".join(said)
 
 
 def _name(place: Place) -> str:
@@ -158,35 +192,34 @@ def _name(place: Place) -> str:
     return f"{model}, {place.length:,} tokens, window {place.window:,}"
 
 
-def _table(place: Place, listed: Sequence[Summary]) -> str:
+def _table(place: Place, listed: Sequence[Line]) -> str:
     """Write one row for each gate, in the order of what they read."""
-    dense = next(one for one in listed if one.family == "dense")
+    dense = next(one for one in listed if one.is_dense)
     gates = sorted((one for one in listed if one is not dense), key=lambda one: -one.appended.realised_density)
-    head = ["gate", "setting", "open", "keys read", *dense.tasks, "points", "worst task", "text loss", "agrees", "KL"]
+    head = ["gate", "setting", "open", "keys read", *dense.right, "points", "worst task", "text loss", "agrees", "KL"]
 
-    def both(one: Summary, name: str) -> str:
+    def both(one: Line, name: str) -> str:
         parts = [number(getattr(part, name), ".0%") for part in (one.context, one.appended)]
         return " / ".join(part or "-" for part in parts) if any(parts) else ""
 
-    def row(one: Summary) -> list[str]:
+    def row(one: Line) -> list[str]:
         task, worst = one.worst
-        right = [f"{one.right(task):.2f}" for task in one.tasks]
+        right = [f"{share:.2f}" for share in one.right.values()]
         if one is dense:
-            loss = sum(sum(row.losses) for row in one.rows) / sum(len(row.losses) for row in one.rows)
-            return ["dense", "", "", "", *right, "", "", f"{loss:.3f}", "", ""]
+            return ["dense", "", "", "", *right, "", "", f"{one.text_loss:.3f}", "", ""]
         return [
             *(one.family, one.setting, both(one, "open_fraction"), both(one, "realised_density"), *right),
             with_interval(one.points, "+.1f", between=" to "),
             f"{task} {worst.value:+.0f}",
             f"{one.rise.value:+.2%}",
-            f"{one.top1.value:.1%}",
+            f"{one.agreement:.1%}",
             with_interval(one.kl, ".4f"),
         ]
 
     return f"## {_name(place)}\n\n" + table(head, map(row, [dense, *gates]))
 
 
-def draw(listed: Sequence[Summary]) -> Figure:
+def draw(listed: Sequence[Line]) -> Figure:
     """Draw answers and KL against the keys read while answering, a column for each place."""
     figure = Figure(figsize=(14, 8), dpi=120, layout="constrained")
     grid: Any = figure.subplots(2, len(WHOLE))
@@ -228,5 +261,5 @@ def draw(listed: Sequence[Summary]) -> Figure:
     return figure
 
 
-def _paid(one: Summary) -> float:
+def _paid(one: Line) -> float:
     return one.appended.realised_density

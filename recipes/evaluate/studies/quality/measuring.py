@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from context import ROOT, SINK, Context, Job, Measurement, load
+from context import SINK, Context, Measurement, load
 from safetensors.torch import load_file, save_file
-from studies.quality.cases import DRAWN, Rankings, cases
-from studies.quality.documents import APPENDED, OF_REAL, OF_SHIPPED, Asked, Writer, writers
+from studies.quality.cases import Rankings
+from studies.quality.documents import APPENDED, Asked, Writer, writers
+from studies.quality.lines import calibration, jobs_of_gates, listed, places_to_rank
+from studies.quality.places import DRAWN_BY, TASKS, Place
 from torch import Tensor
 from transformers import DynamicCache
 
 from patchattn import OracleGate, Policy, patch
 from patchattn.calibration import Calibration
+from patchattn.call.inputs import Attended, AttentionInputs
 from patchattn.evaluation.agreement import Agreement, Predictions
 from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.loss import losses_of
 from patchattn.hf.architecture import with_cache
 from patchattn.hf.loading import load_pretrained
-from patchattn.policy import DEFAULT_WINDOW
+from patchattn.hf.observe import observing
 from patchattn.report import GateReport
 from patchattn.writing import made
 
-DRAWN_BY = {"SmolLM2-135M": OF_REAL, "shipped": OF_SHIPPED}
-TASKS = {name: tuple(tasks) for name, tasks in DRAWN_BY.items()}
-DOCUMENTS = {"SmolLM2-135M": 2, "shipped": 4}
-"""Documents of each task."""
-
 RANKING_THRESHOLD = 0.8
-
-
-class Place(NamedTuple):
-    """A model at a length, of context and what is appended together, and a window; tokens."""
-
-    model: str
-    length: int
-    window: int
-
-
-PLACES = [
-    Place("SmolLM2-135M", 8192, 2048),
-    Place("SmolLM2-135M", 8192, 1024),
-    Place("SmolLM2-135M", 4096, 256),
-    Place("shipped", 4096, 256),
-    Place("SmolLM2-135M", 4096, 1024),
-    Place("SmolLM2-135M", 4096, 2048),
-    Place("shipped", 4096, 1024),
-    Place("SmolLM2-135M", 8192, 256),
-]
-WHOLE = PLACES[1:4]
-"""Where every gate is measured; elsewhere those of `SHORT` are, which say what the window and the length change."""
-
-SHORT = (
-    ("all closed", ""),
-    ("guarded", "0.6"),
-    ("log-normal", "0.6"),
-    ("log-normal", "0.7"),
-    ("log-normal", "0.8"),
-    ("static, answering", "30% of heads"),
-    ("risk, each head", "0.05"),
-    ("budget", "20%"),
-)
-AT_DEFAULT = (
-    ("static, answering", "15% of heads"),
-    ("static, by mass", "30% of heads"),
-    ("static, other task", "30% of heads"),
-    (DRAWN, "30% of heads"),
-)
-"""What is measured with the default window besides `SHORT`, for what it says of static heads is another thing."""
 
 
 @cache
@@ -121,6 +79,22 @@ def appended(
         logits = predicted(model, ids, cache, keep=len(ids) - at + 1, begin=begin)[:-1]
         cache.crop(-len(ids))
         yield logits, torch.tensor(ids[at:])
+
+
+def in_decode(model: Any, one: Asked, cache: DynamicCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `appended` does, but read token by token, as what is generated is read."""
+    for ids, at in (*one.questions, (one.following, one.unpredicted)):
+        logits = torch.cat([predicted(model, [token], cache) for token in ids[:-1]])
+        cache.crop(1 - len(ids))
+        yield logits[at - 1 :], torch.tensor(ids[at:])
+
+
+def of_groups(_: int, inputs: AttentionInputs, attend: Callable[[], Attended]) -> Attended:
+    """Observe a decode step: count keys as they are read, for all query heads of a KV group where one of them opens."""
+    attended, near = attend(), inputs.regions.sink_size + inputs.regions.window_size
+    _, kv_heads, keys, _ = inputs.key.shape
+    read = int(attended.open.unflatten(1, (kv_heads, -1)).any(2).sum())
+    return replace(attended, scored_keys=inputs.group_size * (kv_heads * near + read * (keys - near)))
 
 
 class Dense(NamedTuple):
@@ -188,14 +162,21 @@ def of_dense(one: Asked, dense: Dense) -> dict[str, Any]:
     return {"hits": hits, "losses": losses, "answers": nothing, "text": nothing, "context": none, "appended": none}
 
 
-def put_through(model: Any, one: Asked, dense: Dense, policy: Policy, measured: Calibration | None) -> dict[str, Any]:
-    """Read a context, then append questions and text; returns fields of a row."""
+def put_through(
+    model: Any, one: Asked, dense: Dense, policy: Policy, measured: Calibration | None, *, decoding: bool = False
+) -> dict[str, Any]:
+    """Read a context, then append questions and text; returns fields of a row.
+
+    Where `decoding` they are read token by token, and keys are counted by KV groups.
+    """
     cache = DynamicCache()
     with patch(model, policy, calibration=measured) as handle:
         predicted(model, one.context, cache)
         read = counts(handle.report())
         handle.reset_report()
-        return asked(model, one, dense, cache) | {"context": read, "appended": counts(handle.report())}
+        with observing(handle, of_groups) if decoding else nullcontext():
+            found = beside(dense, (in_decode if decoding else appended)(model, one, cache))
+        return found | {"context": read, "appended": counts(handle.report())}
 
 
 def put_through_after(model: Any, one: Asked, dense: Dense, policy: Policy) -> dict[str, Any]:
@@ -204,7 +185,7 @@ def put_through_after(model: Any, one: Asked, dense: Dense, policy: Policy) -> d
     predicted(model, one.context, cache)
     heads = model.config.num_hidden_layers * model.config.num_attention_heads
     with patch(model, policy) as handle:
-        fields = asked(model, one, dense, cache)
+        fields = beside(dense, appended(model, one, cache))
         return fields | {"context": read_densely(heads, len(one.context)), "appended": counts(handle.report())}
 
 
@@ -214,10 +195,10 @@ def read_densely(heads: int, tokens: int) -> PhaseCounts:
     return PhaseCounts(scored_keys=pairs, causal_keys=pairs)
 
 
-def asked(model: Any, one: Asked, dense: Dense, cache: DynamicCache, *, begin: int | None = None) -> dict[str, Any]:
-    """Append questions and text; returns fields of a row. `begin` as in `predicted`."""
+def beside(dense: Dense, found: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Compare what was found of questions and text, as `appended` yields it, with dense attention; fields of a row."""
     hits, answers = [], Agreement()
-    *questions, (logits, tokens) = appended(model, one, cache, begin=begin)
+    *questions, (logits, tokens) = found
     for kept, (of_answer, right) in zip(dense.answers, questions, strict=True):
         hits.append(int((of_answer.argmax(-1) == right).all()))
         answers += kept.agreement(of_answer)
@@ -280,37 +261,7 @@ def fractions(report: GateReport) -> list[list[float]]:
     return [[0.0 if math.isnan(value) else value for value in found[layer]] for layer in sorted(found)]
 
 
-RANKED = Measurement("quality.ranked", Ranked, ("model", "length", "window"), lambda context: PLACES, rank)
-
-
-@cache
-def calibration(window: int) -> Calibration | None:
-    """Return the calibration of the real model for a window, if there is one."""
-    for folder in sorted((ROOT / "calibrations").glob("smollm2-135m-instruct*")):
-        found = Calibration.from_pretrained(folder)
-        if found.manifest.window_size == window:
-            return found
-    return None
-
-
-def jobs(context: Context) -> list[Job]:
-    """List dense attention and every gate: what matters most first, at all places."""
-    ranked, chosen = RANKED.done(context), context.options["families"]
-    found: list[tuple[int, Job]] = []
-    for place in PLACES:
-        for index, task in itertools.product(range(DOCUMENTS[place.model]), TASKS[place.model]):
-            found.append((-1, (*place, task, index, "dense", "")))
-            for at, case in enumerate(listed(place, ranked[place].rankings(), task)):
-                short = (*SHORT, *AT_DEFAULT) if place.window == DEFAULT_WINDOW else SHORT
-                known = place in WHOLE or case[:2] in short
-                if known and (not chosen or case.family in chosen):
-                    found.append((at, (*place, task, index, case.family, case.setting)))
-    return [job for _, job in sorted(found, key=lambda one: one[0])]
-
-
-def listed(place: Place, rankings: Rankings, task: str) -> list[Any]:
-    """List the gates at one place."""
-    return list(cases(rankings, task, None if place.model == "shipped" else calibration(place.window)))
+RANKED = Measurement("quality.ranked", Ranked, ("model", "length", "window"), places_to_rank, rank)
 
 
 def measure(
@@ -323,14 +274,14 @@ def measure(
     if family == "dense":
         return Row(*row, **of_dense(one, dense))
     place = Place(name, length, window)
-    rankings = RANKED.done(context)[place].rankings()
-    case = next(case for case in listed(place, rankings, task) if case[:2] == (family, setting))
-    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate)
+    ranked = RANKED.done(context).get(place)
+    case = next(case for case in listed(place, ranked and ranked.rankings(), task) if case[:2] == (family, setting))
+    policy = Policy(sink_size=SINK, window_size=window, min_bulk=0, gate=case.gate, whole_groups=case.whole_groups)
     if case.reads_densely:
         return Row(*row, **put_through_after(model, one, dense, policy))
     measured = None if name == "shipped" else calibration(window)
-    return Row(*row, **put_through(model, one, dense, policy, measured))
+    return Row(*row, **put_through(model, one, dense, policy, measured, decoding=case.in_decode))
 
 
 KEY = ("model", "length", "window", "task", "document", "family", "setting")
-SCORED = Measurement("quality", Row, KEY, jobs, measure)
+SCORED = Measurement("quality", Row, KEY, jobs_of_gates, measure)

@@ -14,17 +14,13 @@ from pathlib import Path
 
 from context import Context, Job, Measurement
 from pydantic import TypeAdapter
+from studies.quality.cases import presses
 from studies.quality.documents import Asked
-from studies.quality.measuring import DOCUMENTS, TASKS, WHOLE, Row, dense_predictions, document, read_densely
+from studies.quality.lines import missing
+from studies.quality.measuring import Row, dense_predictions, document, read_densely
+from studies.quality.places import DOCUMENTS, PLACES, TASKS
 
 from patchattn.evaluation.cells import PhaseCounts
-
-NO_PRESS = "no press"
-SCORERS = ("StreamingLLM", "SnapKV", "ExpectedAttention")
-HEADWISE = "DuoAttention"
-PRESSES = (*SCORERS, HEADWISE)
-SHARES = (0.75, 0.5, 0.25)
-"""Of the keys, and of the heads that keep all of theirs."""
 
 TEXTS, TOKENS = 50, 512
 """What DuoAttention's heads are scored on: as many texts as kvpress takes, and tokens of each."""
@@ -72,19 +68,14 @@ def counts_of(one: Asked, kept: Sequence[int]) -> dict[str, PhaseCounts]:
 
 
 def jobs(context: Context) -> list[Job]:
-    """List the documents; without an environment of kvpress those that have been measured."""
-    chosen = context.options["families"]
-    if chosen and not {*chosen} & {*PRESSES}:
-        return []
-    wanted = [
+    """List the documents of the places of which the table has not got every press, with an environment of kvpress."""
+    wanted = {place for place, *name in missing(context) if tuple(name) in presses()}
+    return [
         (place.model, place.length, task, index)
-        for place in WHOLE
+        for place in PLACES
+        if place in wanted
         for index, task in itertools.product(range(DOCUMENTS[place.model]), TASKS[place.model])
     ]
-    if context.options["kvpress_python"]:
-        return wanted
-    there = {(row.model, row.length, row.task, row.document) for row in PRESSED.store(context).rows()}
-    return [job for job in wanted if job in there]
 
 
 def measure(context: Context, name: str, length: int, task: str, index: int) -> Pressed:
@@ -113,4 +104,4 @@ PRESSED = Measurement("quality.presses", Pressed, ("model", "length", "task", "d
 
 def rows(context: Context) -> list[Row]:
     """Read the rows of the presses that are there."""
-    return [row for pressed in PRESSED.rows(context) for row in pressed.rows]
+    return [row for pressed in PRESSED.store(context).rows() for row in pressed.rows]

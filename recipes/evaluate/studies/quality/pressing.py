@@ -22,8 +22,10 @@ import torch
 from context import SINK, Context
 from datasets import Dataset
 from kvpress.presses import duo_attention_press
-from studies.quality.measuring import WHOLE, Row, asked, dense_predictions, document, model_of, predicted
-from studies.quality.presses import HEADWISE, NO_PRESS, SCORERS, SHARES, TEXTS, TOKENS, Pressed, counts_of, digest
+from studies.quality.cases import HEADWISE, NO_PRESS, SCORERS, SHARES
+from studies.quality.measuring import Row, appended, beside, dense_predictions, document, model_of, predicted
+from studies.quality.places import WHOLE
+from studies.quality.presses import TEXTS, TOKENS, Pressed, counts_of, digest
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -117,7 +119,7 @@ def measure(context: Context, name: str, length: int, task: str, index: int) -> 
         predicted(model, one.context, DynamicCache())
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     for key, kept in zip(presses, aside.kept, strict=True):
-        found = asked(model, one, dense, cached(model, kept), begin=len(one.context))
+        found = beside(dense, appended(model, one, cached(model, kept), begin=len(one.context)))
         counts = counts_of(one, [keys for left in kept for keys in left.per_query_head(group)])
         rows.append(Row(name, length, window, task, index, *key, **found, **counts))
     return Pressed(name, length, task, index, digest(one), rows)

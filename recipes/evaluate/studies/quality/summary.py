@@ -10,7 +10,9 @@ from operator import add
 from typing import Any
 
 import numpy as np
-from studies.quality.measuring import Place, Row
+from studies.quality.measuring import Row
+from studies.quality.places import Place
+from studies.quality.table import COLUMNS, DENSE, Key, ends_of
 
 from patchattn.evaluation.cells import PhaseCounts
 from patchattn.evaluation.statistics import Interval, bootstrap, ratio_of_sums
@@ -102,26 +104,38 @@ class Summary:
         """Mean KL of the answers' tokens, nats per token."""
         return reduce(add, (row.answers for row in self.rows)).kl
 
+    @property
+    def key(self) -> Key:
+        """What the line of the table is named after."""
+        return self.place, self.family, self.setting
+
     def columns(self) -> dict[str, Any]:
-        """Return plain numbers, for a table."""
-        name, worst = self.worst
-        return {
+        """Return the line of the table; see `COLUMNS`. What is not there is empty."""
+        found: dict[str, Any] = {
             **self.place._asdict(),
             "gate": self.family,
             "setting": self.setting,
-            "open_context": self.context.open_fraction,
-            "density_context": self.context.realised_density,
-            "open_appended": self.appended.open_fraction,
-            "density_appended": self.appended.realised_density,
             **{f"task_{at}": self.right(task) for at, task in enumerate(self.tasks)},
-            **{f"points_{end}": value for end, value in self.points._asdict().items()},
-            "worst_task": name,
-            **{f"worst_{end}": value for end, value in worst._asdict().items()},
-            **{f"loss_{end}": value for end, value in self.rise._asdict().items()},
-            "agreement": self.top1.value,
-            **{f"kl_{end}": value for end, value in self.kl._asdict().items()},
-            "answers_kl": self.answers_kl,
         }
+        if (self.family, self.setting) == DENSE:
+            found["text_loss"] = sum(sum(row.losses) for row in self.rows) / sum(len(row.losses) for row in self.rows)
+        else:
+            name, worst = self.worst
+            found |= {
+                "open_context": self.context.open_fraction,
+                "density_context": self.context.realised_density,
+                "open_appended": self.appended.open_fraction,
+                "density_appended": self.appended.realised_density,
+                **dict(zip(ends_of("points"), self.points, strict=True)),
+                "worst_task": name,
+                **dict(zip(ends_of("worst"), worst, strict=True)),
+                **dict(zip(ends_of("loss"), self.rise, strict=True)),
+                "agreement": self.top1.value,
+                **dict(zip(ends_of("kl"), self.kl, strict=True)),
+                "answers_kl": self.answers_kl,
+            }
+        # Where nothing can open the fraction is NaN.
+        return {name: "" if (value := found.get(name, "")) != value else value for name in COLUMNS}
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
@@ -132,7 +146,7 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
         of_gate[row.task, row.document] = row
     listed = []
     for (place, _, _), of_gate in found.items():
-        dense = found.get((place, "dense", ""), {})
+        dense = found.get((place, *DENSE), {})
         if of_gate.keys() == dense.keys():
             listed.append(Summary(place, list(of_gate.values()), [dense[key] for key in of_gate]))
     return listed

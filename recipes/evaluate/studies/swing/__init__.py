@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from context import Context
 from page import Page, filled
+from studies.quality import measuring as quality
 from studies.quality.documents import FOLLOWING
-from studies.quality.measuring import RANKED, RANKING_THRESHOLD, Ranked
+from studies.quality.measuring import RANKING_THRESHOLD, Ranked
 from studies.swing.drawing import DRAWN, draw, named
 from studies.swing.measuring import DECIDED, DOCUMENTS, QUERIES, SHOWN, STRETCH, TOP, TOP_KEYS, Decided, TopKeys
 
 from patchattn.report import Stretches
 
+RANKED = replace(quality.RANKED, jobs=lambda _: SHOWN)
 MEASURED = (RANKED, DECIDED, TOP_KEYS)
 
 CLOSED, OPEN = 0.05, 0.95

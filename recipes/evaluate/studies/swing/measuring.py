@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from context import SINK, Context, Job, Measurement
-from studies.quality.measuring import TASKS, WHOLE, appended, document, fractions, model_of, predicted
+from studies.quality.measuring import appended, document, fractions, model_of, predicted
+from studies.quality.places import TASKS, WHOLE
 from torch import Tensor
 from transformers import DynamicCache
 

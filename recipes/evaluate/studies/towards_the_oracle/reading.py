@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from context import POLICY, ROOT, SINK, WINDOW, Context, Job, Measurement, load
 from studies.quality.documents import OF_REAL, OF_SHIPPED, Asked, Writer, trained, writers
-from studies.quality.measuring import calibration
+from studies.quality.lines import calibration
 from studies.towards_the_oracle.estimates import Basis
 from studies.towards_the_oracle.seeing import Pass, kept
 from torch import Tensor

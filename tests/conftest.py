@@ -7,9 +7,11 @@ over a process for each core; `-n0` runs all in one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 
 # Before torch is imported: the models are tiny, and several processes run at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +38,26 @@ def pytest_collectstart() -> None:
         # itself.
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
         importlib.import_module("transformers.cache_utils")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_self_check() -> Iterator[None]:
+    """Let `patch` try each backend once for each shape in a process: tests patch some thousand models of few shapes.
+
+    Another backend in the place of one is another key; what a check raises is not kept.
+    """
+    from patchattn.backends import load
+    from patchattn.hf import patching
+
+    check = patching.self_check
+
+    @functools.cache
+    def once(backend: object, name: str, **shape: object) -> float:
+        return check(name, **shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patching, "self_check", lambda name, **shape: once(load(name), name, **shape))
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What can't be patched or asked for is refused with the typed error, and the model is left alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import patchattn
 from patchattn import MomentGate, OpenGate, Policy, StaticGate
+from patchattn.backends import blockwise, reference
 from patchattn.hf.architecture import with_cache
 from patchattn.testing import tiny_model
 from patchattn.testing.models import REFUSED_FAMILIES
@@ -200,6 +202,20 @@ def test_unknown_backends_and_records_are_refused():
         patchattn.patch(model, backend="triton")
     with pytest.raises(patchattn.PolicyError, match="record"):
         patchattn.patch(model, record="everything")
+    assert not patchattn.is_patched(model)
+
+
+def test_a_backend_that_computes_something_else_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    patchattn.patch(model, backend="blockwise").unpatch()
+
+    def wrong(inputs, mass, threshold):
+        right = reference.attend(inputs, mass, threshold)
+        return dataclasses.replace(right, output=right.output + 1e-2)
+
+    monkeypatch.setattr(blockwise, "BACKEND", dataclasses.replace(blockwise.BACKEND, attend=wrong))
+    with pytest.raises(patchattn.BackendError, match="disagrees with the reference"):
+        patchattn.patch(model, backend="blockwise")
     assert not patchattn.is_patched(model)
 
 

@@ -54,7 +54,7 @@ def divergence(model, ids, layer, head, query, step):
 @pytest.mark.parametrize(
     ("family", "layer", "head", "query"),
     [
-        ("llama", 1, 4, 12),
+        pytest.param("llama", 1, 4, 12, marks=pytest.mark.slow),
         pytest.param("llama", 0, 1, 15, marks=pytest.mark.slow),
         pytest.param("llama", 2, 0, 20, marks=pytest.mark.slow),
         pytest.param("gemma2", 1, 2, 14, marks=pytest.mark.slow),

@@ -18,6 +18,7 @@ _MAY_PAY = 0.97
 # and all that drafting takes is told in them.
 _TIMED_AT_FIRST, _TIMED_EVERY, _TIMES_KEPT = 3, 8, 9
 _OUTLIER = 2  # dense steps at which what a step of drafting took is cut off, and times what a dense call should take
+_SAVED, _WIDER = 1.0, 0.05  # what of both is expected before anything was timed
 _FEWEST = 0.05  # dense steps that a step of drafting takes at least
 
 
@@ -47,7 +48,7 @@ class DraftLength:
         self._kept = _Mean(0.88, 8, keeps=0.97)  # drafted tokens that were kept, of those whose predecessors were
         # What a step of drafting saves, of what it reads less, and what one more token in the dense call takes, in
         # dense steps.
-        self._saved, self._wider = _Mean(1.0, 4, keeps=0.99), _Mean(0.05, 4, keeps=0.99)
+        self._saved, self._wider = _Mean(_SAVED, 3.5, keeps=0.99), _Mean(_WIDER, 3.5, keeps=0.99)
         self._least = 1.0
         self._rounds = 0  # with a draft, in all texts
         self.begin()
@@ -59,6 +60,9 @@ class DraftLength:
         self._to_time, self._until_timed = _TIMED_AT_FIRST, _TIMED_EVERY
         self._written = self._drafted = self._accepted = 0
         self._kept.forget(8)
+        # What was slow by chance is not held against all texts to come.
+        self._saved.add(0.5 * _SAVED, 0.5)
+        self._wider.add(0.5 * _WIDER, 0.5)
 
     def choose(self, least: float) -> tuple[int, str]:
         """Choose the tokens to draft in this round.

@@ -132,6 +132,21 @@ def test_one_draft_that_is_refused_does_not_end_drafting():
     assert length.counts.rounds > before + 10
 
 
+@pytest.mark.parametrize("slow", [1.5, 3.0, 10.0])
+@pytest.mark.parametrize("number", range(3))
+def test_one_slow_round_does_not_end_drafting(slow, number):
+    """In texts of 40 tokens, which are too short to win back much."""
+    length, rounds = DraftLength(), []
+    for _ in range(12):
+        length.begin()
+        for _ in range(40):
+            drafted, why = length.choose(0.65)
+            took = slow if drafted and length.counts.rounds == number else 1.0
+            length.saw(drafted, drafted, 0.7 * drafted * took, (1.0 + 0.05 * drafted) * took, why)
+        rounds.append(length.counts.rounds - sum(rounds))
+    assert min(rounds[8:]) > 20, rounds
+
+
 def test_cheap_steps_make_long_drafts():
     lengths = []
     for step in (0.6, 0.05):

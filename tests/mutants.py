@@ -447,6 +447,14 @@ MUTANTS = (
         "tests/unit/test_products.py",
     ),
     Mutant(
+        "drafts_see_later_tokens",
+        "a query of the dense call over a draft sees the keys of later ones",
+        "backends/blockwise/dense.py",
+        ".tril_(n_keys - n_queries)",
+        ".tril_(n_keys)",
+        "tests/unit/test_products.py",
+    ),
+    Mutant(
         "short_calls_pay",
         "a prefill is gated however little it saves",
         "backends/blockwise/cost.py",

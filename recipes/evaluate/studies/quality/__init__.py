@@ -149,6 +149,13 @@ def page(context: Context) -> Page:
             rich=(WHOLE_GROUPS, "30%"),
             bare=(HEADS_ALONE, "30%"),
         ),
+        grouped_long=beside(
+            8192,
+            1024,
+            lean=(WHOLE_GROUPS, "17%"),
+            whole=(WHOLE_GROUPS, "22%"),
+            alone=(HEADS_ALONE, "22%"),
+        ),
         costed=beside(
             8192,
             1024,

@@ -18,7 +18,9 @@ _MAY_PAY = 0.97
 # and all that drafting takes is told in them.
 _TIMED_AT_FIRST, _TIMED_EVERY, _TIMES_KEPT = 3, 8, 9
 _OUTLIER = 2  # dense steps at which what a step of drafting took is cut off, and times what a dense call should take
-_SAVED, _WIDER = 1.0, 0.05  # what of both is expected before anything was timed
+# What of both is expected before anything was timed, as if it had been seen in four rounds; and again in each text, as
+# in half a round more, so that what was slow by chance is not held against all texts to come.
+_SAVED, _WIDER, _AGAIN = 1.0, 0.05, 0.5
 _FEWEST = 0.05  # dense steps that a step of drafting takes at least
 
 
@@ -48,7 +50,7 @@ class DraftLength:
         self._kept = _Mean(0.88, 8, keeps=0.97)  # drafted tokens that were kept, of those whose predecessors were
         # What a step of drafting saves, of what it reads less, and what one more token in the dense call takes, in
         # dense steps.
-        self._saved, self._wider = _Mean(_SAVED, 3.5, keeps=0.99), _Mean(_WIDER, 3.5, keeps=0.99)
+        self._saved, self._wider = (_Mean(value, 4 - _AGAIN, keeps=0.99) for value in (_SAVED, _WIDER))
         self._least = 1.0
         self._rounds = 0  # with a draft, in all texts
         self.begin()
@@ -60,9 +62,8 @@ class DraftLength:
         self._to_time, self._until_timed = _TIMED_AT_FIRST, _TIMED_EVERY
         self._written = self._drafted = self._accepted = 0
         self._kept.forget(8)
-        # What was slow by chance is not held against all texts to come.
-        self._saved.add(0.5 * _SAVED, 0.5)
-        self._wider.add(0.5 * _WIDER, 0.5)
+        self._saved.add(_AGAIN * _SAVED, _AGAIN)
+        self._wider.add(_AGAIN * _WIDER, _AGAIN)
 
     def choose(self, least: float) -> tuple[int, str]:
         """Choose the tokens to draft in this round.

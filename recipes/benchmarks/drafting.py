@@ -28,7 +28,6 @@ from patchattn.hf.architecture import with_cache
 CLOSED = Policy(gate=ClosedGate(), phases=frozenset({"decode"}), min_bulk=0, window_size=1024)
 DRAFTS: dict[str, tuple[Policy, Any]] = {
     "drafts": (CLOSED, "auto"),
-    "drafts of 1": (CLOSED, 1),
     "drafts of 2": (CLOSED, 2),
     "drafts of 4": (CLOSED, 4),
     "drafts, window 2,048": (CLOSED.model_copy(update={"window_size": 2048}), "auto"),

@@ -216,14 +216,18 @@ def _lines(study: Any, rows: list[Any]) -> list[Any]:
 def test_presses_have_nothing_that_opens(study: Any) -> None:
     package, cases, measuring = importlib.import_module("studies.quality"), study("cases"), study("measuring")
     place = study("places").PLACES[0]
-    dense, row = (_row(measuring, "needles", family, [1, 0], [1.0, 2.0]) for family in ("dense", "SnapKV"))
     read, kept = PhaseCounts(scored_keys=10, causal_keys=10), PhaseCounts(scored_keys=5, causal_keys=10)
-    row.context, row.appended = read, kept
-    for one in (dense, row):
+    rows = []
+    for task in study("places").TASKS[place.model]:
+        dense, row = (_row(measuring, task, family, [1, 0], [1.0, 2.0]) for family in ("dense", "SnapKV"))
+        row.context, row.appended = read, kept
+        rows += [dense, row]
+    for one in rows:
         one.model, one.length, one.window = place
-    table = package._table(place, _lines(study, [dense, row]))
+    table = package._table(place, _lines(study, rows))
     assert "| dense |  |  |  | 0.50 |" in table
     assert "| SnapKV |  |  | 100% / 50% | 0.50 |" in table
+    assert "nan" not in table
     assert set(cases.PRESSES) < set(package.STYLES)
 
 

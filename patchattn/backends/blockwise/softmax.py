@@ -90,7 +90,7 @@ def attend_to(
         # mass 0, which could close a gate. It adds the bias to the score, so a key that is not finite spoils rows that
         # mask it. Only then are the scores computed again, and masked by selection.
         if seen is None:
-            if causal or torch.count_nonzero(part.log_mass).item() == part.log_mass.numel():
+            if causal or _tells_all(part):
                 return part
         else:
             blind = ~seen.any(3)
@@ -104,14 +104,15 @@ def attend_to(
 def attend_where_finite(
     inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 ) -> Softmax | None:
-    """Attend rows to keys where `is_fused`, with an additive mask; None where a key, a value or a score is not finite.
+    """Attend rows to keys where `is_fused`, with an additive mask; None where what is not finite spoils other rows.
 
-    Shapes as in `attend_to`; the mask has the dtype of the query and leaves each row a key.
+    Shapes as in `attend_to`; the mask has the dtype of the query and leaves each row a key. Without one a value that is
+    not a number gives rows that see it what it gives them in plain attention.
     """
     part = _fused(inputs, query, key, value, bias, causal=False)
-    # Of a row in which no score is a number the kernel says output and log mass 0.
-    all_told = torch.count_nonzero(part.log_mass).item() == part.log_mass.numel()
-    return part if all_told and not has_nan(part.output) else None
+    # A mask that is added can't hide a key that is not finite from rows that it hides others from.
+    spoilt = bias is not None and has_nan(part.output)
+    return None if spoilt or not _tells_all(part) else part
 
 
 def with_sink_logits(part: Softmax, sink_logits: Tensor) -> Softmax:
@@ -165,6 +166,11 @@ def _by_products(inputs: AttentionInputs, query: Tensor, key: Tensor, value: Ten
 def has_nan(x: Tensor) -> bool:
     """Say whether there is a NaN, or infinities of both signs: a sum tells, in a small part of the time of `isnan`."""
     return math.isnan(x.sum().item())
+
+
+def _tells_all(part: Softmax) -> bool:
+    """Say whether the kernel told every row: of one in which no score is a number it says output and log mass 0."""
+    return torch.count_nonzero(part.log_mass).item() == part.log_mass.numel()
 
 
 def without_rows(part: Softmax, blind: Tensor) -> Softmax:

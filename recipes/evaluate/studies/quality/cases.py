@@ -93,9 +93,9 @@ def cases(rankings: Rankings | None, task: str, calibration: Calibration | None)
         for fraction in BUDGETS:
             gate = MomentGate(threshold=OpenFractionTarget(fraction=fraction))
             yield Case("price of the output", f"{fraction:.0%}", gate)
-        ranked = calibration.heads_by_price()
+        n_heads = len(calibration.heads_by_price())
         for share in STATIC_SHARES:
-            gate = StaticGate(open_heads=tuple(ranked[: round(share * len(ranked))]))
+            gate = StaticGate.from_calibration(calibration, heads=round(share * n_heads), by="price")
             yield Case("static, by price", f"{share:.0%} of heads", gate)
     elif calibration is not None:
         for alpha in (0.05, 0.1):
